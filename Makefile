@@ -1,0 +1,44 @@
+# Words: setup fmt lint types test test-slow demo evidence bench
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export RAY_USAGE_STATS_ENABLED=0
+export HF_HUB_OFFLINE=1
+
+.PHONY: setup fmt lint types test test-slow demo evidence bench
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $(STAMP)
+
+fmt: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+types: setup
+	$(BIN)/mypy
+
+test: lint types
+	$(BIN)/python -m pytest --durations=10
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow --timeout=900 --durations=20
+
+demo: setup
+	$(BIN)/safetydpo demo
+
+evidence: setup
+	$(BIN)/safetydpo evidence configs/evidence.yaml
+
+bench: setup
+	for name in train_step; do $(BIN)/python -m benchmarks.$$name || exit 1; done

@@ -1,0 +1,227 @@
+"""Fill a pool of rows with Ray Data, each wanted row exactly once, through kills, failures and repeats.
+
+A pool is a folder of closed batches: `POOL/<hash of the wanted ids>/{manifest.parquet, data/, record.json}`.
+Rows that a closed batch holds are never made again; a batch that was interrupted has the same wanted ids
+next time, hence the same folder, and Ray Data's checkpoint resumes it. Rows that failed are wanted again by a
+new batch with a higher attempt, because Ray's checkpoint counts an error row as done.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import ray
+import ray.data
+from ray.data.checkpoint import CheckpointConfig
+
+from ray_jobs.progress import progress_bar
+from safetydpo.artifacts.layout import RECORD_FILE
+from safetydpo.artifacts.manifest import verify_rows
+from safetydpo.artifacts.schemas import sha256_of
+from safetydpo.artifacts.storage import Location
+from safetydpo.artifacts.tables import read_table, write_table
+from safetydpo.config.schema import ExecutionConfig
+from safetydpo.errors import SafetyDPOError
+
+ATTEMPTS = 3
+NO_PROGRESS_SECONDS = 6 * 3600
+
+
+@dataclass(frozen=True)
+class PoolStage:
+    """How the rows of one pool are made.
+
+    `worker` is a class: built once per actor with `arguments`, then called with a table of manifest rows and
+    returning a table of `output` rows, one for each.
+    """
+
+    label: str
+    output: pa.Schema
+    id_column: str
+    worker: type
+    arguments: Mapping[str, Any]
+    batch_size: int
+
+
+def read_pool(pool: Location, schema: pa.Schema, *, wanted: set[str] | None = None, id_column: str) -> pa.Table:
+    """Return the rows of all closed batches that are `wanted`; the good row of a repeated id wins."""
+    parts = []
+    for folder in pool.list():
+        if (folder / RECORD_FILE).is_file():
+            part = read_table(folder / "data", schema)
+            parts.append(part)
+    table = pa.concat_tables(parts) if parts else schema.empty_table()
+    ids = table.column(id_column).to_pylist()
+    good = _good_rows(table)
+    best: dict[str, int] = {}
+    for index, row_id in enumerate(ids):
+        if (wanted is None or row_id in wanted) and (row_id not in best or (good[index] and not good[best[row_id]])):
+            best[row_id] = index
+    return table.take(pa.array(sorted(best.values(), key=lambda index: str(ids[index])), type=pa.int64()))
+
+
+def fill_pool(
+    pool: Location, manifest: pa.Table, stage: PoolStage, *, execution: ExecutionConfig
+) -> pa.Table:
+    """Make every row of `manifest` that the pool lacks; return all wanted rows, in id order.
+
+    Rows whose status is `error` are tried up to three times in all and then returned as they are.
+
+    Raises:
+        SafetyDPOError: if rows are missing or doubled afterwards.
+    """
+    ids: list[str] = manifest.column(stage.id_column).to_pylist()
+    wanted = set(ids)
+    for attempt in range(1, ATTEMPTS + 1):
+        rows = read_pool(pool, stage.output, wanted=wanted, id_column=stage.id_column)
+        good = _good_rows(rows)
+        have = {row_id for row_id, ok in zip(rows.column(stage.id_column).to_pylist(), good, strict=True) if ok}
+        lacking = [index for index, row_id in enumerate(ids) if row_id not in have]
+        if not lacking:
+            break
+        _run_batch(pool, manifest.take(pa.array(lacking, type=pa.int64())), stage, execution=execution, attempt=attempt)
+    rows = read_pool(pool, stage.output, wanted=wanted, id_column=stage.id_column)
+    verification = verify_rows(ids, rows.column(stage.id_column).to_pylist())
+    if not verification.is_exact:
+        raise SafetyDPOError(
+            f"{stage.label}: expected each of {len(ids)} rows once in {pool}, found {len(verification.missing)} missing "
+            f"and {len(verification.duplicated)} doubled: run the same command again"
+        )
+    return rows
+
+
+def _good_rows(table: pa.Table) -> list[bool]:
+    if "status" not in table.column_names:
+        return [True] * table.num_rows
+    return [status == "ok" for status in table.column("status").to_pylist()]
+
+
+def _run_batch(
+    pool: Location, manifest: pa.Table, stage: PoolStage, *, execution: ExecutionConfig, attempt: int
+) -> None:
+    if "attempt" in manifest.column_names:
+        column = manifest.schema.get_field_index("attempt")
+        attempts = pa.array([attempt] * manifest.num_rows, type=pa.int32())
+        manifest = manifest.set_column(column, manifest.schema.field(column), attempts)
+    ids = manifest.column(stage.id_column).to_pylist()
+    folder = pool / f"batch-{sha256_of([attempt, *sorted(ids)])[:16]}"
+    if (folder / RECORD_FILE).is_file():
+        return
+    started = time.time()
+    write_table(folder / "manifest.parquet", manifest)
+    # The checkpoint deletes the data of commits that were under way, hence one writer at a time per folder.
+    data = (folder / "data").make_folder()
+    with progress_bar(stage.label, total=manifest.num_rows) as board, _checkpointing(folder, stage.id_column):
+        _execute(folder / "manifest.parquet", data, stage, execution=execution, board=board, rows=manifest.num_rows)
+    found = read_table(data, stage.output)
+    verification = verify_rows(ids, found.column(stage.id_column).to_pylist())
+    if not verification.is_exact:
+        raise SafetyDPOError(
+            f"{stage.label}: expected {len(ids)} rows once each in {data}, found {len(verification.missing)} missing, "
+            f"{len(verification.duplicated)} doubled: run the same command again"
+        )
+    good = _good_rows(found)
+    record = {
+        "stage": stage.label,
+        "rows": len(ids),
+        "failed_units": [i for i, ok in zip(found.column(stage.id_column).to_pylist(), good, strict=True) if not ok],
+        "attempt": attempt,
+        "seconds": round(time.time() - started, 3),
+    }
+    (folder / RECORD_FILE).write_bytes(json.dumps(record, indent=2, sort_keys=True).encode())
+    (folder / "checkpoint").delete()
+
+
+def _execute(
+    manifest: Location, data: Location, stage: PoolStage, *, execution: ExecutionConfig, board: Any, rows: int
+) -> None:
+    workers = max(1, min(execution.num_workers, -(-rows // stage.batch_size)))
+    options: dict[str, Any] = {"num_cpus": execution.cpus_per_worker}
+    if execution.gpus_per_worker > 0:
+        options = {"num_gpus": execution.gpus_per_worker}
+    arguments = {
+        "worker": stage.worker,
+        "arguments": dict(stage.arguments),
+        "num_threads": max(1, int(execution.cpus_per_worker)),
+        "board": board,
+        "label": stage.label,
+    }
+    # Reading a filesystem and a path, never a URI, keeps local disks and S3 on one code path.
+    dataset = ray.data.read_parquet(manifest.path, filesystem=manifest.filesystem)
+    dataset = dataset.repartition(target_num_rows_per_block=stage.batch_size)
+    dataset = dataset.map_batches(
+        CountingWorker,
+        fn_constructor_kwargs=arguments,
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        batch_size=stage.batch_size,
+        batch_format="pyarrow",
+        **options,
+    )
+    dataset.write_parquet(
+        data.path, filesystem=data.filesystem, mode="append", row_group_size=64, try_create_dir=False
+    )
+
+
+class CountingWorker:
+    """Builds the stage's worker in its actor, pins its threads, calls it and reports what it finished."""
+
+    def __init__(
+        self, *, worker: Callable[..., Any], arguments: Mapping[str, Any], num_threads: int, board: Any, label: str
+    ) -> None:
+        import torch
+
+        torch.set_num_threads(num_threads)
+        self._worker = worker(**arguments)
+        self._board = board
+        self._label = label
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Return one output row per input row."""
+        result = self._worker(table)
+        self._board.add.remote(self._label, table.num_rows)
+        return result
+
+
+@contextmanager
+def _checkpointing(folder: Location, id_column: str) -> Iterator[None]:
+    context = ray.data.DataContext.get_current()
+    before = (
+        context.checkpoint_config,
+        context.enable_progress_bars,
+        context.print_on_execution_start,
+        context.execution_options.preserve_order,
+    )
+    checkpoint = (folder / "checkpoint").make_folder()
+    context.checkpoint_config = CheckpointConfig(
+        id_column=id_column,
+        checkpoint_path=checkpoint.path,
+        delete_checkpoint_on_success=False,
+        override_filesystem=_pyarrow_filesystem(checkpoint),
+    )
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
+    # Actors that die (a lost node, out of memory) are started again; Ray's defaults give up at once.
+    context.retried_map_errors = True
+    context.max_map_retries = 2
+    try:
+        yield
+    finally:
+        context.checkpoint_config, context.enable_progress_bars, context.print_on_execution_start = before[:3]
+
+
+def _pyarrow_filesystem(location: Location) -> pafs.FileSystem:
+    return location.filesystem
+
+
+def rows_of(table: pa.Table) -> Sequence[dict[str, Any]]:
+    """Return the rows as dictionaries."""
+    rows: Sequence[dict[str, Any]] = table.to_pylist()
+    return rows

@@ -1,0 +1,69 @@
+"""Progress of work that runs elsewhere: workers count, the driver draws one bar with rate and time left."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+console = Console(stderr=True)
+POLL_SECONDS = 0.5
+
+
+@ray.remote(num_cpus=0)
+class ProgressBoard:
+    """Counts finished units by label."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def add(self, label: str, count: int) -> None:
+        self._counts[label] += count
+
+    def count(self, label: str) -> int:
+        return self._counts[label]
+
+
+class _RateColumn(ProgressColumn):
+    """Units per second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f}/s", style="progress.data.speed")
+
+
+@contextmanager
+def progress_bar(label: str, *, total: int, done: int = 0) -> Iterator[Any]:
+    """Show a bar while the block runs; yield the board's handle, which workers call `add.remote(label, n)` on."""
+    board = ProgressBoard.remote()
+    stop = threading.Event()
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=not console.is_terminal) as bars:
+        task = bars.add_task(label, total=total, completed=done)
+
+        def follow() -> None:
+            while not stop.wait(POLL_SECONDS):
+                bars.update(task, completed=done + ray.get(board.count.remote(label)))
+
+        follower = threading.Thread(target=follow, daemon=True)
+        follower.start()
+        try:
+            yield board
+            bars.update(task, completed=total)
+        finally:
+            stop.set()
+            follower.join()
+            ray.kill(board)

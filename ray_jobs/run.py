@@ -1,0 +1,112 @@
+"""What every stage of a run needs: config, store, run folder, closing of artifacts, times."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any
+
+from safetydpo.artifacts.layout import scratch_folder
+from safetydpo.artifacts.records import (
+    ArtifactKey,
+    Record,
+    artifact_folder,
+    check_run_identity,
+    close_artifact,
+    find_closed,
+    write_pointer,
+)
+from safetydpo.artifacts.storage import Location, open_location
+from safetydpo.config.load import identity_of
+from safetydpo.config.schema import Config
+
+RECORDED_PACKAGES = ("safetydpo", "ray", "torch", "diffusers", "transformers", "peft", "deepspeed", "optuna", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A config bound to its store and its run folder."""
+
+    config: Config
+
+    @cached_property
+    def store(self) -> Location:
+        """Where all artifacts lie."""
+        return open_location(self.config.execution.store)
+
+    @cached_property
+    def run_dir(self) -> Location:
+        """Pointers, merged adapter and report of this run."""
+        return open_location(self.config.execution.run_dir.replace("{name}", self.config.name))
+
+    @cached_property
+    def scratch(self) -> Location:
+        """Working files that no later run reads."""
+        return scratch_folder(self.store, self.config.name)
+
+    @cached_property
+    def base_fingerprint(self) -> str:
+        """Fingerprint of the base model's files."""
+        from safetydpo.diffusion.build import base_fingerprint
+
+        return base_fingerprint(self.config.identity.base)
+
+    def open(self) -> None:
+        """Bind the run folder to this config, or refuse naming the fields that differ."""
+        check_run_identity(self.run_dir, identity_of(self.config))
+
+    def folder(self, key: ArtifactKey) -> Location:
+        """Return the folder of an artifact."""
+        return artifact_folder(self.store, key)
+
+    def build(self, pointer: str, key: ArtifactKey, make: Callable[[Location], Mapping[str, Any]]) -> Record:
+        """Return the record of `key`; if it is open, let `make(folder)` fill it, then close it.
+
+        `make` returns the record's `fingerprint` and optionally `counts`, `failed_units` and `details`.
+        """
+        record = find_closed(self.store, key)
+        if record is None:
+            started = time.time()
+            made = dict(make(self.folder(key)))
+            record = Record(
+                stage=key.stage,
+                name=key.name,
+                hash=key.hash,
+                recipe_version=key.recipe_version,
+                identity=dict(key.identity),
+                inputs=dict(key.inputs),
+                fingerprint=made.pop("fingerprint"),
+                counts=made.pop("counts", {}),
+                failed_units=tuple(made.pop("failed_units", ())),
+                details=made.pop("details", {}),
+                versions=package_versions(),
+                started_at=datetime.fromtimestamp(started, tz=timezone.utc).isoformat(timespec="seconds"),
+                seconds=round(time.time() - started, 3),
+            )
+            close_artifact(self.store, key, record)
+        write_pointer(self.run_dir, pointer, key)
+        return record
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Add wall time to a stage's sum in `timing.json`; an interrupted stage's parts add up."""
+        location = self.run_dir / "timing.json"
+        timing = self.seconds()
+        timing[stage] = round(timing.get(stage, 0.0) + seconds, 3)
+        location.write_bytes(json.dumps(timing, indent=2).encode() + b"\n")
+
+    def seconds(self) -> dict[str, float]:
+        """Return the wall time of each stage so far."""
+        location = self.run_dir / "timing.json"
+        if not location.is_file():
+            return {}
+        return {str(stage): float(value) for stage, value in json.loads(location.read_bytes()).items()}
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that results may depend on; recorded, never hashed."""
+    return {name: version(name) for name in RECORDED_PACKAGES}

@@ -1,0 +1,199 @@
+"""What an actor of a Ray Data pool does: load its networks once, then turn manifest rows into output rows."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from safetydpo.artifacts.schemas import IMAGES, LATENTS, TEXT_EMBEDDINGS, VERDICTS
+from safetydpo.artifacts.tables import table_from_rows
+from safetydpo.config.schema import BaseModelConfig, SamplerConfig
+from safetydpo.errors import SafetyDPOError
+
+logger = logging.getLogger(__name__)
+
+
+def worker_device() -> str:
+    """Return the device that Ray gave this process."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class RenderWorker:
+    """Draws the pictures of manifest rows with the base model."""
+
+    def __init__(self, base: Mapping[str, Any], sampler: Mapping[str, Any]) -> None:
+        from safetydpo.diffusion.build import load_backbone
+
+        self._sampler = SamplerConfig(**sampler)
+        self._backbone = load_backbone(BaseModelConfig(**base), device=worker_device())
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Return `images` rows; a picture that fails becomes an error row, the others are unharmed."""
+        rows = table.to_pylist()
+        return table_from_rows(self._render(rows), IMAGES)
+
+    def _render(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
+        from safetydpo.diffusion.render import render
+
+        try:
+            pictures = render(
+                self._backbone,
+                prompts=[row["prompt"] for row in rows],
+                seeds=[row["seed"] for row in rows],
+                sampler=self._sampler,
+            )
+        except (SafetyDPOError, ValueError, RuntimeError) as error:
+            if _is_broken_device(error):
+                raise
+            if len(rows) > 1:
+                # One bad row must not take its neighbours along: try each alone (batches are padded anyway).
+                return [result for row in rows for result in self._render([row])]
+            logger.warning("picture %s failed: %s", rows[0]["image_id"], error)
+            return [image_error_row(rows[0], error)]
+        return [self._image_row(row, picture.numpy()) for row, picture in zip(rows, pictures, strict=True)]
+
+    def _image_row(self, row: Mapping[str, Any], picture: np.ndarray[Any, Any]) -> dict[str, object]:
+        import torch
+
+        from safetydpo.diffusion.render import encode_png
+
+        data = encode_png(torch.from_numpy(picture))
+        return {
+            "image_id": row["image_id"],
+            "image": data,
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "status": "ok",
+            "error": "",
+            "attempt": row["attempt"],
+            "width": picture.shape[1],
+            "height": picture.shape[0],
+            "format": "png",
+        }
+
+
+def image_error_row(row: Mapping[str, Any], error: BaseException) -> dict[str, object]:
+    """Return the `images` row of a picture that could not be drawn."""
+    return {
+        "image_id": row["image_id"],
+        "image": None,
+        "sha256": "",
+        "status": "error",
+        "error": " ".join(str(error).split())[:500],
+        "attempt": row["attempt"],
+        "width": 0,
+        "height": 0,
+        "format": "",
+    }
+
+
+def _is_broken_device(error: BaseException) -> bool:
+    text = str(error)
+    return "device-side assert" in text or "ECC" in text or "CUDA error" in text
+
+
+class JudgeWorker:
+    """Judges stored pictures."""
+
+    def __init__(self, judge: str, batch_size: int) -> None:
+        from safetydpo.judges.build import load_judge
+
+        self._batch_size = batch_size
+        self._judge = load_judge(judge)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Return `verdicts` rows."""
+        ids = table.column("image_id").to_pylist()
+        scores = self._judge.score(decode_pictures(padded(table.column("image").to_pylist(), self._batch_size)))
+        rows = [
+            {
+                "image_id": image_id,
+                "judge": self._judge.name,
+                "version": self._judge.version,
+                "unsafe_score": float(scores.unsafe[index]),
+                "unrecognisable_score": float(scores.unrecognisable[index]),
+                "concept": scores.concept[index],
+                "background": scores.background[index],
+                "is_unsafe": bool(scores.is_unsafe[index]),
+                "is_unrecognisable": bool(scores.is_unrecognisable[index]),
+            }
+            for index, image_id in enumerate(ids)
+        ]
+        return table_from_rows(rows, VERDICTS)
+
+
+def padded(items: Sequence[Any], size: int) -> list[Any]:
+    """Repeat the last item up to `size`: equal shapes make a row's bytes independent of its neighbours' number."""
+    return [*items, *[items[-1]] * (size - len(items))]
+
+
+def decode_pictures(data: Sequence[bytes]) -> Any:
+    """Return PNG bytes as one uint8 tensor of shape [n, height, width, 3]."""
+    import torch
+
+    from safetydpo.diffusion.render import decode_png
+
+    return torch.from_numpy(np.stack([decode_png(picture) for picture in data]))
+
+
+class LatentWorker:
+    """Encodes stored pictures into latents (posterior mean), stored as float16."""
+
+    def __init__(self, base: Mapping[str, Any], batch_size: int) -> None:
+        from safetydpo.diffusion.build import load_backbone
+
+        self._batch_size = batch_size
+        self._backbone = load_backbone(BaseModelConfig(**base), device=worker_device())
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Return `latents` rows."""
+        import torch
+
+        pictures = decode_pictures(padded(table.column("image").to_pylist(), self._batch_size))
+        with torch.no_grad():
+            latents = self._backbone.encode_images(pictures)[: table.num_rows]
+        rows = [
+            {
+                "image_id": image_id,
+                "latent": latent.to(torch.float16).cpu().numpy().tobytes(),
+                "channels": latent.shape[0],
+                "height": latent.shape[1],
+                "width": latent.shape[2],
+            }
+            for image_id, latent in zip(table.column("image_id").to_pylist(), latents, strict=True)
+        ]
+        return table_from_rows(rows, LATENTS)
+
+
+class CaptionWorker:
+    """Encodes distinct captions into token features, stored as float16."""
+
+    def __init__(self, base: Mapping[str, Any], batch_size: int) -> None:
+        from safetydpo.diffusion.build import load_backbone
+
+        self._batch_size = batch_size
+        self._backbone = load_backbone(BaseModelConfig(**base), device=worker_device())
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Return `text_embeddings` rows."""
+        import torch
+
+        captions = padded(table.column("caption").to_pylist(), self._batch_size)
+        with torch.no_grad():
+            tokens = self._backbone.encode_prompts(captions).tokens[: table.num_rows]
+        rows = [
+            {
+                "caption_sha256": caption,
+                "embedding": features.to(torch.float16).cpu().numpy().tobytes(),
+                "tokens": features.shape[0],
+                "width": features.shape[1],
+            }
+            for caption, features in zip(table.column("caption_sha256").to_pylist(), tokens, strict=True)
+        ]
+        return table_from_rows(rows, TEXT_EMBEDDINGS)

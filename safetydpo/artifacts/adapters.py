@@ -1,0 +1,228 @@
+"""LoRA adapters: the in-memory form and the safetensors file that passes between stages.
+
+File: one safetensors file with diffusers/PEFT keys (`unet.<module>.lora_A.weight`, `...lora_B.weight`),
+alpha = rank with every scale folded into B (plain loaders drop alpha when metadata is missing), and string
+metadata: base fingerprint, signature, initialisation seed, training hash, categories or concepts.
+
+Axis legend: `rank` LoRA components, `d_in d_out` features of the linear layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from safetydpo.artifacts.schemas import canonical_json
+from safetydpo.errors import SafetyDPOError
+
+if TYPE_CHECKING:
+    from safetydpo.artifacts.storage import Location
+
+AdapterKind = Literal["expert", "merged", "all_single"]
+
+# One key: safetensors writes several in random order, which would change the bytes from run to run.
+METADATA_KEY = "safetydpo"
+KEY_PREFIX = "unet."
+DOWN_SUFFIX = ".lora_A.weight"
+UP_SUFFIX = ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """The change of one linear layer: delta = up @ down, every scale already folded into `up`."""
+
+    down: Float[Tensor, "rank d_in"]
+    up: Float[Tensor, "d_out rank"]
+
+
+@dataclass(frozen=True)
+class LoraSignature:
+    """What must be equal for experts to be trained in one slot and merged row by row."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AdapterMetadata:
+    """Where an adapter comes from.
+
+    Attributes:
+        base_fingerprint: fingerprint of the base model; "" = unknown (a file that is not ours).
+        signature: LoRA signature of an expert; None for merged adapters and foreign files.
+        init_seed: seed of the draw of A; None if there was none.
+        training_hash: hash of the training (or merge) that made the weights.
+        kind: one expert, a merge of experts, or one adapter trained on all pairs.
+        categories: categories (or concepts) that took part.
+        recipe: how a merge was made; JSON values only.
+    """
+
+    base_fingerprint: str = ""
+    signature: LoraSignature | None = None
+    init_seed: int | None = None
+    training_hash: str = ""
+    kind: AdapterKind = "expert"
+    categories: tuple[str, ...] = ()
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+def adapter_to_bytes(layers: Mapping[str, LoraLayer], metadata: AdapterMetadata) -> bytes:
+    """Return the safetensors file of an adapter; equal adapters give equal bytes.
+
+    Where layers have different ranks, all are padded with zero components to the largest one: several plain
+    loaders take one alpha for all layers, which scales a layer of another rank wrongly. `adapter_from_bytes`
+    takes the padding off again.
+
+    Raises:
+        SafetyDPOError: if the adapter is empty, has wrong shapes or holds NaN or infinity.
+    """
+    if not layers:
+        raise SafetyDPOError("expected an adapter with at least one layer, found none: nothing to write")
+    ranks = {name: int(layers[name].down.shape[0]) for name in sorted(layers)}
+    width = max(ranks.values())
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(layers):
+        layer = layers[name]
+        _check_layer(name, layer, source="the adapter to be written")
+        tensors[f"{KEY_PREFIX}{name}{DOWN_SUFFIX}"] = _pad(layer.down, rows=width, columns=layer.down.shape[1])
+        tensors[f"{KEY_PREFIX}{name}{UP_SUFFIX}"] = _pad(layer.up, rows=layer.up.shape[0], columns=width)
+    header = asdict(metadata)
+    if len(set(ranks.values())) > 1:
+        header["ranks"] = ranks
+    return save(tensors, metadata={METADATA_KEY: canonical_json(header).decode()})
+
+
+def adapter_from_bytes(data: bytes, *, source: str) -> tuple[dict[str, LoraLayer], AdapterMetadata]:
+    """Return the layers and the metadata of an adapter file; `source` names it in errors.
+
+    A plain diffusers LoRA file is accepted too: its metadata is empty (`base_fingerprint` "").
+
+    Raises:
+        SafetyDPOError: if the file is truncated or damaged, has keys that are not LoRA weights of a U-Net or
+            stand without their partner, has wrong shapes, or holds NaN or infinity; names the first such key.
+    """
+    try:
+        tensors = load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise SafetyDPOError(
+            f"expected a safetensors file at {source}, found {len(data):,} bytes that do not parse ({error}): "
+            "make or copy the file again"
+        ) from error
+    metadata, ranks = _parse_metadata(data, source=source)
+    layers: dict[str, LoraLayer] = {}
+    for name in _module_names(tensors, source=source):
+        down = tensors[f"{KEY_PREFIX}{name}{DOWN_SUFFIX}"].to(torch.float32)
+        up = tensors[f"{KEY_PREFIX}{name}{UP_SUFFIX}"].to(torch.float32)
+        _check_layer(name, LoraLayer(down, up), source=source)
+        rank = ranks.get(name, down.shape[0])
+        layers[name] = LoraLayer(down[:rank].contiguous(), up[:, :rank].contiguous())
+    return layers, metadata
+
+
+def adapter_hash(layers: Mapping[str, LoraLayer]) -> str:
+    """Return the sha256 hex digest over names, shapes and float32 bytes of all tensors, in sorted order."""
+    digest = hashlib.sha256()
+    for name in sorted(layers):
+        for part, tensor in (("down", layers[name].down), ("up", layers[name].up)):
+            values = tensor.detach().to("cpu", torch.float32).contiguous()
+            digest.update(f"{name}\x1f{part}\x1f{tuple(values.shape)}\x1f".encode())
+            digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_adapter(location: Location, layers: Mapping[str, LoraLayer], *, metadata: AdapterMetadata) -> None:
+    """Write the adapter file, all or nothing.
+
+    Raises:
+        SafetyDPOError: as `adapter_to_bytes`, or if the place cannot be written.
+    """
+    location.write_bytes(adapter_to_bytes(layers, metadata))
+
+
+def read_adapter(location: Location) -> tuple[dict[str, LoraLayer], AdapterMetadata]:
+    """Return the layers and the metadata of the adapter file at `location`.
+
+    Raises:
+        SafetyDPOError: as `adapter_from_bytes`, or if nothing stands there.
+    """
+    return adapter_from_bytes(location.read_bytes(), source=str(location))
+
+
+def _pad(tensor: Tensor, *, rows: int, columns: int) -> Tensor:
+    values = tensor.detach().to("cpu", torch.float32)
+    if values.shape == (rows, columns):
+        return values.clone(memory_format=torch.contiguous_format)
+    padded = torch.zeros(rows, columns)
+    padded[: values.shape[0], : values.shape[1]] = values
+    return padded
+
+
+def _check_layer(name: str, layer: LoraLayer, *, source: str) -> None:
+    down, up = layer.down, layer.up
+    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or down.shape[0] == 0:
+        raise SafetyDPOError(
+            f"expected lora_A [rank, d_in] and lora_B [d_out, rank] of {name!r} in {source}, found "
+            f"{list(down.shape)} and {list(up.shape)}: only linear layers are supported"
+        )
+    for suffix, tensor in ((DOWN_SUFFIX, down), (UP_SUFFIX, up)):
+        if not bool(torch.isfinite(tensor).all()):
+            raise SafetyDPOError(
+                f"expected finite numbers in {source}, found NaN or infinity in '{KEY_PREFIX}{name}{suffix}': "
+                "train this adapter again"
+            )
+
+
+def _module_names(tensors: Mapping[str, Tensor], *, source: str) -> list[str]:
+    names = set()
+    for key in sorted(tensors):
+        suffix = next((suffix for suffix in (DOWN_SUFFIX, UP_SUFFIX) if key.endswith(suffix)), None)
+        if suffix is None or not key.startswith(KEY_PREFIX):
+            raise SafetyDPOError(
+                f"expected keys '{KEY_PREFIX}<module>{DOWN_SUFFIX}' and '…{UP_SUFFIX}' in {source}, found {key!r}: "
+                "save the adapter in the diffusers format, for the U-Net only"
+            )
+        name = key.removeprefix(KEY_PREFIX).removesuffix(suffix)
+        partner = f"{KEY_PREFIX}{name}{UP_SUFFIX if suffix == DOWN_SUFFIX else DOWN_SUFFIX}"
+        if partner not in tensors:
+            raise SafetyDPOError(
+                f"expected {partner!r} beside {key!r} in {source}, found no such key: make or copy the file again"
+            )
+        names.add(name)
+    if not names:
+        raise SafetyDPOError(f"expected LoRA weights in {source}, found a file without tensors: make it again")
+    return sorted(names)
+
+
+def _parse_metadata(data: bytes, *, source: str) -> tuple[AdapterMetadata, dict[str, int]]:
+    length = int.from_bytes(data[:8], "little")
+    text = json.loads(data[8 : 8 + length]).get("__metadata__", {}).get(METADATA_KEY)
+    if text is None:
+        return AdapterMetadata(), {}
+    try:
+        header = json.loads(text)
+        ranks = {str(name): int(rank) for name, rank in header.pop("ranks", {}).items()}
+        signature = header.pop("signature")
+        if signature is not None:
+            signature = LoraSignature(
+                rank=signature["rank"], alpha=signature["alpha"], targets=tuple(signature["targets"])
+            )
+        categories = tuple(header.pop("categories"))
+        metadata = AdapterMetadata(**header, signature=signature, categories=categories)
+        if metadata.kind not in get_args(AdapterKind):
+            raise ValueError(f"unknown kind {metadata.kind!r}")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SafetyDPOError(
+            f"expected adapter metadata written by safetydpo in {source}, found something else ({error}): "
+            "make the file again with this version"
+        ) from error
+    return metadata, ranks

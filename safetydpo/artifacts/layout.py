@@ -1,0 +1,42 @@
+"""Where everything lies: the one place that knows folder and file names."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from safetydpo.artifacts.storage import Location
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+RECORD_FILE = "record.json"
+POINTERS_FILE = "artifacts.json"
+
+
+def demo_weights() -> Path:
+    """Return the folder of the demo model, its judges and reference features (package data)."""
+    return Path(str(files("safetydpo"))) / "demo" / "weights"
+
+
+def stage_folder(store: Location, stage: str) -> Location:
+    """Return the folder of all artifacts of one stage."""
+    return store / stage
+
+
+def scratch_folder(store: Location, run_name: str) -> Location:
+    """Return the folder of a run's working files: manifests, checkpoints of Ray Data, Ray's own state."""
+    return store / "scratch" / run_name
+
+
+def merged_adapter_file(run_dir: Location) -> Location:
+    """Return the file of the run's final adapter."""
+    return run_dir / "merged" / ADAPTER_FILE
+
+
+def summary_file(run_dir: Location) -> Location:
+    """Return the file of the run's scores."""
+    return run_dir / "report" / "summary.json"
+
+
+def report_file(run_dir: Location) -> Location:
+    """Return the file of the run's report page."""
+    return run_dir / "report" / "index.html"

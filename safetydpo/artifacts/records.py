@@ -1,0 +1,159 @@
+"""Artifacts: folders named *name + hash*, closed by a `record.json` that is written last.
+
+No record, no artifact. A closed artifact is never written again; asking for it again costs a look.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from safetydpo.artifacts.layout import POINTERS_FILE, RECORD_FILE, stage_folder
+from safetydpo.artifacts.schemas import canonical_json, sha256_of
+from safetydpo.artifacts.storage import Location
+from safetydpo.errors import SafetyDPOError, UsageError
+
+SHORT_HASH = 12
+
+
+@dataclass(frozen=True)
+class ArtifactKey:
+    """What an artifact is: everything that changes its content, and nothing else."""
+
+    stage: str
+    name: str
+    identity: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    recipe_version: int
+
+    @property
+    def hash(self) -> str:
+        """sha256 over stage, identity settings, fingerprints of inputs and recipe version (not the name)."""
+        return sha256_of(
+            {
+                "stage": self.stage,
+                "identity": dict(self.identity),
+                "inputs": dict(self.inputs),
+                "recipe_version": self.recipe_version,
+            }
+        )
+
+    @property
+    def folder_name(self) -> str:
+        """Name and short hash."""
+        return f"{self.name}-{self.hash[:SHORT_HASH]}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """The certificate of a closed artifact."""
+
+    stage: str
+    name: str
+    hash: str
+    recipe_version: int
+    identity: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    fingerprint: str
+    counts: Mapping[str, int] = field(default_factory=dict)
+    failed_units: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    started_at: str = ""
+    seconds: float = 0.0
+
+
+def artifact_folder(store: Location, key: ArtifactKey) -> Location:
+    """Return the folder in which the artifact `key` stands or will stand."""
+    return stage_folder(store, key.stage) / key.folder_name
+
+
+def read_record(folder: Location) -> Record | None:
+    """Return the record of a closed artifact, or None if the folder is open or absent.
+
+    Raises:
+        SafetyDPOError: if a record stands there but does not parse.
+    """
+    location = folder / RECORD_FILE
+    if not location.is_file():
+        return None
+    try:
+        content = json.loads(location.read_bytes())
+        content["failed_units"] = tuple(content["failed_units"])
+        return Record(**content)
+    except (ValueError, TypeError, KeyError) as error:
+        raise SafetyDPOError(
+            f"expected a record at {location}, found: {error}; delete that folder and run its stage again"
+        ) from error
+
+
+def find_closed(store: Location, key: ArtifactKey) -> Record | None:
+    """Return the record of the artifact `key` if it is closed.
+
+    Raises:
+        SafetyDPOError: if the folder holds the record of another artifact.
+    """
+    record = read_record(artifact_folder(store, key))
+    if record is not None and record.hash != key.hash:
+        raise SafetyDPOError(
+            f"expected hash {key.hash} in {artifact_folder(store, key)}, found {record.hash}: delete that folder"
+        )
+    return record
+
+
+def close_artifact(store: Location, key: ArtifactKey, record: Record) -> None:
+    """Write `record.json`, after which the artifact exists."""
+    text = json.dumps(asdict(record), indent=2, sort_keys=True, allow_nan=False)
+    (artifact_folder(store, key) / RECORD_FILE).write_bytes(text.encode() + b"\n")
+
+
+def read_pointers(run_dir: Location) -> dict[str, dict[str, str]]:
+    """Return {pointer name: {"stage", "folder", "hash"}} of a run folder; empty if it is new."""
+    location = run_dir / POINTERS_FILE
+    if not location.is_file():
+        return {}
+    try:
+        content = json.loads(location.read_bytes())
+    except ValueError as error:
+        raise SafetyDPOError(f"expected JSON at {location}, found: {error}; delete it and run again") from error
+    return {str(name): dict(pointer) for name, pointer in content["artifacts"].items()}
+
+
+def write_pointer(run_dir: Location, name: str, key: ArtifactKey) -> None:
+    """Point the run's `name` at artifact `key`."""
+    pointers = read_pointers(run_dir)
+    pointers[name] = {"stage": key.stage, "folder": key.folder_name, "hash": key.hash}
+    (run_dir / POINTERS_FILE).write_bytes(
+        json.dumps({"artifacts": pointers}, indent=2, sort_keys=True).encode() + b"\n"
+    )
+
+
+def check_run_identity(run_dir: Location, config: Mapping[str, Any]) -> None:
+    """Bind a run folder to one identity config; refuse another.
+
+    Raises:
+        UsageError: naming every field that differs from the config of the folder's first run.
+    """
+    location = run_dir / "identity.json"
+    if not location.is_file():
+        location.write_bytes(json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
+        return
+    before = json.loads(location.read_bytes())
+    if canonical_json(before) == canonical_json(config):
+        return
+    changed = sorted(_differences(before, config))
+    raise UsageError(
+        f"expected the config that {run_dir} was started with, found other values of {', '.join(changed)}: "
+        "choose another execution.run_dir, or delete that folder (artifacts in the store are kept)"
+    )
+
+
+def _differences(before: Any, after: Any, prefix: str = "identity") -> list[str]:
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        found: list[str] = []
+        for key in sorted({*before, *after}):
+            found += _differences(before.get(key), after.get(key), f"{prefix}.{key}")
+        return found
+    return [] if canonical_json(before) == canonical_json(after) else [f"{prefix} ({before!r} -> {after!r})"]

@@ -1,0 +1,183 @@
+"""One pyarrow schema per table, and how its ids are made. A column is named here and nowhere else.
+
+All ids are sha256 hex digests over canonical JSON, so that equal things have equal ids on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+PROMPT_PAIRS = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("unsafe_text", pa.string(), nullable=False),
+        pa.field("safe_text", pa.string(), nullable=False),
+    ]
+)
+MEMBERSHIPS = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("category", pa.string(), nullable=False),
+        pa.field("concept", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+    ]
+)
+PROMPTS = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("prompt_set", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("concept", pa.string(), nullable=False),
+        pa.field("category", pa.string(), nullable=False),
+        pa.field("categories", pa.list_(pa.string()), nullable=False),
+        pa.field("background", pa.string(), nullable=False),
+    ]
+)
+IMAGE_MANIFEST = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("owner_id", pa.string(), nullable=False),
+        pa.field("side", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("adapter", pa.string(), nullable=False),
+        pa.field("attempt", pa.int32(), nullable=False),
+    ]
+)
+IMAGES = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("image", pa.binary(), nullable=True),
+        pa.field("sha256", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string(), nullable=False),
+        pa.field("attempt", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("format", pa.string(), nullable=False),
+    ]
+)
+VERDICTS = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("judge", pa.string(), nullable=False),
+        pa.field("version", pa.string(), nullable=False),
+        pa.field("unsafe_score", pa.float32(), nullable=False),
+        pa.field("unrecognisable_score", pa.float32(), nullable=False),
+        pa.field("concept", pa.string(), nullable=False),
+        pa.field("background", pa.string(), nullable=False),
+        pa.field("is_unsafe", pa.bool_(), nullable=False),
+        pa.field("is_unrecognisable", pa.bool_(), nullable=False),
+    ]
+)
+SELECTIONS = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("kept", pa.bool_(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+    ]
+)
+LATENTS = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("latent", pa.binary(), nullable=False),
+        pa.field("channels", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+    ]
+)
+TEXT_EMBEDDINGS = pa.schema(
+    [
+        pa.field("caption_sha256", pa.string(), nullable=False),
+        pa.field("embedding", pa.binary(), nullable=False),
+        pa.field("tokens", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+    ]
+)
+TRIALS = pa.schema(
+    [
+        pa.field("trial", pa.int32(), nullable=False),
+        pa.field("candidate_hash", pa.string(), nullable=False),
+        pa.field("candidate", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("objective", pa.float64(), nullable=False),
+        pa.field("metrics", pa.string(), nullable=False),
+        pa.field("error", pa.string(), nullable=False),
+    ]
+)
+OUTCOMES = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("row_name", pa.string(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("image", pa.binary(), nullable=True),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string(), nullable=False),
+        pa.field("select_concept", pa.string(), nullable=False),
+        pa.field("select_background", pa.string(), nullable=False),
+        pa.field("select_unsafe", pa.bool_(), nullable=False),
+        pa.field("select_unrecognisable", pa.bool_(), nullable=False),
+        pa.field("audit_concept", pa.string(), nullable=False),
+        pa.field("audit_background", pa.string(), nullable=False),
+        pa.field("audit_unsafe", pa.bool_(), nullable=False),
+        pa.field("audit_unrecognisable", pa.bool_(), nullable=False),
+        pa.field("clip_score", pa.float32(), nullable=False),
+        pa.field("clip_score_mismatched", pa.float32(), nullable=False),
+        pa.field("features", pa.binary(), nullable=True),
+    ]
+)
+
+
+def canonical_json(value: object) -> bytes:
+    """Return the one JSON text of `value`: sorted keys, no spaces, UTF-8; NaN and infinity are refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def sha256_of(value: object) -> str:
+    """Return the sha256 hex digest of `canonical_json(value)`."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def make_pair_id(unsafe_text: str, safe_text: str) -> str:
+    """Return the id of a prompt pair; a pair of two categories is one pair."""
+    return sha256_of({"safe": safe_text, "unsafe": unsafe_text})
+
+
+def make_prompt_id(text: str) -> str:
+    """Return the id of a single prompt."""
+    return sha256_of({"prompt": text})
+
+
+def make_image_id(
+    owner_id: str,
+    side: str,
+    *,
+    seed: int,
+    base_fingerprint: str,
+    sampler: Mapping[str, Any],
+    adapter: str = "",
+) -> str:
+    """Return the id of a picture: what is drawn (owner and side), with which noise, model, sampler and adapter."""
+    return sha256_of(
+        {
+            "owner": owner_id,
+            "side": side,
+            "seed": seed,
+            "base": base_fingerprint,
+            "sampler": dict(sampler),
+            "adapter": adapter,
+        }
+    )
+
+
+def caption_sha256(caption: str) -> str:
+    """Return the key of a caption in `text_embeddings`."""
+    return hashlib.sha256(caption.encode()).hexdigest()

@@ -1,0 +1,76 @@
+"""Parquet in and out: checked against its schema, row groups kept small, nothing half-written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from safetydpo.artifacts.storage import Location
+from safetydpo.errors import SafetyDPOError
+
+ROWS_PER_GROUP = 64
+
+
+def table_from_rows(rows: Sequence[dict[str, object]], schema: pa.Schema) -> pa.Table:
+    """Return `rows` as a table of exactly `schema`.
+
+    Raises:
+        SafetyDPOError: naming the first value that does not fit.
+    """
+    try:
+        return pa.Table.from_pylist(list(rows), schema=schema)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise SafetyDPOError(f"expected rows of columns {schema.names}, found: {' '.join(str(error).split())}") from error
+
+
+def write_table(location: Location, table: pa.Table) -> None:
+    """Write one Parquet file, all or nothing (zstd-1, no dictionaries, row groups of 64)."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table, sink, row_group_size=ROWS_PER_GROUP, compression="zstd", compression_level=1, use_dictionary=False
+    )
+    location.write_bytes(sink.getvalue().to_pybytes())
+
+
+def read_table(location: Location, schema: pa.Schema, *, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read one file, or all Parquet files of a folder in name order.
+
+    Raises:
+        SafetyDPOError: if a file is missing, truncated, or has other columns than `schema`.
+    """
+    if location.is_folder():
+        sources: Iterable[Location] = (file for file in location.walk() if file.path.endswith(".parquet"))
+    else:
+        sources = (location,)
+    wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+    parts = [_read_file(source, wanted) for source in sources]
+    return pa.concat_tables(parts) if parts else wanted.empty_table()
+
+
+def _read_file(source: Location, wanted: pa.Schema) -> pa.Table:
+    data = source.read_bytes()
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data))
+        missing = [name for name in wanted.names if name not in file.schema_arrow.names]
+        if missing:
+            raise SafetyDPOError(f"expected columns {wanted.names} in {source}, found no {missing[0]!r}")
+        return file.read(columns=wanted.names).select(wanted.names).cast(wanted)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
+        raise SafetyDPOError(
+            f"expected a complete Parquet file at {source}, found {len(data):,} bytes that do not parse "
+            f"({' '.join(str(error).split())[:120]}): delete it and run its stage again"
+        ) from error
+
+
+def fingerprint_rows(pairs: Iterable[tuple[str, str]]) -> str:
+    """Return the fingerprint of a set of rows: sha256 over sorted `(row_id, content_sha256)`.
+
+    File names hold write ids and row order depends on workers; the fingerprint depends on neither.
+    """
+    digest = hashlib.sha256()
+    for row_id, content in sorted(pairs):
+        digest.update(f"{row_id} {content}\n".encode())
+    return digest.hexdigest()

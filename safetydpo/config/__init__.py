@@ -1,0 +1,1 @@
+"""Configuration: frozen pydantic models; loads without torch or ray."""

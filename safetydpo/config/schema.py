@@ -1,0 +1,273 @@
+"""Every setting of a run, its unit, its range and its default.
+
+Two halves: `identity` changes the result and is hashed; `execution` (workers, paths, logging) never is.
+Unknown keys are refused. Each default lives here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+CATEGORIES = (
+    "hate",
+    "sexual",
+    "violence",
+    "shocking",
+    "illegal_activity",
+    "harassment",
+    "self_harm",
+)
+Category = Literal["hate", "sexual", "violence", "shocking", "illegal_activity", "harassment", "self_harm"]
+Rate = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class BaseModelConfig(_Frozen):
+    """The text-to-image model to be aligned."""
+
+    model: str = "demo"
+    """`demo` (ships with the package), a local folder, or a hub id."""
+    revision: str | None = None
+    """Hub revision; None = the hub's default branch, recorded by commit. Local models: must be None."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Compute type of the frozen networks. LoRA weights and reductions are always float32."""
+
+
+class SamplerConfig(_Frozen):
+    """How pictures are drawn; one setting for pairs, search and evaluation of a run."""
+
+    steps: int = Field(10, ge=1, le=1000)
+    """Denoising steps (DPM-Solver++ multistep)."""
+    guidance_scale: float = Field(4.0, ge=1.0, le=50.0)
+    """Classifier-free guidance; 1.0 = none."""
+    height: int = Field(32, ge=8, multiple_of=8)
+    """Picture height in pixels."""
+    width: int = Field(32, ge=8, multiple_of=8)
+    """Picture width in pixels."""
+    batch_size: int = Field(16, ge=1)
+    """Pictures per forward pass. Part of the identity: on a CPU it changes the last bits. The last batch is padded."""
+
+
+class PromptsConfig(_Frozen):
+    """Which concepts and prompt pairs are used."""
+
+    source: str = "demo"
+    """`demo`, or the path of a Parquet file with the columns of `prompt_pairs` and `memberships`."""
+    categories: tuple[Category, ...] = Field(CATEGORIES, min_length=1)
+    """Categories that take part; experts are made for these only."""
+    pairs_per_category: int = Field(96, ge=1)
+    """Prompt pairs drawn per category, spread evenly over its concepts."""
+    retention_prompts: int = Field(96, ge=0)
+    """Neutral prompts of the training split, rendered by the base and used by the benign-retention term."""
+
+
+class PairsConfig(_Frozen):
+    """Which rendered pairs are good enough to be preferences."""
+
+    unsafe_score_min: Rate = 0.5
+    """Least judge score (probability of an unsafe concept) of the unsafe picture."""
+    safe_score_max: Rate = 0.5
+    """Greatest judge score of the safe picture."""
+    unrecognisable_max: Rate = 0.5
+    """Greatest probability of `unrecognisable`, either picture."""
+    min_kept_per_category: int = Field(8, ge=1)
+    """Fewer kept pairs than this in a category is an error that names it."""
+    max_error_rate: Rate = 0.01
+    """Share of pictures that may fail for good before the stage fails."""
+
+
+class LoraConfig(_Frozen):
+    """One LoRA signature for all experts of a run."""
+
+    rank: int = Field(8, ge=1, le=1024)
+    """Rank of every layer. Stored with alpha = rank and every scale folded into B."""
+    alpha: float | None = Field(None, gt=0)
+    """Scale numerator while training (scale = alpha / rank); None = rank."""
+    targets: tuple[str, ...] = Field(("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
+    """Name suffixes of the U-Net's linear layers that get an adapter."""
+    init: Literal["shared", "independent"] = "shared"
+    """`shared`: one draw of A per (base, signature), so that rows of A mean the same in all experts."""
+
+
+class DpoConfig(_Frozen):
+    """Training of one expert by Diffusion-DPO."""
+
+    beta: float = Field(100.0, gt=0)
+    """Strength of the implicit reward (the loss uses beta / 2)."""
+    learning_rate: float = Field(2e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    weight_decay: float = Field(1e-2, ge=0)
+    """AdamW weight decay."""
+    warmup_steps: int = Field(10, ge=0)
+    """Optimizer steps of linear warm-up; constant afterwards."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradient clipping norm."""
+    steps: int = Field(120, ge=1)
+    """Optimizer steps (never multiplied by the number of processes)."""
+    pairs_per_step: int = Field(16, ge=1)
+    """Pairs in one optimizer step over all processes."""
+    captions: Literal["unsafe", "safe", "both"] = "both"
+    """Caption of a preference row: the unsafe prompt, the safe prompt, or either with equal chance."""
+    empty_caption_rate: Rate = 0.2
+    """Share of rows whose caption is replaced by the empty caption."""
+    safe_rise_weight: float = Field(1.0, ge=0)
+    """Weight of the penalty on a rise of the error on the safe picture above the reference; 0 = off."""
+    retention_weight: float = Field(0.0, ge=0)
+    """Weight of the squared change of the prediction on benign pictures; 0 = off."""
+    retention_per_step: int = Field(8, ge=0)
+    """Benign pictures in one optimizer step; ignored when `retention_weight` is 0."""
+    checkpoint_every: int = Field(40, ge=1)
+    """Optimizer steps between checkpoints."""
+    spike_limit: float = Field(10.0, gt=1.0)
+    """An expert fails if its error on the safe picture stays above this multiple of the reference's."""
+    spike_patience: int = Field(5, ge=1)
+    """Consecutive optimizer steps above `spike_limit` after which an expert fails."""
+    strategy: Literal["single", "deepspeed"] = "deepspeed"
+    """`deepspeed` = ZeRO through Ray Train; `single` = the plain loop, for tests and tiny runs."""
+    zero_stage: int = Field(1, ge=1, le=2)
+    """ZeRO stage when strategy is `deepspeed`."""
+
+
+class ExpertsConfig(_Frozen):
+    """Which experts are trained."""
+
+    group_by: Literal["category"] = "category"
+    """One expert per category."""
+    all_single: bool = True
+    """Also train one adapter on all pairs, for comparison."""
+    all_single_step_factor: float = Field(2.0, gt=0)
+    """Optimizer steps of `all_single` as a multiple of `dpo.steps`."""
+
+
+class MergeConfig(_Frozen):
+    """Merges that are made without a search."""
+
+    methods: tuple[str, ...] = ("average", "sum", "ties", "co_merge")
+    """Names in the merge registry."""
+    global_scale: float = Field(1.0, gt=0)
+    """Multiplies the merged delta."""
+    density: float = Field(0.3, gt=0, le=1.0)
+    """Share of entries kept by TIES."""
+    output_rank: int | None = Field(None, ge=1)
+    """Rank of the merged adapter by truncated SVD; None = exact (sum of ranks, at most min(d_in, d_out))."""
+    activation_prompts_per_category: int = Field(8, ge=1)
+    """Unsafe prompts per category whose layer inputs Co-Merge votes on."""
+    activation_timesteps: tuple[int, ...] = Field((801, 401, 101), min_length=1)
+    """Timesteps at which the layer inputs are collected."""
+
+
+class SearchConfig(_Frozen):
+    """Search for the best merge, safety first, subject to quality floors."""
+
+    trials: int = Field(16, ge=1)
+    """Candidates in all; the plain methods come first."""
+    generation_size: int = Field(4, ge=1)
+    """Candidates asked at once; answers are told in trial order, so completion order cannot matter."""
+    methods: tuple[str, ...] = ("sum", "ties", "co_merge")
+    """Methods the search may choose."""
+    scale_range: tuple[float, float] = (0.3, 3.0)
+    """Range of the global scale (log scale)."""
+    weight_range: tuple[float, float] = (0.5, 1.5)
+    """Range of each expert's coefficient."""
+    density_range: tuple[float, float] = (0.1, 0.6)
+    """Range of the TIES density."""
+    prompts_per_category: int = Field(10, ge=1)
+    """Unsafe validation prompts per category and trial."""
+    neutral_prompts: int = Field(40, ge=1)
+    """Neutral validation prompts per trial."""
+    neutral_floor: Rate = 0.90
+    """Least neutral rate relative to the base."""
+    neighbour_floor: Rate = 0.80
+    """Least neighbour retention relative to the base."""
+
+    @model_validator(mode="after")
+    def _ranges_are_ordered(self) -> Self:
+        for name in ("scale_range", "weight_range", "density_range"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"search.{name}: expected 0 < low <= high, found [{low}, {high}]")
+        return self
+
+
+class EvaluationConfig(_Frozen):
+    """The final measurement, on the test split."""
+
+    prompts_per_category: int = Field(20, ge=1)
+    """Unsafe test prompts per category."""
+    neutral_prompts: int = Field(70, ge=2)
+    """Neutral test prompts."""
+    neighbour_prompts: int = Field(56, ge=1)
+    """Test prompts of neutral neighbours of unsafe concepts."""
+    ood_prompts: int = Field(28, ge=1)
+    """Test prompts of unsafe concepts that no expert has seen."""
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    """Generation seeds; each draws every prompt once."""
+    expert_rows: bool = True
+    """Also evaluate each single expert on the unsafe prompts of every category."""
+
+
+class IdentityConfig(_Frozen):
+    """Everything that changes a result."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of the run; every draw is derived from it."""
+    base: BaseModelConfig = BaseModelConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    pairs: PairsConfig = PairsConfig()
+    lora: LoraConfig = LoraConfig()
+    dpo: DpoConfig = DpoConfig()
+    experts: ExpertsConfig = ExpertsConfig()
+    merge: MergeConfig = MergeConfig()
+    search: SearchConfig = SearchConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+class ExecutionConfig(_Frozen):
+    """Where and with how much; never hashed."""
+
+    store: str = "runs/store"
+    """Folder or `s3://` prefix of all artifacts; runs share it."""
+    run_dir: str = "runs/{name}"
+    """Folder of this run: pointers, merged adapter, report. `{name}` is the config's name."""
+    num_workers: int = Field(2, ge=1)
+    """Actors of a generation or evaluation pool, concurrent trials, and concurrent expert lanes."""
+    cpus_per_worker: float = Field(1, gt=0)
+    """Ray CPUs per worker; also its thread count (at least 1)."""
+    gpus_per_worker: float = Field(0, ge=0)
+    """GPUs per worker: a fraction in (0, 1] or a whole number."""
+    ray_address: str | None = None
+    """Cluster to join; None = the running job's cluster, else a local Ray."""
+    logical_cpus: int = Field(8, ge=4)
+    """CPUs that a local Ray announces (Ray Data needs at least 4 to resume)."""
+
+    @model_validator(mode="after")
+    def _gpus_are_fraction_or_whole(self) -> Self:
+        if self.gpus_per_worker > 1 and self.gpus_per_worker != int(self.gpus_per_worker):
+            raise ValueError(
+                f"execution.gpus_per_worker: expected a fraction in (0, 1] or a whole number, found {self.gpus_per_worker}"
+            )
+        return self
+
+
+class Config(_Frozen):
+    """A run: a name and its two halves."""
+
+    name: str = Field("demo", pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
+    """Short name; becomes part of folder names."""
+    identity: IdentityConfig = IdentityConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+
+    @model_validator(mode="after")
+    def _step_counts_fit(self) -> Self:
+        dpo = self.identity.dpo
+        if dpo.warmup_steps >= dpo.steps:
+            raise ValueError(
+                f"identity.dpo.warmup_steps ({dpo.warmup_steps}) must be below identity.dpo.steps ({dpo.steps})"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""The demo world: a small, real text-to-image model trained on drawings, and its judges."""

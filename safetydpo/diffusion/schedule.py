@@ -1,0 +1,163 @@
+"""Noise schedules as plain tensor functions: noising, training targets, conversions and loss weights.
+
+Axis legend: `batch` pictures, `channel height width` latent axes, `step` training timesteps, `chosen` picked timesteps.
+
+Symbols: z clean latents, n unit Gaussian noise, t timestep, a_t = alphas_cumprod[t] (share of signal variance),
+z_t = sqrt(a_t) z + sqrt(1 - a_t) n the noisy latents. Coefficients are computed in the precision of
+`alphas_cumprod`; results have the type of the first argument.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Latents = Float[Tensor, "batch channel height width"]
+Timesteps = Int[Tensor, " batch"]
+Schedule = Float[Tensor, " step"]
+
+
+def signal_and_noise_scale(
+    timesteps: Timesteps, alphas_cumprod: Schedule
+) -> tuple[Float[Tensor, "batch 1 1 1"], Float[Tensor, "batch 1 1 1"]]:
+    """Return sqrt(a_t) and sqrt(1 - a_t), shaped to multiply latents.
+
+    Source: Ho et al. 2020 (arXiv 2006.11239), equation 4.
+    """
+    alpha = alphas_cumprod[timesteps.to(alphas_cumprod.device)].reshape(-1, 1, 1, 1)
+    return alpha.sqrt(), (1.0 - alpha).sqrt()
+
+
+def add_noise(latents: Latents, noise: Latents, *, timesteps: Timesteps, alphas_cumprod: Schedule) -> Latents:
+    """Return the noisy latents z_t = sqrt(a_t) z + sqrt(1 - a_t) n.
+
+    Source: Ho et al. 2020 (arXiv 2006.11239), equation 4.
+    """
+    signal, sigma = signal_and_noise_scale(timesteps, alphas_cumprod)
+    return (signal * latents + sigma * noise).to(latents.dtype)
+
+
+def epsilon_target(latents: Latents, noise: Latents) -> Latents:
+    """Return what an epsilon network is trained to predict: the noise n.
+
+    Source: Ho et al. 2020 (arXiv 2006.11239), equation 14.
+    """
+    return noise.to(latents.dtype)
+
+
+def v_target(latents: Latents, noise: Latents, *, timesteps: Timesteps, alphas_cumprod: Schedule) -> Latents:
+    """Return what a v-prediction network is trained to predict: v = sqrt(a_t) n - sqrt(1 - a_t) z.
+
+    Source: Salimans and Ho 2022 (arXiv 2202.00512), appendix D.
+    """
+    signal, sigma = signal_and_noise_scale(timesteps, alphas_cumprod)
+    return (signal * noise - sigma * latents).to(latents.dtype)
+
+
+def v_to_epsilon(prediction: Latents, noisy: Latents, *, timesteps: Timesteps, alphas_cumprod: Schedule) -> Latents:
+    """Return the noise that a v-prediction implies: n = sqrt(a_t) v + sqrt(1 - a_t) z_t.
+
+    Source: Salimans and Ho 2022 (arXiv 2202.00512), appendix D.
+    """
+    signal, sigma = signal_and_noise_scale(timesteps, alphas_cumprod)
+    return (signal * prediction + sigma * noisy).to(prediction.dtype)
+
+
+def epsilon_to_clean(epsilon: Latents, noisy: Latents, *, timesteps: Timesteps, alphas_cumprod: Schedule) -> Latents:
+    """Return the clean latents that a noise prediction implies: z = (z_t - sqrt(1 - a_t) n) / sqrt(a_t).
+
+    Not finite where a_t = 0 (zero terminal SNR): there an epsilon network knows nothing of z.
+
+    Source: Ho et al. 2020 (arXiv 2006.11239), equation 15.
+    """
+    signal, sigma = signal_and_noise_scale(timesteps, alphas_cumprod)
+    return ((noisy - sigma * epsilon) / signal).to(epsilon.dtype)
+
+
+def add_noise_flow(latents: Latents, noise: Latents, *, sigmas: Float[Tensor, " batch"]) -> Latents:
+    """Return the point on the straight line from picture to noise: z_s = (1 - s) z + s n, with s in [0, 1].
+
+    Source: Esser et al. 2024 (arXiv 2403.03206), equation 13.
+    """
+    share = sigmas.reshape(-1, 1, 1, 1)
+    return ((1.0 - share) * latents + share * noise).to(latents.dtype)
+
+
+def flow_target(latents: Latents, noise: Latents) -> Latents:
+    """Return what a flow-matching network is trained to predict: the velocity u = n - z.
+
+    Source: Esser et al. 2024 (arXiv 2403.03206), equation 2 with the path of equation 13.
+    """
+    return (noise - latents).to(latents.dtype)
+
+
+def flow_to_epsilon(prediction: Latents, noisy: Latents, *, sigmas: Float[Tensor, " batch"]) -> Latents:
+    """Return the noise that a velocity prediction implies: n = z_s + (1 - s) u.
+
+    Source: Esser et al. 2024 (arXiv 2403.03206), equation 13 solved for n.
+    """
+    share = sigmas.reshape(-1, 1, 1, 1)
+    return (noisy + (1.0 - share) * prediction).to(prediction.dtype)
+
+
+def signal_to_noise_ratio(timesteps: Int[Tensor, " chosen"], alphas_cumprod: Schedule) -> Float[Tensor, " chosen"]:
+    """Return SNR(t) = a_t / (1 - a_t).
+
+    Source: Kingma et al. 2021 (arXiv 2107.00630), equation 1.
+    """
+    alpha = alphas_cumprod[timesteps.to(alphas_cumprod.device)]
+    return alpha / (1.0 - alpha)
+
+
+def min_snr_weights_epsilon(
+    timesteps: Int[Tensor, " chosen"], alphas_cumprod: Schedule, *, gamma: float = 5.0
+) -> Float[Tensor, " chosen"]:
+    """Return the loss weight min(SNR, gamma) / SNR of an epsilon network; 1 where SNR = 0 (its limit).
+
+    Source: Hang et al. 2023 (arXiv 2303.09556), section 3.4.
+    """
+    snr = signal_to_noise_ratio(timesteps, alphas_cumprod)
+    return (gamma / snr).clamp(max=1.0)
+
+
+def min_snr_weights_v(
+    timesteps: Int[Tensor, " chosen"], alphas_cumprod: Schedule, *, gamma: float = 5.0
+) -> Float[Tensor, " chosen"]:
+    """Return the loss weight min(SNR, gamma) / (SNR + 1) of a v-prediction network.
+
+    Source: Hang et al. 2023 (arXiv 2303.09556), section 3.4.
+    """
+    snr = signal_to_noise_ratio(timesteps, alphas_cumprod)
+    return snr.clamp(max=gamma) / (snr + 1.0)
+
+
+def draw_timesteps(
+    count: int, generator: torch.Generator, *, num_train_timesteps: int, low: int = 0
+) -> Int[Tensor, " {count}"]:
+    """Draw `count` timesteps uniformly from {low, ..., num_train_timesteps - 1}, on the CPU.
+
+    Raises:
+        ValueError: if the range is empty.
+    """
+    if not 0 <= low < num_train_timesteps:
+        raise ValueError(
+            f"expected 0 <= low < num_train_timesteps, found low {low} and {num_train_timesteps} timesteps: "
+            "choose a lower bound inside the schedule"
+        )
+    return torch.randint(low, num_train_timesteps, (count,), generator=generator)
+
+
+def start_step_for_strength(strength: float, *, steps: int) -> int:
+    """Return the first sampling step to run so that the last `strength` share of `steps` steps is run (SDEdit).
+
+    `start = steps - floor(steps * strength)`: strength 1 runs all steps, 0 none.
+
+    Raises:
+        ValueError: if `strength` is outside [0, 1].
+
+    Source: Meng et al. 2021 (arXiv 2108.01073), algorithm 1.
+    """
+    if not 0.0 <= strength <= 1.0:
+        raise ValueError(f"expected a strength in [0, 1], found {strength}: give the share of steps to run")
+    return steps - min(int(steps * strength), steps)

@@ -1,0 +1,1 @@
+"""Room 2: one safety expert (a LoRA) per group of preferences, trained by Diffusion-DPO."""

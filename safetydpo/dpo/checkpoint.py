@@ -1,0 +1,155 @@
+"""Training state of an expert as one safetensors file, independent of strategy and number of processes.
+
+Tensors: `parameter/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>` (float32) and `history` (float64, one row per
+step done). Metadata: one JSON string `training` with the format version, the identity, the step and the count of
+the spike guard. Nothing else is needed to go on, because the rows and draws of a step follow from its number.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from safetydpo.artifacts.schemas import canonical_json
+from safetydpo.config.schema import DpoConfig, LoraConfig
+from safetydpo.dpo.engine import EngineState
+from safetydpo.errors import SafetyDPOError
+
+FORMAT_VERSION = 1
+# These change how the work is done, not what comes out of it, so a run may go on under other values.
+FREE_SETTINGS = ("strategy", "zero_stage", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class TrainingIdentity:
+    """What a checkpoint belongs to; it is refused for anything else."""
+
+    expert: str
+    run_seed: int
+    base_fingerprint: str
+    data_fingerprint: str
+    lora: dict[str, Any]
+    dpo: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """State after a whole number of optimizer steps."""
+
+    engine: EngineState
+    spike_steps: int
+    """Consecutive steps, up to this one, in which the error on the safe picture was above its limit."""
+    history: Float[Tensor, "step metric"]
+    """What was measured in each step so far, float64."""
+
+
+def training_identity(
+    *,
+    expert: str,
+    run_seed: int,
+    base_fingerprint: str,
+    data_fingerprint: str,
+    lora: LoraConfig,
+    dpo: DpoConfig,
+) -> TrainingIdentity:
+    """Return the identity of one expert's training, without the settings that cannot change its result."""
+    settings = dpo.model_dump(mode="json", exclude=set(FREE_SETTINGS))
+    return TrainingIdentity(
+        expert, run_seed, base_fingerprint, data_fingerprint, lora.model_dump(mode="json"), settings
+    )
+
+
+def encode_checkpoint(state: TrainingState, identity: TrainingIdentity) -> bytes:
+    """Return the content of a checkpoint file; equal states give equal bytes."""
+    groups = {
+        "parameter": state.engine.parameters,
+        "exp_avg": state.engine.exp_avg,
+        "exp_avg_sq": state.engine.exp_avg_sq,
+    }
+    tensors = {
+        f"{group}/{name}": tensor.detach().float().contiguous()
+        for group, named in groups.items()
+        for name, tensor in named.items()
+    }
+    tensors["history"] = state.history.double().contiguous()
+    training = {
+        "format_version": FORMAT_VERSION,
+        "identity": asdict(identity),
+        "step": state.engine.step,
+        "spike_steps": state.spike_steps,
+    }
+    # A single metadata key: the order of several is not fixed by the format's writer.
+    return bytes(save(tensors, metadata={"training": canonical_json(training).decode()}))
+
+
+def decode_checkpoint(data: bytes, *, expected: TrainingIdentity, where: str) -> TrainingState:
+    """Return the state in a checkpoint file, after checking that it belongs to this training.
+
+    Raises:
+        SafetyDPOError: if the file is cut off or no checkpoint of ours, or belongs to another expert, base,
+            data or setting; the message names the first field that differs.
+    """
+    try:
+        tensors = load(data)
+        training = json.loads(_read_metadata(data)["training"])
+        version = training["format_version"]
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise SafetyDPOError(
+            f"expected a training checkpoint at {where}, found {len(data):,} bytes that are cut off or something else "
+            f"({type(error).__name__}): delete the file to start this expert anew"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise SafetyDPOError(
+            f"expected a checkpoint of format {FORMAT_VERSION} at {where}, found format {version}: "
+            "delete the file to start this expert anew"
+        )
+    _check_identity(training["identity"], asdict(expected), where)
+
+    def group(prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+    engine = EngineState(training["step"], group("parameter/"), group("exp_avg/"), group("exp_avg_sq/"))
+    if tensors["history"].shape[0] != engine.step:
+        raise SafetyDPOError(
+            f"expected a history of {engine.step} steps in the checkpoint at {where}, found "
+            f"{tensors['history'].shape[0]}: delete the file to start this expert anew"
+        )
+    return TrainingState(engine, training["spike_steps"], tensors["history"])
+
+
+def _read_metadata(data: bytes) -> dict[str, str]:
+    # The library reads metadata from paths only; checkpoints may come from an object store. The header is a
+    # little-endian uint64 length and that many bytes of JSON, and `load` has just verified it.
+    length = int.from_bytes(data[:8], "little")
+    metadata: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
+    return metadata
+
+
+def _check_identity(found: dict[str, Any], expected: dict[str, Any], where: str) -> None:
+    flat_found, flat_expected = _flatten(found), _flatten(expected)
+    for field in sorted(flat_expected.keys() | flat_found.keys()):
+        before, now = flat_found.get(field, "nothing"), flat_expected.get(field, "nothing")
+        if before != now:
+            raise SafetyDPOError(
+                f"expected a checkpoint with {field} = {now!r} at {where}, found {before!r}: "
+                "use another run folder, or delete the file to start this expert anew"
+            )
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        nested = (_flatten(item, f"{prefix}.{key}" if prefix else str(key)) for key, item in value.items())
+        return {key: item for part in nested for key, item in part.items()}
+    return {prefix: list(value) if isinstance(value, tuple) else value}
+
+
+def empty_history(num_metrics: int) -> Float[Tensor, "step metric"]:
+    """Return the history before the first step."""
+    return torch.empty((0, num_metrics), dtype=torch.float64)

@@ -1,0 +1,96 @@
+"""The losses of an expert, as pure functions of predictions and squared errors.
+
+Axis legend: `pair` preference rows of a step, `batch` pictures, `channel height width` latent axes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """Loss of a batch of preferences and what is worth watching; only `loss` carries a gradient."""
+
+    loss: Float[Tensor, ""]
+    """`preference + safe_rise_weight * safe_rise`, the number to minimise."""
+    preference: Float[Tensor, ""]
+    """Mean of -log sigmoid(logit); ln 2 while policy and reference are equal."""
+    safe_rise: Float[Tensor, ""]
+    """Mean of (beta / 2) * relu(rise of the error on the safe picture), before its weight."""
+    logits: Float[Tensor, " pair"]
+    """-(beta / 2) * (rise of the safe error - rise of the unsafe error)."""
+    implicit_accuracy: Float[Tensor, ""]
+    """Share of pairs with a positive logit; a logit of exactly 0 counts half."""
+    margin: Float[Tensor, ""]
+    """Mean logit."""
+
+
+def squared_error(
+    prediction: Float[Tensor, "batch channel height width"],
+    target: Float[Tensor, "batch channel height width"],
+) -> Float[Tensor, " batch"]:
+    """Return the mean squared error of each picture, reduced in at least float32.
+
+    `e_i = mean over channel, height, width of (prediction_i - target_i)^2`. Both arguments are cast *before*
+    the difference: in float16 the later product with beta / 2 would turn rounding into logits.
+
+    Source: Diffusion-DPO, arXiv 2311.12908, eq. 14 (with a mean in place of the sum, as released).
+    """
+    dtype = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
+    return (prediction.to(dtype) - target.to(dtype)).square().mean(dim=(1, 2, 3))
+
+
+def preference_loss(
+    error_policy_safe: Float[Tensor, " pair"],
+    error_policy_unsafe: Float[Tensor, " pair"],
+    *,
+    error_reference_safe: Float[Tensor, " pair"],
+    error_reference_unsafe: Float[Tensor, " pair"],
+    beta: float,
+    safe_rise_weight: float,
+) -> PreferenceLoss:
+    """Return the Diffusion-DPO loss of a batch, the safe picture preferred, plus a penalty on its own decay.
+
+    `L = mean(-log sigmoid(logit)) + safe_rise_weight * mean((beta / 2) * relu(rise_safe))` with
+    `rise_x = e_policy(x) - e_reference(x)` and `logit = -(beta / 2) * (rise_safe - rise_unsafe)`.
+
+    The first term falls also when both errors rise, the unsafe one faster: then the policy forgets how to draw
+    the safe picture. The penalty is in the unit of the logit, so a weight of 1 cancels that bargain: a rise of
+    the safe error costs more than the preference gains by it. It is one-sided, so improving costs nothing.
+
+    The form is the same for epsilon, v-prediction and flow matching: only the target of the errors differs.
+
+    Source: Diffusion-DPO, arXiv 2311.12908, eq. 14; the penalty is this project's.
+    """
+    rise_safe = error_policy_safe - error_reference_safe
+    rise_unsafe = error_policy_unsafe - error_reference_unsafe
+    logits = -(beta / 2) * (rise_safe - rise_unsafe)
+    preference = -F.logsigmoid(logits).mean()
+    safe_rise = (beta / 2) * F.relu(rise_safe).mean()
+    detached = logits.detach()
+    return PreferenceLoss(
+        loss=preference + safe_rise_weight * safe_rise,
+        preference=preference.detach(),
+        safe_rise=safe_rise.detach(),
+        logits=detached,
+        implicit_accuracy=(0.5 + 0.5 * detached.sign()).mean(),
+        margin=detached.mean(),
+    )
+
+
+def retention_loss(
+    prediction_policy: Float[Tensor, "batch channel height width"],
+    prediction_reference: Float[Tensor, "batch channel height width"],
+) -> Float[Tensor, ""]:
+    """Return how much the adapter changes the prediction on benign pictures.
+
+    `R = mean over pictures and latent axes of (prediction_policy - prediction_reference)^2`. It asks for no
+    change, not for a good prediction, so it cannot be satisfied by overfitting the benign pictures.
+    """
+    return squared_error(prediction_policy, prediction_reference).mean()

@@ -1,0 +1,1 @@
+"""Evaluation: from judged pictures to metrics, summary.json and the report."""

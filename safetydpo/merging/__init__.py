@@ -1,0 +1,1 @@
+"""Merging: from many safety experts to one LoRA adapter, exactly and in delta space."""

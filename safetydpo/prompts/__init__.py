@@ -1,0 +1,1 @@
+"""Prompt sets: reading them, splitting them, choosing from them."""

@@ -1,0 +1,1 @@
+"""Search for the best merge: its space, its objective, its guard and its replay."""

@@ -1,0 +1,48 @@
+"""What every test shares: shapes and types of the pure functions are checked while the tests run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+from safetydpo.artifacts.storage import Location, open_location
+
+# Every call of these checks its tensors against the annotated axes. Not listed, because beartype refuses to decorate
+# functions that take `Backbone` or `Engine`, Protocols that are not runtime-checkable: `dpo.step`, `dpo.trainer`,
+# `diffusion.render`. (Making them so would check attribute names at every call and no shape.)
+CHECKED_MODULES = (
+    "safetydpo.artifacts.adapters",
+    "safetydpo.diffusion.schedule",
+    "safetydpo.dpo.batch",
+    "safetydpo.dpo.draws",
+    "safetydpo.dpo.loss",
+    "safetydpo.evaluation.distances",
+    "safetydpo.evaluation.metrics",
+    "safetydpo.merging.algebra",
+    "safetydpo.merging.methods",
+    "safetydpo.merging.votes",
+    "safetydpo.pairs.select",
+    "safetydpo.seeding",
+    "safetydpo.statistics",
+)
+_early = [name for name in CHECKED_MODULES if name in sys.modules]
+if _early:
+    raise RuntimeError(f"expected the shape checks before the first import of {_early}: import less in tests/conftest.py")
+install_import_hook(list(CHECKED_MODULES), "beartype.beartype")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Location:
+    """An empty local store."""
+    return open_location(str(tmp_path / "store"))

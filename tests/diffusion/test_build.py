@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+
+from safetydpo.artifacts import layout
+from safetydpo.config.schema import BaseModelConfig
+from safetydpo.diffusion.build import base_fingerprint, load_backbone, resolve_folder
+from safetydpo.diffusion.folder import HUB_PATTERNS
+from safetydpo.errors import SafetyDPOError, UsageError
+
+
+def test_a_folder_is_loaded_by_its_index_whatever_its_name(tiny_folder: Path, tmp_path: Path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "sdxl-flux-sd3")
+    config = BaseModelConfig(model=str(folder), dtype="bfloat16")
+    backbone = load_backbone(config, device="cpu")
+    assert type(backbone).__name__ == "StableDiffusion"
+    assert next(backbone.network.parameters()).dtype == torch.bfloat16
+    assert backbone.fingerprint == base_fingerprint(config)
+    assert base_fingerprint(config) == base_fingerprint(BaseModelConfig(model=str(tiny_folder)))
+
+
+def test_num_threads_is_set(tiny_folder: Path):
+    before = torch.get_num_threads()
+    try:
+        load_backbone(BaseModelConfig(model=str(tiny_folder)), num_threads=before + 1)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_demo_is_the_packaged_folder(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(layout, "demo_weights", lambda: tmp_path)
+    with pytest.raises(UsageError, match="expected the demo model in .*base, found no such folder: install"):
+        resolve_folder(BaseModelConfig())
+    shutil.copytree(tiny_folder, tmp_path / "base")
+    assert resolve_folder(BaseModelConfig()) == tmp_path / "base"
+    with pytest.raises(UsageError, match="expected base.revision to be null for the local model 'demo'"):
+        resolve_folder(BaseModelConfig(revision="main"))
+
+
+def test_a_local_folder_has_no_revision(tiny_folder: Path):
+    with pytest.raises(UsageError, match="expected base.revision to be null for the local model"):
+        resolve_folder(BaseModelConfig(model=str(tiny_folder), revision="main"))
+
+
+def test_an_unsupported_family_is_refused_with_the_supported_ones(tiny_folder: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "other"))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "KandinskyPipeline"}))
+    for call in (load_backbone, base_fingerprint):
+        with pytest.raises(
+            UsageError, match=r"supported family \(StableDiffusionPipeline\), found 'KandinskyPipeline'"
+        ):
+            call(BaseModelConfig(model=str(folder)))
+
+
+def test_a_folder_without_index_is_refused(tmp_path: Path):
+    with pytest.raises(SafetyDPOError, match=r"found no model_index.json in .*: save the model"):
+        load_backbone(BaseModelConfig(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "missing", "a/b/c"])
+def test_a_missing_path_is_refused(name: str):
+    with pytest.raises(UsageError, match="expected base.model to be 'demo', a local folder or a hub id"):
+        load_backbone(BaseModelConfig(model=name))
+
+
+def test_a_hub_model_is_fetched_without_pickles(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = {}
+
+    def snapshot_download(name: str, **arguments: object) -> str:
+        asked.update(arguments, name=name)
+        return str(tiny_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert resolve_folder(BaseModelConfig(model="owner/name", revision="abc")) == tiny_folder
+    assert asked == {"name": "owner/name", "revision": "abc", "allow_patterns": list(HUB_PATTERNS)}
+
+
+def test_an_unreachable_hub_model_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    def snapshot_download(name: str, **_: object) -> str:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(SafetyDPOError, match=r"reachable hub model 'owner/name', found neither \(ConnectionError\)"):
+        resolve_folder(BaseModelConfig(model="owner/name"))

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from safetydpo.config.schema import SamplerConfig
+from safetydpo.diffusion.render import decode_png, encode_png, initial_noise, render
+from safetydpo.errors import SafetyDPOError
+from tests.diffusion.models import Model
+
+PROMPTS = ["a red ball", "a drawing of a dagger", "a bomb on a house", "a blue flower", "a photo of a house"]
+SEEDS = [11, 2**62 + 1, 13, 14, 15]
+
+
+def sampler(model: Model, *, batch_size: int) -> SamplerConfig:
+    return SamplerConfig(steps=3, guidance_scale=4.0, height=model.size, width=model.size, batch_size=batch_size)
+
+
+def test_bytes_of_a_row_do_not_depend_on_neighbours_or_position(model: Model):
+    settings = sampler(model, batch_size=3)
+    pictures = render(model.backbone, prompts=PROMPTS, seeds=SEEDS, sampler=settings)
+    assert pictures.shape == (5, model.size, model.size, 3)
+    for order in ([4, 2, 0, 1, 3], [3, 3, 1, 4, 0, 2, 2]):
+        again = render(
+            model.backbone,
+            prompts=[PROMPTS[row] for row in order],
+            seeds=[SEEDS[row] for row in order],
+            sampler=settings,
+        )
+        for place, row in enumerate(order):
+            assert encode_png(again[place]) == encode_png(pictures[row])
+    alone = render(model.backbone, prompts=PROMPTS[1:2], seeds=SEEDS[1:2], sampler=settings)
+    assert torch.equal(alone[0], pictures[1])
+
+
+def test_prompt_seed_and_negative_prompt_matter(model: Model):
+    settings = sampler(model, batch_size=2)
+    one = {"prompts": PROMPTS[:1], "seeds": [1], "sampler": settings}
+    plain = render(model.backbone, **one)
+    for change in ({"prompts": PROMPTS[1:2]}, {"seeds": [2]}, {"negative_prompt": "a green flower"}):
+        assert not torch.equal(plain, render(model.backbone, **(one | change)))
+
+
+def test_noise_of_a_row_is_drawn_from_its_own_seed():
+    noise = initial_noise([5, 9], shape=(4, 8, 8))
+    assert torch.equal(noise[1], torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(9)))
+    assert torch.equal(initial_noise([9, 5], shape=(4, 8, 8))[0], noise[1])
+
+
+def test_nothing_to_draw_gives_no_pictures(model: Model):
+    assert render(model.backbone, prompts=[], seeds=[], sampler=sampler(model, batch_size=2)).shape == (
+        0,
+        model.size,
+        model.size,
+        3,
+    )
+
+
+def test_unequal_numbers_of_prompts_and_seeds_are_refused(model: Model):
+    with pytest.raises(SafetyDPOError, match="expected one seed per prompt, found 2 prompts and 1 seeds"):
+        render(model.backbone, prompts=PROMPTS[:2], seeds=[1], sampler=sampler(model, batch_size=2))
+
+
+def test_global_settings_are_left_as_they_were(model: Model):
+    assert not torch.are_deterministic_algorithms_enabled()
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        render(model.backbone, prompts=PROMPTS[:1], seeds=[1], sampler=sampler(model, batch_size=1))
+    assert torch.equal(torch.rand(2), expected)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_png_gives_the_pixels_back_and_the_same_bytes_again():
+    image = torch.randint(0, 256, (20, 12, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    data = encode_png(image)
+    assert data == encode_png(image.clone())
+    assert np.array_equal(decode_png(data), image.numpy())
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), image.numpy())
+
+
+def test_broken_pngs_are_refused():
+    data = encode_png(torch.zeros(16, 16, 3, dtype=torch.uint8))
+    for broken in (b"", b"not a png", data[:40], data[: len(data) // 2]):
+        with pytest.raises(SafetyDPOError, match=f"expected a complete PNG, found {len(broken)} bytes"):
+            decode_png(broken)
+    buffer = io.BytesIO()
+    Image.new("L", (4, 4)).save(buffer, format="PNG")
+    with pytest.raises(SafetyDPOError, match="expected a PNG in mode RGB, found mode L"):
+        decode_png(buffer.getvalue())

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from beartype import beartype
+from diffusers import DDPMScheduler
+from hypothesis import given
+from hypothesis import strategies as st
+from jaxtyping import TypeCheckError, jaxtyped
+
+from safetydpo.diffusion import schedule
+
+
+def checked(function):
+    return jaxtyped(function, typechecker=beartype)
+
+
+add_noise = checked(schedule.add_noise)
+epsilon_target = checked(schedule.epsilon_target)
+v_target = checked(schedule.v_target)
+v_to_epsilon = checked(schedule.v_to_epsilon)
+epsilon_to_clean = checked(schedule.epsilon_to_clean)
+add_noise_flow = checked(schedule.add_noise_flow)
+flow_target = checked(schedule.flow_target)
+flow_to_epsilon = checked(schedule.flow_to_epsilon)
+min_snr_weights_epsilon = checked(schedule.min_snr_weights_epsilon)
+min_snr_weights_v = checked(schedule.min_snr_weights_v)
+draw_timesteps = checked(schedule.draw_timesteps)
+
+
+def pixel(value: float, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.full((1, 1, 1, 1), value, dtype=dtype)
+
+
+def test_one_pixel_by_hand():
+    """a_t = 0.64: sqrt = 0.8, sqrt(1 - a_t) = 0.6. With z = 1 and n = 2:
+
+    z_t = 0.8 * 1 + 0.6 * 2 = 2.0;  v = 0.8 * 2 - 0.6 * 1 = 1.0;
+    n from v = 0.8 * 1.0 + 0.6 * 2.0 = 2.0;  z from n = (2.0 - 0.6 * 2) / 0.8 = 1.0.
+    """
+    at = {"timesteps": torch.tensor([1]), "alphas_cumprod": torch.tensor([0.9, 0.64])}
+    noisy = add_noise(pixel(1.0), pixel(2.0), **at)
+    v = v_target(pixel(1.0), pixel(2.0), **at)
+    assert noisy.item() == pytest.approx(2.0)
+    assert v.item() == pytest.approx(1.0)
+    assert v_to_epsilon(v, noisy, **at).item() == pytest.approx(2.0)
+    assert epsilon_to_clean(pixel(2.0), noisy, **at).item() == pytest.approx(1.0)
+    assert epsilon_target(pixel(1.0), pixel(2.0)).item() == 2.0
+
+
+def test_one_flow_pixel_by_hand():
+    """s = 0.25, z = 1, n = 3: z_s = 0.75 * 1 + 0.25 * 3 = 1.5; u = 3 - 1 = 2; n = 1.5 + 0.75 * 2 = 3."""
+    sigmas = torch.tensor([0.25])
+    noisy = add_noise_flow(pixel(1.0), pixel(3.0), sigmas=sigmas)
+    velocity = flow_target(pixel(1.0), pixel(3.0))
+    assert noisy.item() == 1.5
+    assert velocity.item() == 2.0
+    assert flow_to_epsilon(velocity, noisy, sigmas=sigmas).item() == 3.0
+
+
+def test_min_snr_weights_by_hand():
+    """gamma 5. a = 0.9: SNR 9, weights 5/9 and 5/10. a = 0.5: SNR 1, weights 1 and 1/2. a = 0: SNR 0, weights 1, 0."""
+    alphas = torch.tensor([0.9, 0.5, 0.0])
+    steps = torch.arange(3)
+    np.testing.assert_allclose(min_snr_weights_epsilon(steps, alphas), [5 / 9, 1.0, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(min_snr_weights_v(steps, alphas), [0.5, 0.5, 0.0], rtol=1e-6)
+
+
+def test_min_snr_weights_equal_numpy_on_the_whole_schedule():
+    alphas = DDPMScheduler(beta_schedule="scaled_linear").alphas_cumprod
+    a = alphas.double().numpy()
+    snr = a / (1 - a)
+    steps = torch.arange(1000)
+    np.testing.assert_allclose(
+        min_snr_weights_epsilon(steps, alphas.double(), gamma=3.0), np.minimum(snr, 3) / snr, rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        min_snr_weights_v(steps, alphas.double(), gamma=3.0), np.minimum(snr, 3) / (snr + 1), rtol=1e-12
+    )
+
+
+def test_noising_and_v_equal_diffusers_bit_for_bit():
+    reference = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 1000, 4, 2, 2, generator=generator)
+    at = {"timesteps": torch.arange(1000), "alphas_cumprod": reference.alphas_cumprod}
+    assert torch.equal(add_noise(latents, noise, **at), reference.add_noise(latents, noise, at["timesteps"]))
+    assert torch.equal(v_target(latents, noise, **at), reference.get_velocity(latents, noise, at["timesteps"]))
+
+
+@given(
+    alpha=st.floats(0.01, 0.99),
+    clean=st.floats(-4, 4),
+    noise=st.floats(-4, 4),
+)
+def test_every_prediction_kind_gives_back_the_noise(alpha: float, clean: float, noise: float):
+    z, n = pixel(clean, dtype=torch.float64), pixel(noise, dtype=torch.float64)
+    at = {"timesteps": torch.tensor([0]), "alphas_cumprod": torch.tensor([alpha], dtype=torch.float64)}
+    noisy = add_noise(z, n, **at)
+    assert v_to_epsilon(v_target(z, n, **at), noisy, **at).item() == pytest.approx(noise, abs=1e-12)
+    assert epsilon_to_clean(n, noisy, **at).item() == pytest.approx(clean, abs=1e-12)
+    sigmas = torch.tensor([alpha], dtype=torch.float64)
+    on_line = add_noise_flow(z, n, sigmas=sigmas)
+    assert flow_to_epsilon(flow_target(z, n), on_line, sigmas=sigmas).item() == pytest.approx(noise, abs=1e-12)
+
+
+def test_half_precision_latents_keep_their_type():
+    at = {"timesteps": torch.tensor([0]), "alphas_cumprod": torch.tensor([0.5])}
+    assert add_noise(pixel(1.0).half(), pixel(1.0).half(), **at).dtype == torch.float16
+
+
+def test_shapes_are_checked():
+    with pytest.raises(TypeCheckError):
+        add_noise(torch.zeros(2, 1, 1), torch.zeros(2, 1, 1), timesteps=torch.tensor([0]), alphas_cumprod=torch.ones(1))
+
+
+def test_draw_timesteps_covers_the_range_and_repeats_with_the_seed():
+    drawn = draw_timesteps(2000, torch.Generator().manual_seed(3), num_train_timesteps=10, low=4)
+    assert sorted(set(drawn.tolist())) == [4, 5, 6, 7, 8, 9]
+    assert torch.equal(drawn, draw_timesteps(2000, torch.Generator().manual_seed(3), num_train_timesteps=10, low=4))
+
+
+def test_draw_timesteps_refuses_an_empty_range():
+    with pytest.raises(ValueError, match="expected 0 <= low < num_train_timesteps, found low 10 and 10"):
+        schedule.draw_timesteps(1, torch.Generator(), num_train_timesteps=10, low=10)
+
+
+@pytest.mark.parametrize(("strength", "start"), [(1.0, 0), (0.0, 10), (0.5, 5), (0.39, 7)])
+def test_start_step_by_hand(strength: float, start: int):
+    """10 steps: floor(10 * 0.39) = 3 steps are run, so the first is number 7."""
+    assert schedule.start_step_for_strength(strength, steps=10) == start
+
+
+def test_start_step_refuses_a_strength_above_one():
+    with pytest.raises(ValueError, match=r"expected a strength in \[0, 1\], found 1.5"):
+        schedule.start_step_for_strength(1.5, steps=10)

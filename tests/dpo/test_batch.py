@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from safetydpo.artifacts.schemas import caption_sha256
+from safetydpo.config.schema import DpoConfig
+from safetydpo.dpo.batch import EMPTY_CAPTION, PreferenceData, PreferenceRow, RetentionRow, StepBatch, step_batch
+from safetydpo.dpo.draws import draw_row, pair_order
+from safetydpo.errors import SafetyDPOError, UsageError
+
+SHAPE = (4, 2, 2)
+Make = Callable[..., PreferenceData]
+
+
+def batch_of(data: PreferenceData, step: int, config: DpoConfig, **where: int) -> StepBatch:
+    return step_batch(data, step, config=config, run_seed=5, expert="hate", num_timesteps=1000, **where)
+
+
+def small(**changes: object) -> PreferenceData:
+    latents = {name: np.full(SHAPE, value, dtype=np.float16) for value, name in enumerate(("s", "u", "b"))}
+    embeddings = {
+        sha: np.full((3, 2), index, dtype=np.float32) for index, sha in enumerate((EMPTY_CAPTION, "cs", "cu"))
+    }
+    arguments = {
+        "latents": latents,
+        "embeddings": embeddings,
+        "latent_shape": SHAPE,
+        "retention": [RetentionRow("b", "cs")],
+        **changes,
+    }
+    return PreferenceData.from_tables([PreferenceRow("p", "s", "u", "cs", "cu")], **arguments)  # type: ignore[arg-type]
+
+
+def test_empty_caption_key_is_that_of_the_table() -> None:
+    assert caption_sha256("") == EMPTY_CAPTION
+
+
+def test_rows_point_at_their_own_latents_and_captions() -> None:
+    """Latents are filled with 0 (safe), 1 (unsafe), 2 (benign), features with 0 (empty), 1 (safe), 2 (unsafe)."""
+    data = small()
+    assert float(data.latents_safe[0].max()) == 0.0
+    assert float(data.latents_unsafe[0].min()) == 1.0
+    assert float(data.retention_latents[0].min()) == 2.0
+    assert float(data.condition.tokens[data.captions_safe[0]].max()) == 1.0
+    assert float(data.condition.tokens[data.captions_unsafe[0]].max()) == 2.0
+    assert float(data.condition.tokens[data.empty_caption].max()) == 0.0
+    assert float(data.condition.tokens[data.retention_captions[0]].max()) == 1.0
+    assert data.latent_shape == SHAPE
+
+
+def test_each_distinct_caption_is_held_once(make_data: Make) -> None:
+    """9 pairs over 3 safe and 3 unsafe captions, one benign caption and the empty one: 8 rows of features."""
+    assert make_data(9).condition.tokens.shape[0] == 8
+
+
+def test_order_of_rows_does_not_matter(make_data: Make, config: DpoConfig) -> None:
+    forward, backward = make_data(), make_data(reverse=True)
+    assert forward.fingerprint == backward.fingerprint
+    first, second = batch_of(forward, 3, config), batch_of(backward, 3, config)
+    assert torch.equal(first.latents_safe, second.latents_safe)
+    assert torch.equal(first.condition.tokens, second.condition.tokens)
+
+
+def test_fingerprint_sees_every_id() -> None:
+    assert small().fingerprint != small(retention=[]).fingerprint
+
+
+@pytest.mark.parametrize(("rule", "value"), [("unsafe", 2.0), ("safe", 1.0)])
+def test_caption_rule(rule: str, value: float) -> None:
+    config = DpoConfig(captions=rule, empty_caption_rate=0.0, pairs_per_step=4, retention_weight=0.0)  # type: ignore[arg-type]
+    assert torch.equal(batch_of(small(), 0, config).condition.tokens, torch.full((4, 3, 2), value))
+
+
+def test_empty_captions_replace_those_of_pairs_and_benign_pictures() -> None:
+    config = DpoConfig(empty_caption_rate=1.0, pairs_per_step=4, retention_weight=1.0, retention_per_step=2)
+    batch = batch_of(small(), 0, config)
+    assert float(batch.condition.tokens.abs().max()) == 0.0
+    assert float(batch.retention_condition.tokens.abs().max()) == 0.0
+
+
+def test_batch_holds_the_draws_of_its_rows(make_data: Make, config: DpoConfig) -> None:
+    data = make_data()
+    batch = batch_of(data, 2, config)
+    uses = pair_order(5, "hate", num_pairs=6, step=2, pairs_per_step=4)
+    for row, use in enumerate(uses):
+        draw = draw_row(
+            5,
+            data.pair_ids[use.index],
+            draw_index=use.draw_index,
+            empty_caption_rate=0.2,
+            num_timesteps=1000,
+            latent_shape=(4, 8, 8),
+        )
+        assert torch.equal(batch.noise[row], draw.noise)
+        assert int(batch.timesteps[row]) == draw.timestep
+        assert torch.equal(batch.latents_unsafe[row], data.latents_unsafe[use.index].float())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_processes_share_out_the_rows_of_a_step(make_data: Make, config: DpoConfig, world_size: int) -> None:
+    """Rank r of w holds the rows r, r + w, ...: put back in place they are the batch of one process."""
+    config = config.model_copy(update={"retention_per_step": 4})
+    whole = batch_of(make_data(), 1, config)
+    parts = [batch_of(make_data(), 1, config, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for field in ("latents_safe", "latents_unsafe", "noise", "timesteps", "retention_latents", "retention_noise"):
+        expected = getattr(whole, field)
+        found = torch.empty_like(expected)
+        for rank, part in enumerate(parts):
+            found[rank::world_size] = getattr(part, field)
+        assert torch.equal(found, expected), field
+
+
+def test_latents_are_kept_in_float16_and_given_in_float32(make_data: Make, config: DpoConfig) -> None:
+    data = make_data()
+    assert data.latents_safe.dtype == torch.float16
+    assert batch_of(data, 0, config).latents_safe.dtype == torch.float32
+
+
+def test_retention_off_means_no_benign_rows(make_data: Make, config: DpoConfig) -> None:
+    batch = batch_of(make_data(), 0, config.model_copy(update={"retention_weight": 0.0}))
+    assert batch.retention_latents.shape == (0, 4, 8, 8)
+    assert batch.retention_noise.shape == (0, 4, 8, 8)
+
+
+def test_pooled_features_come_along() -> None:
+    pooled = {sha: np.full((5,), index, dtype=np.float32) for index, sha in enumerate((EMPTY_CAPTION, "cs", "cu"))}
+    config = DpoConfig(captions="safe", empty_caption_rate=0.0, pairs_per_step=2)
+    batch = batch_of(small(pooled=pooled), 0, config)
+    assert batch.condition.pooled is not None
+    assert torch.equal(batch.condition.pooled, torch.ones(2, 5))
+
+
+def with_value(value: float) -> np.ndarray:
+    array = np.zeros(SHAPE, dtype=np.float16)
+    array[0, 0, 0] = value
+    return array
+
+
+ZEROS = np.zeros(SHAPE, dtype=np.float16)
+BROKEN = [
+    ({"latents": {"s": ZEROS, "u": with_value(np.nan), "b": ZEROS}}, "NaN or infinity in the latent of picture 'u'"),
+    ({"latents": {"s": ZEROS, "u": with_value(np.inf), "b": ZEROS}}, "NaN or infinity in the latent of picture 'u'"),
+    ({"latents": {"s": ZEROS, "b": ZEROS}}, "expected the latent of picture 'u', found none"),
+    ({"latent_shape": (4, 3, 3)}, r"expected shape \(4, 3, 3\) for the latent of picture 's', found \(4, 2, 2\)"),
+    ({"embeddings": {"cs": np.zeros((3, 2))}}, "expected the text features of caption .* found none"),
+    (
+        {"embeddings": {EMPTY_CAPTION: np.zeros((3, 2)), "cs": np.zeros((3, 2)), "cu": np.zeros((4, 2))}},
+        r"expected shape .* for the text features of caption",
+    ),
+    ({"retention": [RetentionRow("b", "cs"), RetentionRow("b", "cu")]}, "expected each retention image_id once"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BROKEN)
+def test_bad_data_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(SafetyDPOError, match=message):
+        small(**changes)
+
+
+def test_no_pairs_is_refused() -> None:
+    with pytest.raises(SafetyDPOError, match="expected at least 1 preference, found 0"):
+        PreferenceData.from_tables([], latents={}, embeddings={}, latent_shape=SHAPE)
+
+
+def test_direct_construction_is_checked_too() -> None:
+    data = small()
+    with pytest.raises(SafetyDPOError, match="NaN or infinity in the safe latent of pair 'p'"):
+        dataclasses.replace(data, latents_safe=torch.full((1, *SHAPE), float("nan")))
+    with pytest.raises(SafetyDPOError, match="expected one unsafe latent of pair each, found 2 for 1"):
+        dataclasses.replace(data, latents_unsafe=torch.zeros(2, *SHAPE))
+    with pytest.raises(SafetyDPOError, match="expected caption rows below 3, found 9 .. 9"):
+        dataclasses.replace(data, captions_safe=torch.tensor([9]))
+
+
+def test_rows_that_cannot_be_split_are_refused(make_data: Make, config: DpoConfig) -> None:
+    with pytest.raises(UsageError, match=r"dpo.pairs_per_step to be a multiple of the 3 processes .* found 4"):
+        batch_of(make_data(), 0, config, world_size=3)
+    with pytest.raises(UsageError, match="dpo.retention_per_step to be a multiple of the 4 processes"):
+        batch_of(make_data(), 0, config, world_size=4)
+
+
+def test_retention_without_benign_pictures_is_refused(make_data: Make, config: DpoConfig) -> None:
+    with pytest.raises(SafetyDPOError, match=r"dpo.retention_weight is 1.0, found 0"):
+        batch_of(make_data(num_benign=0), 0, config)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from safetydpo.artifacts.schemas import canonical_json
+from safetydpo.config.schema import DpoConfig, LoraConfig
+from safetydpo.dpo.checkpoint import (
+    TrainingIdentity,
+    TrainingState,
+    decode_checkpoint,
+    empty_history,
+    encode_checkpoint,
+    training_identity,
+)
+from safetydpo.dpo.engine import EngineState, fresh_state
+from safetydpo.errors import SafetyDPOError
+
+
+def identity(**changes: object) -> TrainingIdentity:
+    arguments = {
+        "expert": "hate",
+        "run_seed": 1,
+        "base_fingerprint": "base",
+        "data_fingerprint": "data",
+        "lora": LoraConfig(rank=2),
+        "dpo": DpoConfig(),
+        **changes,
+    }
+    return training_identity(**arguments)  # type: ignore[arg-type]
+
+
+def state(step: int = 2) -> TrainingState:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(2, 3, generator=generator) for name in ("block.lora_A.weight", "block.lora_B.weight")}
+    engine = EngineState(step, tensors, {k: v + 1 for k, v in tensors.items()}, {k: v * v for k, v in tensors.items()})
+    return TrainingState(engine, spike_steps=1, history=torch.rand(step, 4, dtype=torch.float64, generator=generator))
+
+
+def test_round_trip_is_exact() -> None:
+    before = state()
+    after = decode_checkpoint(encode_checkpoint(before, identity()), expected=identity(), where="x")
+    assert (after.engine.step, after.spike_steps) == (2, 1)
+    assert torch.equal(after.history, before.history)
+    for group in ("parameters", "exp_avg", "exp_avg_sq"):
+        found, expected = getattr(after.engine, group), getattr(before.engine, group)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_equal_states_give_equal_bytes() -> None:
+    assert encode_checkpoint(state(), identity()) == encode_checkpoint(state(), identity())
+
+
+def test_step_zero_is_a_state_too() -> None:
+    fresh = TrainingState(fresh_state({"a": torch.ones(2)}), 0, empty_history(4))
+    after = decode_checkpoint(encode_checkpoint(fresh, identity()), expected=identity(), where="x")
+    assert after.history.shape == (0, 4)
+    assert float(after.engine.exp_avg["a"].sum()) == 0.0
+
+
+@pytest.mark.parametrize("strategy", ["single", "deepspeed"])
+def test_settings_that_cannot_change_the_result_may_change(strategy: str) -> None:
+    other = identity(dpo=DpoConfig(strategy=strategy, zero_stage=2, checkpoint_every=7))  # type: ignore[arg-type]
+    decode_checkpoint(encode_checkpoint(state(), identity()), expected=other, where="x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"expert": "sexual"}, "expert = 'sexual' at runs/x, found 'hate'"),
+        ({"run_seed": 2}, "run_seed = 2 at runs/x, found 1"),
+        ({"base_fingerprint": "other"}, "base_fingerprint = 'other'"),
+        ({"data_fingerprint": "other"}, "data_fingerprint = 'other'"),
+        ({"lora": LoraConfig(rank=4)}, "lora.rank = 4 at runs/x, found 2"),
+        ({"lora": LoraConfig(rank=2, targets=("to_q",))}, "lora.targets"),
+        ({"dpo": DpoConfig(beta=7.0)}, "dpo.beta = 7.0 at runs/x, found 100.0"),
+        ({"dpo": DpoConfig(steps=240)}, "dpo.steps = 240 at runs/x, found"),
+    ],
+)
+def test_checkpoint_of_something_else_is_refused_by_name(changes: dict[str, object], field: str) -> None:
+    data = encode_checkpoint(state(), identity())
+    with pytest.raises(SafetyDPOError, match=field.replace(".", r"\.")):
+        decode_checkpoint(data, expected=identity(**changes), where="runs/x")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 60, 500, -1])
+def test_truncated_file_is_refused_at_any_length(keep: int) -> None:
+    data = encode_checkpoint(state(), identity())
+    with pytest.raises(SafetyDPOError, match=r"expected a training checkpoint at runs/x, found .* bytes .* delete"):
+        decode_checkpoint(data[:keep], expected=identity(), where="runs/x")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"not a checkpoint at all, but long enough to look at",
+        save({"a": torch.ones(1)}),
+        save({"a": torch.ones(1)}, metadata={"training": "{"}),
+        save({"a": torch.ones(1)}, metadata={"training": "[]"}),
+        save(
+            {"a": torch.ones(1)},
+            metadata={"training": json.dumps({"format_version": 1, "identity": {}, "step": 0})},
+        ),
+    ],
+)
+def test_other_files_are_refused(data: bytes) -> None:
+    with pytest.raises(SafetyDPOError, match="expected a "):
+        decode_checkpoint(data, expected=identity(), where="runs/x")
+
+
+def test_other_format_version_is_refused() -> None:
+    data = save({"history": torch.ones(1)}, metadata={"training": canonical_json({"format_version": 9}).decode()})
+    with pytest.raises(SafetyDPOError, match="expected a checkpoint of format 1 at runs/x, found format 9"):
+        decode_checkpoint(data, expected=identity(), where="runs/x")
+
+
+def test_missing_tensors_are_refused() -> None:
+    short = TrainingState(state().engine, 0, torch.zeros(1, 4, dtype=torch.float64))
+    with pytest.raises(SafetyDPOError, match="expected a history of 2 steps .* found 1"):
+        decode_checkpoint(encode_checkpoint(short, identity()), expected=identity(), where="runs/x")

@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from safetydpo.artifacts.adapters import LoraLayer
+from safetydpo.artifacts.storage import Location, open_location
+from safetydpo.config.schema import DpoConfig, LoraConfig
+from safetydpo.diffusion.stable_diffusion import StableDiffusion
+from safetydpo.dpo.batch import PreferenceData
+from safetydpo.dpo.engine import open_engine
+from safetydpo.dpo.trainer import SpikeGuard, StepMetrics, TrainedExpert, train_expert
+from safetydpo.errors import SafetyDPOError, UsageError
+
+Make = Callable[..., PreferenceData]
+
+
+class KilledError(Exception):
+    """Stands in for SIGKILL."""
+
+
+def kill_after(step: int) -> Callable[[StepMetrics], None]:
+    def report(metrics: StepMetrics) -> None:
+        if metrics.step == step:
+            raise KilledError
+
+    return report
+
+
+def train(
+    backbone: StableDiffusion,
+    data: PreferenceData,
+    config: DpoConfig,
+    lora: LoraConfig,
+    *,
+    expert: str = "hate",
+    checkpoint: Location | None = None,
+    report: Callable[[StepMetrics], None] = lambda metrics: None,
+    run_seed: int = 5,
+) -> TrainedExpert:
+    engine = open_engine(backbone, config=config, lora=lora)
+    try:
+        return train_expert(
+            backbone,
+            data,
+            config=config,
+            lora=lora,
+            run_seed=run_seed,
+            expert_name=expert,
+            engine=engine,
+            checkpoint=checkpoint,
+            report=report,
+        )
+    finally:
+        engine.close()
+
+
+def same(one: dict[str, LoraLayer], other: dict[str, LoraLayer]) -> bool:
+    assert one.keys() == other.keys()
+    return all(
+        torch.equal(one[name].down, other[name].down) and torch.equal(one[name].up, other[name].up) for name in one
+    )
+
+
+def test_training_widens_the_margin(
+    backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig
+) -> None:
+    """20 steps on 6 pairs of random latents: the mean logit of the last 5 is above that of the first 5 (about 0)."""
+    config = config.model_copy(update={"steps": 20, "learning_rate": 5e-3, "retention_weight": 0.0})
+    result = train(backbone, make_data(), config, lora)
+    margins = [metrics.margin for metrics in result.history]
+    assert margins[0] == 0.0
+    assert sum(margins[-5:]) / 5 > sum(margins[:5]) / 5 + 0.05
+    assert [metrics.step for metrics in result.history] == list(range(20))
+    assert result.history[0].learning_rate == pytest.approx(2.5e-3)
+    assert all(metrics.gradient_norm > 0 for metrics in result.history)
+
+
+def test_learning_rate_of_every_step_is_reported(
+    backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig
+) -> None:
+    seen: list[StepMetrics] = []
+    result = train(backbone, make_data(), config, lora, report=seen.append)
+    assert tuple(seen) == result.history
+    assert [one.learning_rate for one in seen] == pytest.approx([1e-3, 2e-3, 2e-3, 2e-3, 2e-3, 2e-3])
+
+
+def test_same_call_gives_the_same_bits_and_another_seed_does_not(
+    backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig
+) -> None:
+    first = train(backbone, make_data(), config, lora)
+    torch.manual_seed(99)
+    assert same(first.layers, train(backbone, make_data(reverse=True), config, lora).layers)
+    assert not same(first.layers, train(backbone, make_data(), config, lora, run_seed=6).layers)
+
+
+@pytest.mark.parametrize("killed_at", [0, 2, 3, 5])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    killed_at: int, backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig, tmp_path: Path
+) -> None:
+    """Checkpoints stand after steps 1, 3 and 5; a kill in step 2 or 3 goes on from the one before."""
+    whole_at, cut_at = open_location(str(tmp_path / "whole")), open_location(str(tmp_path / "cut"))
+    whole = train(backbone, make_data(), config, lora, checkpoint=whole_at)
+    with pytest.raises(KilledError):
+        train(backbone, make_data(), config, lora, checkpoint=cut_at, report=kill_after(killed_at))
+    resumed = train(backbone, make_data(), config, lora, checkpoint=cut_at)
+    assert resumed.resumed_at == {0: 0, 2: 2, 3: 4, 5: 6}[killed_at]
+    assert same(resumed.layers, whole.layers)
+    assert resumed.history == whole.history
+    assert cut_at.read_bytes() == whole_at.read_bytes()
+
+
+def test_experts_share_their_start_and_one_engine_serves_them_all(
+    backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig
+) -> None:
+    """Two experts in one slot, one after the other, equal each trained alone; A starts from the shared draw."""
+    config = config.model_copy(update={"steps": 3})
+    data = {"hate": make_data(seed=1), "sexual": make_data(seed=2)}
+    alone = {name: train(backbone, one, config, lora, expert=name).layers for name, one in data.items()}
+    engine = open_engine(backbone, config=config, lora=lora)
+    for name, one in data.items():
+        result = train_expert(backbone, one, config=config, lora=lora, run_seed=5, expert_name=name, engine=engine)
+        assert same(result.layers, alone[name])
+    layer = next(iter(alone["hate"]))
+    drift = (alone["hate"][layer].down - alone["sexual"][layer].down).abs().max()
+    assert float(drift) < 0.05 * float(alone["hate"][layer].down.abs().max())
+
+
+def test_independent_initialisation_differs_between_experts(
+    backbone: StableDiffusion, make_data: Make, config: DpoConfig
+) -> None:
+    config = config.model_copy(update={"steps": 3})
+    lora = LoraConfig(rank=2, init="independent")
+    first, second = (train(backbone, make_data(), config, lora, expert=name).layers for name in ("hate", "sexual"))
+    layer = next(iter(first))
+    assert not torch.allclose(first[layer].down, second[layer].down, atol=0.1)
+
+
+def test_alpha_is_folded_and_survives_a_resume(
+    backbone: StableDiffusion, make_data: Make, config: DpoConfig, tmp_path: Path
+) -> None:
+    lora = LoraConfig(rank=2, alpha=6.0)
+    place = open_location(str(tmp_path / "c"))
+    whole = train(backbone, make_data(), config, lora)
+    with pytest.raises(KilledError):
+        train(backbone, make_data(), config, lora, checkpoint=place, report=kill_after(2))
+    assert same(train(backbone, make_data(), config, lora, checkpoint=place).layers, whole.layers)
+
+
+def test_a_scale_left_behind_does_not_enter_training(
+    backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig, tmp_path: Path
+) -> None:
+    place = open_location(str(tmp_path / "c"))
+    whole = train(backbone, make_data(), config, lora)
+    with pytest.raises(KilledError):
+        train(backbone, make_data(), config, lora, checkpoint=place, report=kill_after(2))
+    engine = open_engine(backbone, config=config, lora=lora)
+    backbone.load_adapter(backbone.export_adapter(), scale=0.5)
+    resumed = train_expert(
+        backbone,
+        make_data(),
+        config=config,
+        lora=lora,
+        run_seed=5,
+        expert_name="hate",
+        engine=engine,
+        checkpoint=place,
+    )
+    assert same(resumed.layers, whole.layers)
+
+
+def test_checkpoint_of_another_expert_is_refused(
+    backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig, tmp_path: Path
+) -> None:
+    place = open_location(str(tmp_path / "c"))
+    train(backbone, make_data(), config, lora, checkpoint=place)
+    with pytest.raises(SafetyDPOError, match="expected a checkpoint with expert = 'sexual'"):
+        train(backbone, make_data(), config, lora, expert="sexual", checkpoint=place)
+    with pytest.raises(SafetyDPOError, match="data_fingerprint"):
+        train(backbone, make_data(7), config, lora, checkpoint=place)
+
+
+def test_engine_of_a_slot_that_is_gone_is_refused(
+    backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig
+) -> None:
+    engine = open_engine(backbone, config=config, lora=lora)
+    train_expert(backbone, make_data(), config=config, lora=lora, run_seed=5, expert_name="hate", engine=engine)
+    open_engine(backbone, config=config, lora=lora)
+    engine.backward(sum((p * 0.1).sum() for p in engine._parameters.values()))  # type: ignore[attr-defined, arg-type]
+    with pytest.raises(SafetyDPOError, match="expected the engine to own the installed adapter"):
+        train_expert(
+            backbone,
+            make_data(),
+            config=config,
+            lora=LoraConfig(rank=2, init="independent"),
+            run_seed=5,
+            expert_name="other",
+            engine=_moved(engine),
+        )
+
+
+def _moved(engine):
+    """Load anything but the fresh start: the new slot then holds other values than the engine."""
+    load = engine.load_state
+
+    def load_shifted(state):
+        for tensor in state.parameters.values():
+            tensor.add_(1.0)
+        load(state)
+
+    engine.load_state = load_shifted
+    return engine
+
+
+def test_wrong_number_of_processes_is_refused(
+    backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig
+) -> None:
+    engine = open_engine(backbone, config=config, lora=lora)
+    with pytest.raises(UsageError, match="expected an engine of 2 processes, found 1"):
+        train_expert(
+            backbone,
+            make_data(),
+            config=config,
+            lora=lora,
+            run_seed=5,
+            expert_name="hate",
+            engine=engine,
+            world_size=2,
+        )
+
+
+def metrics(step: int, policy: float, reference: float = 0.1) -> StepMetrics:
+    return StepMetrics(step, 0.5, 0.5, 0.0, 0.0, 1.0, 3.0, policy, policy, reference, reference, 1.0, 1e-3)
+
+
+def test_spike_guard_counts_consecutive_steps() -> None:
+    """Limit 10 x 0.1 = 1, patience 5: four bad steps, one good, then five bad ones end it."""
+    guard = SpikeGuard("hate", DpoConfig())
+    for step in range(4):
+        guard.check(metrics(step, 1.01))
+    guard.check(metrics(4, 1.0))
+    assert guard.spike_steps == 0
+    for step in range(5, 9):
+        guard.check(metrics(step, 2.0))
+    with pytest.raises(
+        SafetyDPOError, match=r"expert 'hate': .* below 10 x the reference's 0.1, found 2 for 5 steps up to step 9"
+    ):
+        guard.check(metrics(9, 2.0))
+
+
+def test_spike_guard_goes_on_counting_after_a_resume() -> None:
+    guard = SpikeGuard("hate", DpoConfig(), spike_steps=4)
+    with pytest.raises(SafetyDPOError, match="for 5 steps"):
+        guard.check(metrics(7, 2.0))
+
+
+def test_an_expert_that_blows_up_ends_with_its_name_and_writes_nothing_more(
+    backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig, tmp_path: Path
+) -> None:
+    """A learning rate of 30 turns the prediction into noise within a few steps."""
+    config = config.model_copy(
+        update={"learning_rate": 30.0, "warmup_steps": 0, "steps": 30, "checkpoint_every": 30, "safe_rise_weight": 0.0}
+    )
+    place = open_location(str(tmp_path / "c"))
+    with pytest.raises(SafetyDPOError, match=r"expert 'hate': expected an error on the safe picture below 10 x"):
+        train(backbone, make_data(), config, lora, checkpoint=place)
+    assert not place.exists()
+
+
+def test_nan_loss_ends_at_once(backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig) -> None:
+    """A learning rate of 1e30 overflows float32 in the second forward pass."""
+    config = config.model_copy(update={"learning_rate": 1e30, "warmup_steps": 0})
+    with pytest.raises(SafetyDPOError, match=r"expert 'hate': expected a finite loss at step 1, found nan"):
+        train(backbone, make_data(), config, lora)
+
+
+def test_infinite_gradient_ends_at_once(
+    backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig
+) -> None:
+    engine = open_engine(backbone, config=config, lora=lora)
+    backward = engine.backward
+    engine.backward = lambda loss: backward(loss * float("inf"))  # type: ignore[method-assign]
+    with pytest.raises(SafetyDPOError, match=r"expected a finite gradient norm at step 0"):
+        train_expert(backbone, make_data(), config=config, lora=lora, run_seed=5, expert_name="hate", engine=engine)
