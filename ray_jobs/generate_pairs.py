@@ -78,7 +78,9 @@ def pairs_key(run: Run, pairs: Sequence[PromptPair], benign: Sequence[Prompt]) -
 def image_pool(run: Run) -> Location:
     """Return the pool of pictures drawn by this run's base model and sampler."""
     identity = run.config.identity
-    key = sha256_of([run.base_fingerprint, identity.base.dtype, identity.sampler.model_dump(mode="json"), RECIPE_VERSION])
+    key = sha256_of(
+        [run.base_fingerprint, identity.base.dtype, identity.sampler.model_dump(mode="json"), RECIPE_VERSION]
+    )
     return stage_folder(run.store, "images") / f"pool-{key[:12]}"
 
 
@@ -127,7 +129,9 @@ def _make(run: Run, folder: Location, pairs: Sequence[PromptPair], benign: Seque
     _encode_captions(run, rows, kept)
     content = dict(zip(images.column("image_id").to_pylist(), images.column("sha256").to_pylist(), strict=True))
     return {
-        "fingerprint": fingerprint_rows([*content.items(), *((pair_id, str(s.kept)) for pair_id, s in selections.items())]),
+        "fingerprint": fingerprint_rows(
+            [*content.items(), *((pair_id, str(s.kept)) for pair_id, s in selections.items())]
+        ),
         "counts": {"pairs": len(selections), "kept": len(kept), "pictures": len(content), **counts},
         "failed_units": failed,
         "details": {"reasons": dict(Counter(selection.reason for selection in selections.values()))},
@@ -135,9 +139,7 @@ def _make(run: Run, folder: Location, pairs: Sequence[PromptPair], benign: Seque
 
 
 def _check_error_rate(run: Run, images: pa.Table) -> list[str]:
-    failed = [
-        row["image_id"] for row in images.select(["image_id", "status"]).to_pylist() if row["status"] != "ok"
-    ]
+    failed = [row["image_id"] for row in images.select(["image_id", "status"]).to_pylist() if row["status"] != "ok"]
     limit = run.config.identity.pairs.max_error_rate
     if len(failed) > limit * images.num_rows:
         errors = Counter(row["error"] for row in images.select(["error"]).to_pylist() if row["error"])
@@ -160,9 +162,7 @@ def _judge(run: Run, images: pa.Table) -> dict[str, Verdict]:
     table = fill_pool(
         derived_pool(run, "verdicts"), images.select(IMAGE_INPUT.names), stage, execution=run.config.execution
     )
-    return {
-        row["image_id"]: Verdict(row["unsafe_score"], row["unrecognisable_score"]) for row in table.to_pylist()
-    }
+    return {row["image_id"]: Verdict(row["unsafe_score"], row["unrecognisable_score"]) for row in table.to_pylist()}
 
 
 def _select(
@@ -187,7 +187,9 @@ def _write_tables(
 ) -> None:
     unique = {pair.pair_id: pair for pair in pairs}
     ordered = [unique[pair_id] for pair_id in sorted(unique)]
-    texts = [{"pair_id": pair.pair_id, "unsafe_text": pair.unsafe_text, "safe_text": pair.safe_text} for pair in ordered]
+    texts = [
+        {"pair_id": pair.pair_id, "unsafe_text": pair.unsafe_text, "safe_text": pair.safe_text} for pair in ordered
+    ]
     members = [
         {"pair_id": pair.pair_id, "category": category, "concept": pair.concept, "source": pair.source}
         for pair in ordered
@@ -236,5 +238,3 @@ def _encode_captions(run: Run, rows: Sequence[Mapping[str, Any]], kept: set[str]
     fill_pool(
         derived_pool(run, "captions"), table_from_rows(captions, CAPTION_INPUT), stage, execution=run.config.execution
     )
-
-

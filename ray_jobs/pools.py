@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 import ray
 import ray.data
 from ray.data.checkpoint import CheckpointConfig
@@ -67,9 +66,7 @@ def read_pool(pool: Location, schema: pa.Schema, *, wanted: set[str] | None = No
     return table.take(pa.array(sorted(best.values(), key=lambda index: str(ids[index])), type=pa.int64()))
 
 
-def fill_pool(
-    pool: Location, manifest: pa.Table, stage: PoolStage, *, execution: ExecutionConfig
-) -> pa.Table:
+def fill_pool(pool: Location, manifest: pa.Table, stage: PoolStage, *, execution: ExecutionConfig) -> pa.Table:
     """Make every row of `manifest` that the pool lacks; return all wanted rows, in id order.
 
     Rows whose status is `error` are tried up to three times in all and then returned as they are.
@@ -91,8 +88,9 @@ def fill_pool(
     verification = verify_rows(ids, rows.column(stage.id_column).to_pylist())
     if not verification.is_exact:
         raise SafetyDPOError(
-            f"{stage.label}: expected each of {len(ids)} rows once in {pool}, found {len(verification.missing)} missing "
-            f"and {len(verification.duplicated)} doubled: run the same command again"
+            f"{stage.label}: expected each of {len(ids)} rows once in {pool}, "
+            f"found {len(verification.missing)} missing and {len(verification.duplicated)} doubled: "
+            "run the same command again"
         )
     return rows
 
@@ -164,9 +162,7 @@ def _execute(
         batch_format="pyarrow",
         **options,
     )
-    dataset.write_parquet(
-        data.path, filesystem=data.filesystem, mode="append", row_group_size=64, try_create_dir=False
-    )
+    dataset.write_parquet(data.path, filesystem=data.filesystem, mode="append", row_group_size=64, try_create_dir=False)
 
 
 class CountingWorker:
@@ -192,33 +188,29 @@ class CountingWorker:
 @contextmanager
 def _checkpointing(folder: Location, id_column: str) -> Iterator[None]:
     context = ray.data.DataContext.get_current()
-    before = (
-        context.checkpoint_config,
-        context.enable_progress_bars,
-        context.print_on_execution_start,
-        context.execution_options.preserve_order,
-    )
     checkpoint = (folder / "checkpoint").make_folder()
-    context.checkpoint_config = CheckpointConfig(
-        id_column=id_column,
-        checkpoint_path=checkpoint.path,
-        delete_checkpoint_on_success=False,
-        override_filesystem=_pyarrow_filesystem(checkpoint),
-    )
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
-    # Actors that die (a lost node, out of memory) are started again; Ray's defaults give up at once.
-    context.retried_map_errors = True
-    context.max_map_retries = 2
+    wanted = {
+        "checkpoint_config": CheckpointConfig(
+            id_column=id_column,
+            checkpoint_path=checkpoint.path,
+            delete_checkpoint_on_success=False,
+            override_filesystem=checkpoint.filesystem,
+        ),
+        "enable_progress_bars": False,
+        "print_on_execution_start": False,
+        "execution_no_progress_timeout_s": NO_PROGRESS_SECONDS,
+        # Actors that die (a lost node, out of memory) are started again; Ray's defaults give up at once.
+        "retried_map_errors": True,
+        "max_map_retries": 2,
+    }
+    before = {name: getattr(context, name) for name in wanted}
     try:
+        for name, value in wanted.items():
+            setattr(context, name, value)
         yield
     finally:
-        context.checkpoint_config, context.enable_progress_bars, context.print_on_execution_start = before[:3]
-
-
-def _pyarrow_filesystem(location: Location) -> pafs.FileSystem:
-    return location.filesystem
+        for name, value in before.items():
+            setattr(context, name, value)
 
 
 def rows_of(table: pa.Table) -> Sequence[dict[str, Any]]:

@@ -17,7 +17,6 @@ console = Console(stderr=True)
 POLL_SECONDS = 0.5
 
 
-@ray.remote(num_cpus=0)
 class ProgressBoard:
     """Counts finished units by label."""
 
@@ -25,9 +24,11 @@ class ProgressBoard:
         self._counts: Counter[str] = Counter()
 
     def add(self, label: str, count: int) -> None:
+        """Add finished units."""
         self._counts[label] += count
 
     def count(self, label: str) -> int:
+        """Return the finished units so far."""
         return self._counts[label]
 
 
@@ -42,7 +43,7 @@ class _RateColumn(ProgressColumn):
 @contextmanager
 def progress_bar(label: str, *, total: int, done: int = 0) -> Iterator[Any]:
     """Show a bar while the block runs; yield the board's handle, which workers call `add.remote(label, n)` on."""
-    board = ProgressBoard.remote()
+    board = ray.remote(num_cpus=0)(ProgressBoard).remote()
     stop = threading.Event()
     columns = (
         TextColumn("{task.description:<28}"),

@@ -48,7 +48,9 @@ def chosen_pairs(prompts: PromptsConfig, *, seed: int) -> list[PromptPair]:
 
 def retention_prompts(prompts: PromptsConfig, *, seed: int) -> list[Prompt]:
     """Return benign training prompts: neutral concepts, spread evenly."""
-    return spread_prompts(split_prompts(prompts, "train", "neutral"), prompts.retention_prompts, seed=seed, purpose="retention")
+    return spread_prompts(
+        split_prompts(prompts, "train", "neutral"), prompts.retention_prompts, seed=seed, purpose="retention"
+    )
 
 
 def spread_prompts(rows: Sequence[Prompt], count: int, *, seed: int, purpose: str) -> list[Prompt]:
@@ -65,7 +67,11 @@ def spread_prompts(rows: Sequence[Prompt], count: int, *, seed: int, purpose: st
 
 def split_prompts(prompts: PromptsConfig, split: str, prompt_set: str) -> list[Prompt]:
     """Return all prompts of a split and a set (`unsafe`, `ood`, `neutral`, `neighbour`)."""
-    rows = _demo_prompts(split, prompt_set) if prompts.source == "demo" else _file_prompts(prompts.source, split, prompt_set)
+    rows = (
+        _demo_prompts(split, prompt_set)
+        if prompts.source == "demo"
+        else _file_prompts(prompts.source, split, prompt_set)
+    )
     if prompt_set in ("unsafe", "ood"):
         rows = [row for row in rows if row.category in prompts.categories]
     return rows

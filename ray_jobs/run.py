@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any
@@ -65,31 +65,37 @@ class Run:
         return artifact_folder(self.store, key)
 
     def build(self, pointer: str, key: ArtifactKey, make: Callable[[Location], Mapping[str, Any]]) -> Record:
+        """Make or find the artifact `key` and point the run's `pointer` at it."""
+        record = self.make(key, make)
+        write_pointer(self.run_dir, pointer, key)
+        return record
+
+    def make(self, key: ArtifactKey, make: Callable[[Location], Mapping[str, Any]]) -> Record:
         """Return the record of `key`; if it is open, let `make(folder)` fill it, then close it.
 
         `make` returns the record's `fingerprint` and optionally `counts`, `failed_units` and `details`.
         """
         record = find_closed(self.store, key)
-        if record is None:
-            started = time.time()
-            made = dict(make(self.folder(key)))
-            record = Record(
-                stage=key.stage,
-                name=key.name,
-                hash=key.hash,
-                recipe_version=key.recipe_version,
-                identity=dict(key.identity),
-                inputs=dict(key.inputs),
-                fingerprint=made.pop("fingerprint"),
-                counts=made.pop("counts", {}),
-                failed_units=tuple(made.pop("failed_units", ())),
-                details=made.pop("details", {}),
-                versions=package_versions(),
-                started_at=datetime.fromtimestamp(started, tz=timezone.utc).isoformat(timespec="seconds"),
-                seconds=round(time.time() - started, 3),
-            )
-            close_artifact(self.store, key, record)
-        write_pointer(self.run_dir, pointer, key)
+        if record is not None:
+            return record
+        started = time.time()
+        made = dict(make(self.folder(key)))
+        record = Record(
+            stage=key.stage,
+            name=key.name,
+            hash=key.hash,
+            recipe_version=key.recipe_version,
+            identity=dict(key.identity),
+            inputs=dict(key.inputs),
+            fingerprint=made.pop("fingerprint"),
+            counts=made.pop("counts", {}),
+            failed_units=tuple(made.pop("failed_units", ())),
+            details=made.pop("details", {}),
+            versions=package_versions(),
+            started_at=datetime.fromtimestamp(started, tz=UTC).isoformat(timespec="seconds"),
+            seconds=round(time.time() - started, 3),
+        )
+        close_artifact(self.store, key, record)
         return record
 
     def add_seconds(self, stage: str, seconds: float) -> None:

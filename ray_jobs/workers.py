@@ -110,18 +110,18 @@ class JudgeWorker:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return `verdicts` rows."""
         ids = table.column("image_id").to_pylist()
-        scores = self._judge.score(decode_pictures(padded(table.column("image").to_pylist(), self._batch_size)))
+        verdicts = self._judge.judge(decode_pictures(padded(table.column("image").to_pylist(), self._batch_size)))
         rows = [
             {
                 "image_id": image_id,
                 "judge": self._judge.name,
                 "version": self._judge.version,
-                "unsafe_score": float(scores.unsafe[index]),
-                "unrecognisable_score": float(scores.unrecognisable[index]),
-                "concept": scores.concept[index],
-                "background": scores.background[index],
-                "is_unsafe": bool(scores.is_unsafe[index]),
-                "is_unrecognisable": bool(scores.is_unrecognisable[index]),
+                "unsafe_score": verdicts.unsafe_score[index],
+                "unrecognisable_score": verdicts.unrecognisable_score[index],
+                "concept": verdicts.concept[index],
+                "background": verdicts.background[index],
+                "is_unsafe": verdicts.is_unsafe[index],
+                "is_unrecognisable": verdicts.is_unrecognisable[index],
             }
             for index, image_id in enumerate(ids)
         ]

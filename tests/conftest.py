@@ -30,7 +30,9 @@ CHECKED_MODULES = (
 )
 _early = [name for name in CHECKED_MODULES if name in sys.modules]
 if _early:
-    raise RuntimeError(f"expected the shape checks before the first import of {_early}: import less in tests/conftest.py")
+    raise RuntimeError(
+        f"expected the shape checks before the first import of {_early}: import less in tests/conftest.py"
+    )
 install_import_hook(list(CHECKED_MODULES), "beartype.beartype")
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     AutoencoderTiny,
     DPMSolverMultistepScheduler,
     StableDiffusionPipeline,

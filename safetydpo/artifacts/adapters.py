@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -22,10 +22,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from safetydpo.artifacts.schemas import canonical_json
+from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError
-
-if TYPE_CHECKING:
-    from safetydpo.artifacts.storage import Location
 
 AdapterKind = Literal["expert", "merged", "all_single"]
 
@@ -93,7 +91,7 @@ def adapter_to_bytes(layers: Mapping[str, LoraLayer], metadata: AdapterMetadata)
     tensors: dict[str, Tensor] = {}
     for name in sorted(layers):
         layer = layers[name]
-        _check_layer(name, layer, source="the adapter to be written")
+        _check_tensors(name, down=layer.down, up=layer.up, source="the adapter to be written")
         tensors[f"{KEY_PREFIX}{name}{DOWN_SUFFIX}"] = _pad(layer.down, rows=width, columns=layer.down.shape[1])
         tensors[f"{KEY_PREFIX}{name}{UP_SUFFIX}"] = _pad(layer.up, rows=layer.up.shape[0], columns=width)
     header = asdict(metadata)
@@ -123,7 +121,7 @@ def adapter_from_bytes(data: bytes, *, source: str) -> tuple[dict[str, LoraLayer
     for name in _module_names(tensors, source=source):
         down = tensors[f"{KEY_PREFIX}{name}{DOWN_SUFFIX}"].to(torch.float32)
         up = tensors[f"{KEY_PREFIX}{name}{UP_SUFFIX}"].to(torch.float32)
-        _check_layer(name, LoraLayer(down, up), source=source)
+        _check_tensors(name, down=down, up=up, source=source)
         rank = ranks.get(name, down.shape[0])
         layers[name] = LoraLayer(down[:rank].contiguous(), up[:, :rank].contiguous())
     return layers, metadata
@@ -167,8 +165,7 @@ def _pad(tensor: Tensor, *, rows: int, columns: int) -> Tensor:
     return padded
 
 
-def _check_layer(name: str, layer: LoraLayer, *, source: str) -> None:
-    down, up = layer.down, layer.up
+def _check_tensors(name: str, *, down: Tensor, up: Tensor, source: str) -> None:
     if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or down.shape[0] == 0:
         raise SafetyDPOError(
             f"expected lora_A [rank, d_in] and lora_B [d_out, rank] of {name!r} in {source}, found "

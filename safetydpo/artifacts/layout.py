@@ -10,6 +10,7 @@ from safetydpo.artifacts.storage import Location
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 RECORD_FILE = "record.json"
 POINTERS_FILE = "artifacts.json"
+IDENTITY_FILE = "identity.json"
 
 
 def demo_weights() -> Path:

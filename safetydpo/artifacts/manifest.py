@@ -34,7 +34,9 @@ def verify_rows(wanted: Iterable[str], found: Sequence[str], failed: Iterable[st
     wanted_set = set(wanted_list)
     if len(wanted_set) != len(wanted_list):
         twice = sorted(row for row, times in Counter(wanted_list).items() if times > 1)
-        raise SafetyDPOError(f"expected each row once in the manifest, found {twice[0]!r} {wanted_list.count(twice[0])} times")
+        raise SafetyDPOError(
+            f"expected each row once in the manifest, found {twice[0]!r} {wanted_list.count(twice[0])} times"
+        )
     counts = Counter(found)
     return Verification(
         missing=tuple(sorted(wanted_set - counts.keys())),

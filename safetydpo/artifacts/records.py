@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from safetydpo.artifacts.layout import POINTERS_FILE, RECORD_FILE, stage_folder
+from safetydpo.artifacts.layout import IDENTITY_FILE, POINTERS_FILE, RECORD_FILE, stage_folder
 from safetydpo.artifacts.schemas import canonical_json, sha256_of
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError, UsageError
@@ -110,15 +110,21 @@ def close_artifact(store: Location, key: ArtifactKey, record: Record) -> None:
 
 
 def read_pointers(run_dir: Location) -> dict[str, dict[str, str]]:
-    """Return {pointer name: {"stage", "folder", "hash"}} of a run folder; empty if it is new."""
+    """Return {pointer name: {"stage", "folder", "hash"}} of a run folder; empty if it is new.
+
+    Raises:
+        SafetyDPOError: if the file of pointers does not parse.
+    """
     location = run_dir / POINTERS_FILE
     if not location.is_file():
         return {}
     try:
         content = json.loads(location.read_bytes())
-    except ValueError as error:
-        raise SafetyDPOError(f"expected JSON at {location}, found: {error}; delete it and run again") from error
-    return {str(name): dict(pointer) for name, pointer in content["artifacts"].items()}
+        return {str(name): dict(pointer) for name, pointer in content["artifacts"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SafetyDPOError(
+            f"expected pointers to artifacts at {location}, found: {error!r}; delete it and run again"
+        ) from error
 
 
 def write_pointer(run_dir: Location, name: str, key: ArtifactKey) -> None:
@@ -135,12 +141,18 @@ def check_run_identity(run_dir: Location, config: Mapping[str, Any]) -> None:
 
     Raises:
         UsageError: naming every field that differs from the config of the folder's first run.
+        SafetyDPOError: if the stored config does not parse.
     """
-    location = run_dir / "identity.json"
+    location = run_dir / IDENTITY_FILE
     if not location.is_file():
         location.write_bytes(json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
         return
-    before = json.loads(location.read_bytes())
+    try:
+        before = json.loads(location.read_bytes())
+    except ValueError as error:
+        raise SafetyDPOError(
+            f"expected the run's config as JSON at {location}, found: {error}; delete that file and run again"
+        ) from error
     if canonical_json(before) == canonical_json(config):
         return
     changed = sorted(_differences(before, config))
@@ -150,10 +162,14 @@ def check_run_identity(run_dir: Location, config: Mapping[str, Any]) -> None:
     )
 
 
+_ABSENT = "<absent>"
+
+
 def _differences(before: Any, after: Any, prefix: str = "identity") -> list[str]:
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         found: list[str] = []
         for key in sorted({*before, *after}):
-            found += _differences(before.get(key), after.get(key), f"{prefix}.{key}")
+            # A setting that is absent differs from one that is null.
+            found += _differences(before.get(key, _ABSENT), after.get(key, _ABSENT), f"{prefix}.{key}")
         return found
     return [] if canonical_json(before) == canonical_json(after) else [f"{prefix} ({before!r} -> {after!r})"]

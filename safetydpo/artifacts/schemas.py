@@ -115,12 +115,10 @@ TRIALS = pa.schema(
 OUTCOMES = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
-        pa.field("row_name", pa.string(), nullable=False),
-        pa.field("prompt_id", pa.string(), nullable=False),
-        pa.field("seed", pa.int64(), nullable=False),
         pa.field("image", pa.binary(), nullable=True),
         pa.field("status", pa.string(), nullable=False),
         pa.field("error", pa.string(), nullable=False),
+        pa.field("attempt", pa.int32(), nullable=False),
         pa.field("select_concept", pa.string(), nullable=False),
         pa.field("select_background", pa.string(), nullable=False),
         pa.field("select_unsafe", pa.bool_(), nullable=False),
@@ -129,9 +127,7 @@ OUTCOMES = pa.schema(
         pa.field("audit_background", pa.string(), nullable=False),
         pa.field("audit_unsafe", pa.bool_(), nullable=False),
         pa.field("audit_unrecognisable", pa.bool_(), nullable=False),
-        pa.field("clip_score", pa.float32(), nullable=False),
-        pa.field("clip_score_mismatched", pa.float32(), nullable=False),
-        pa.field("features", pa.binary(), nullable=True),
+        pa.field("clip_embedding", pa.list_(pa.float32()), nullable=False),
     ]
 )
 

@@ -154,14 +154,22 @@ def open_location(uri: str) -> Location:
     """Return the location of a local path or an `s3://bucket/prefix` address.
 
     Raises:
-        UsageError: if the address has an unknown scheme or no bucket.
+        UsageError: if the address is empty, has an unknown scheme or no bucket.
+        SafetyDPOError: if the object store does not answer.
     """
+    if not uri.strip() or uri.rstrip("/") == "s3:":
+        raise UsageError(f"expected a local path or s3://bucket/prefix, found {uri!r}: name a folder or a bucket")
     if "://" not in uri:
-        return Location(pafs.LocalFileSystem(), os.path.abspath(uri))
+        return Location(pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri)))
     try:
         filesystem, path = pafs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
         raise UsageError(f"expected a local path or s3://bucket/prefix, found {uri!r}: {_one_line(error)}") from error
+    except OSError as error:
+        raise SafetyDPOError(
+            f"expected an answer from the object store of {uri!r}, found: {_one_line(error)}; "
+            "check the bucket's name, the network and the credentials"
+        ) from error
     return Location(filesystem, path.rstrip("/"))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,16 +14,26 @@ from safetydpo.errors import SafetyDPOError
 ROWS_PER_GROUP = 64
 
 
-def table_from_rows(rows: Sequence[dict[str, object]], schema: pa.Schema) -> pa.Table:
+def table_from_rows(rows: Sequence[Mapping[str, object]], schema: pa.Schema) -> pa.Table:
     """Return `rows` as a table of exactly `schema`.
 
     Raises:
-        SafetyDPOError: naming the first value that does not fit.
+        SafetyDPOError: naming the first value that does not fit, is missing or belongs to no column.
     """
+    unknown = {name for row in rows for name in row} - set(schema.names)
+    if unknown:
+        raise SafetyDPOError(f"expected rows of columns {schema.names}, found another: {min(unknown)!r}")
     try:
-        return pa.Table.from_pylist(list(rows), schema=schema)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise SafetyDPOError(f"expected rows of columns {schema.names}, found: {' '.join(str(error).split())}") from error
+        table = pa.Table.from_pylist(list(rows), schema=schema)
+    except (pa.ArrowException, OverflowError, UnicodeError) as error:
+        raise SafetyDPOError(
+            f"expected rows of columns {schema.names}, found: {' '.join(str(error).split())}"
+        ) from error
+    # Arrow takes an absent key for a null and lets it into a column that has none.
+    for field in schema:
+        if not field.nullable and table.column(field.name).null_count:
+            raise SafetyDPOError(f"expected a value of {field.name!r} in every row, found a row without")
+    return table
 
 
 def write_table(location: Location, table: pa.Table) -> None:
@@ -58,7 +68,7 @@ def _read_file(source: Location, wanted: pa.Schema) -> pa.Table:
         if missing:
             raise SafetyDPOError(f"expected columns {wanted.names} in {source}, found no {missing[0]!r}")
         return file.read(columns=wanted.names).select(wanted.names).cast(wanted)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
+    except (pa.ArrowException, ValueError, OSError) as error:
         raise SafetyDPOError(
             f"expected a complete Parquet file at {source}, found {len(data):,} bytes that do not parse "
             f"({' '.join(str(error).split())[:120]}): delete it and run its stage again"

@@ -39,12 +39,15 @@ def parse_config(content: dict[str, Any], *, source: str) -> Config:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "config"
         if first["type"] == "extra_forbidden":
-            raise UsageError(
-                f"{source}: expected known keys only, found {where!r}; known here: {', '.join(_known_keys(first['loc']))}"
-            ) from error
-        found = "" if first["type"] in ("value_error", "missing") else f", found {first['input']!r}"
+            known = ", ".join(_known_keys(first["loc"]))
+            raise UsageError(f"{source}: expected known keys only, found {where!r}; known here: {known}") from error
+        # A rule of ours says itself what it found; one about several fields names them.
+        found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
+        setting = "key.path" if first["type"] == "value_error" and isinstance(first["input"], dict) else where
         message = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"{source}: {where}: {message}{found}; correct it in the file or by {where}=VALUE") from error
+        raise UsageError(
+            f"{source}: {where}: {message}{found}; correct it in the file or by {setting}=VALUE"
+        ) from error
 
 
 def identity_of(config: Config) -> dict[str, Any]:

@@ -6,11 +6,12 @@ Unknown keys are refused. Each default lives here and nowhere else.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-CATEGORIES = (
+Category = Literal["hate", "sexual", "violence", "shocking", "illegal_activity", "harassment", "self_harm"]
+CATEGORIES: tuple[Category, ...] = (
     "hate",
     "sexual",
     "violence",
@@ -19,8 +20,18 @@ CATEGORIES = (
     "harassment",
     "self_harm",
 )
-Category = Literal["hate", "sexual", "violence", "shocking", "illegal_activity", "harassment", "self_harm"]
 Rate = Annotated[float, Field(ge=0.0, le=1.0)]
+Item = TypeVar("Item")
+
+
+def _once_each(values: tuple[Item, ...]) -> tuple[Item, ...]:
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"expected each value once, found {value!r} {values.count(value)} times")
+    return values
+
+
+Distinct = Annotated[tuple[Item, ...], AfterValidator(_once_each)]
 
 
 class _Frozen(BaseModel):
@@ -58,7 +69,7 @@ class PromptsConfig(_Frozen):
 
     source: str = "demo"
     """`demo`, or the path of a Parquet file with the columns of `prompt_pairs` and `memberships`."""
-    categories: tuple[Category, ...] = Field(CATEGORIES, min_length=1)
+    categories: Distinct[Category] = Field(CATEGORIES, min_length=1)
     """Categories that take part; experts are made for these only."""
     pairs_per_category: int = Field(96, ge=1)
     """Prompt pairs drawn per category, spread evenly over its concepts."""
@@ -88,7 +99,7 @@ class LoraConfig(_Frozen):
     """Rank of every layer. Stored with alpha = rank and every scale folded into B."""
     alpha: float | None = Field(None, gt=0)
     """Scale numerator while training (scale = alpha / rank); None = rank."""
-    targets: tuple[str, ...] = Field(("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
+    targets: Distinct[str] = Field(("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
     """Name suffixes of the U-Net's linear layers that get an adapter."""
     init: Literal["shared", "independent"] = "shared"
     """`shared`: one draw of A per (base, signature), so that rows of A mean the same in all experts."""
@@ -147,7 +158,7 @@ class ExpertsConfig(_Frozen):
 class MergeConfig(_Frozen):
     """Merges that are made without a search."""
 
-    methods: tuple[str, ...] = ("average", "sum", "ties", "co_merge")
+    methods: Distinct[str] = ("average", "sum", "ties", "co_merge")
     """Names in the merge registry."""
     global_scale: float = Field(1.0, gt=0)
     """Multiplies the merged delta."""
@@ -157,7 +168,7 @@ class MergeConfig(_Frozen):
     """Rank of the merged adapter by truncated SVD; None = exact (sum of ranks, at most min(d_in, d_out))."""
     activation_prompts_per_category: int = Field(8, ge=1)
     """Unsafe prompts per category whose layer inputs Co-Merge votes on."""
-    activation_timesteps: tuple[int, ...] = Field((801, 401, 101), min_length=1)
+    activation_timesteps: Distinct[int] = Field((801, 401, 101), min_length=1)
     """Timesteps at which the layer inputs are collected."""
 
 
@@ -168,7 +179,7 @@ class SearchConfig(_Frozen):
     """Candidates in all; the plain methods come first."""
     generation_size: int = Field(4, ge=1)
     """Candidates asked at once; answers are told in trial order, so completion order cannot matter."""
-    methods: tuple[str, ...] = ("sum", "ties", "co_merge")
+    methods: Distinct[str] = ("sum", "ties", "co_merge")
     """Methods the search may choose."""
     scale_range: tuple[float, float] = (0.3, 3.0)
     """Range of the global scale (log scale)."""
@@ -190,7 +201,7 @@ class SearchConfig(_Frozen):
         for name in ("scale_range", "weight_range", "density_range"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
-                raise ValueError(f"search.{name}: expected 0 < low <= high, found [{low}, {high}]")
+                raise ValueError(f"identity.search.{name}: expected 0 < low <= high, found [{low}, {high}]")
         return self
 
 
@@ -205,7 +216,7 @@ class EvaluationConfig(_Frozen):
     """Test prompts of neutral neighbours of unsafe concepts."""
     ood_prompts: int = Field(28, ge=1)
     """Test prompts of unsafe concepts that no expert has seen."""
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    seeds: Distinct[int] = Field((0,), min_length=1)
     """Generation seeds; each draws every prompt once."""
     expert_rows: bool = True
     """Also evaluate each single expert on the unsafe prompts of every category."""
@@ -250,7 +261,8 @@ class ExecutionConfig(_Frozen):
     def _gpus_are_fraction_or_whole(self) -> Self:
         if self.gpus_per_worker > 1 and self.gpus_per_worker != int(self.gpus_per_worker):
             raise ValueError(
-                f"execution.gpus_per_worker: expected a fraction in (0, 1] or a whole number, found {self.gpus_per_worker}"
+                "execution.gpus_per_worker: expected a fraction in (0, 1] or a whole number, "
+                f"found {self.gpus_per_worker}"
             )
         return self
 

@@ -9,7 +9,7 @@ Axis legend: n = drawings, h = w = 32 pixels.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,7 @@ def load_font(path: Path = FONT_PATH) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(path), size=FONT_SIZE)
 
 
-@lru_cache(maxsize=None)
+@cache
 def render_glyph(codepoint: int) -> Image.Image:
     """Render one emoji on transparency, cropped to its inked box."""
     canvas = Image.new("RGBA", (160, 160), (0, 0, 0, 0))
@@ -97,9 +97,7 @@ def draw_many(rows: Iterable[tuple[Concept, str, int]]) -> UInt8[np.ndarray, "n 
     return np.stack([draw(concept, background, draw_seed) for concept, background, draw_seed in rows])
 
 
-def every_drawing(
-    concepts: Sequence[Concept], draw_seeds: Sequence[int]
-) -> list[tuple[Concept, str, int]]:
+def every_drawing(concepts: Sequence[Concept], draw_seeds: Sequence[int]) -> list[tuple[Concept, str, int]]:
     """List every concept on every background, once per draw seed, in a fixed order."""
     return [
         (concept, background, draw_seed)

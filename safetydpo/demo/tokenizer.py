@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
 START_TOKEN = "<|startoftext|>"
@@ -23,7 +23,7 @@ def train_merges(captions: Iterable[str], *, num_merges: int = NUM_MERGES) -> li
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix=WORD_END, continuing_subword_prefix=""))
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(_regex(), behavior="removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="removed", invert=True)
     tokenizer.decoder = decoders.BPEDecoder(suffix=WORD_END)
     trainer = trainers.BpeTrainer(
         vocab_size=2 * len(alphabet) + num_merges,
@@ -34,12 +34,6 @@ def train_merges(captions: Iterable[str], *, num_merges: int = NUM_MERGES) -> li
     tokenizer.train_from_iterator(captions, trainer)
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     return [(left, right) for left, right in merges[:num_merges]]
-
-
-def _regex():  # noqa: ANN202  # the class is not exported with a type
-    from tokenizers import Regex
-
-    return Regex(WORD_PATTERN)
 
 
 def write_tokenizer(merges: list[tuple[str, str]], folder: Path) -> None:

@@ -88,7 +88,13 @@ def decode_all(vae: AutoencoderTiny, latents: Float[Tensor, "n c u v"]) -> UInt8
 
 @torch.no_grad()
 def fold_affine(layer: nn.Conv2d, mean: Float[Tensor, " c"], deviation: Float[Tensor, " c"]) -> None:
-    """Make a convolution's outputs have zero mean and unit variance: W <- W / deviation, b <- (b - mean) / deviation."""
+    """Make a convolution's outputs have zero mean and unit variance.
+
+    W <- W / deviation, b <- (b - mean) / deviation, per output channel.
+
+    Raises:
+        SafetyDPOError: The layer has no bias.
+    """
     if layer.bias is None:
         raise SafetyDPOError("expected the encoder's last layer to have a bias, found none. Build it with bias=True.")
     layer.weight.div_(deviation[:, None, None, None])
@@ -102,9 +108,7 @@ def train_joint(vae: AutoencoderTiny, pictures: UInt8[Tensor, "n h w 3"], folder
     first = load_checkpoint(folder, module=vae, optimizer=optimizer, average=None)
     progress = Progress(stage, NUM_JOINT_STEPS)
     for step in range(first, NUM_JOINT_STEPS):
-        set_rate(
-            optimizer, scheduled_rate(step, num_steps=NUM_JOINT_STEPS, num_warmup_steps=100, peak=JOINT_RATE)
-        )
+        set_rate(optimizer, scheduled_rate(step, num_steps=NUM_JOINT_STEPS, num_warmup_steps=100, peak=JOINT_RATE))
         rows = draw_batch(stage, step, num_rows=len(pictures), batch_size=BATCH_SIZE)
         target = to_unit_range(pictures[rows]).contiguous(memory_format=torch.channels_last)
         loss = functional.mse_loss(vae.decode(vae.encode(target).latents).sample, target)
@@ -122,9 +126,7 @@ def train_decoder(vae: AutoencoderTiny, pictures: UInt8[Tensor, "n h w 3"], fold
     first = load_checkpoint(folder, module=vae, optimizer=optimizer, average=None)
     progress = Progress(stage, NUM_DECODER_STEPS)
     for step in range(first, NUM_DECODER_STEPS):
-        set_rate(
-            optimizer, scheduled_rate(step, num_steps=NUM_DECODER_STEPS, num_warmup_steps=50, peak=DECODER_RATE)
-        )
+        set_rate(optimizer, scheduled_rate(step, num_steps=NUM_DECODER_STEPS, num_warmup_steps=50, peak=DECODER_RATE))
         rows = draw_batch(stage, step, num_rows=len(pictures), batch_size=BATCH_SIZE)
         noise = torch.randn(latents[rows].shape, generator=derive_torch(BUILD_SEED, stage, f"noise/{step}"))
         noisy = (latents[rows] + LATENT_NOISE * noise).contiguous(memory_format=torch.channels_last)

@@ -90,9 +90,7 @@ class Progress:
         if (step + 1) % self.every == 0 or step + 1 == self.num_steps:
             seconds = (time.monotonic() - self._started) / len(self._losses)
             mean = sum(self._losses) / len(self._losses)
-            logger.info(
-                "%s step %d/%d loss %.5f, %.3f s/step", self.part, step + 1, self.num_steps, mean, seconds
-            )
+            logger.info("%s step %d/%d loss %.5f, %.3f s/step", self.part, step + 1, self.num_steps, mean, seconds)
             self._losses, self._started = [], time.monotonic()
 
 

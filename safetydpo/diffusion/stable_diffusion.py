@@ -21,18 +21,16 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     UNet2DConditionModel,
 )
-from diffusers.utils import logging as diffusers_logging
 from jaxtyping import Float, Int, UInt8
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import CLIPTextModel
 
 from safetydpo.artifacts.adapters import LoraLayer, LoraSignature
 from safetydpo.diffusion import schedule
 from safetydpo.diffusion.adapter import AdapterSlot
 from safetydpo.diffusion.backbone import Condition, GuidanceCallback, GuidanceStep, PredictionType, TargetKind
 from safetydpo.diffusion.folder import check_weights, fingerprint_folder, read_json
+from safetydpo.diffusion.loading import load_clip_tokenizer, load_network
 from safetydpo.errors import SafetyDPOError
 
 AUTOENCODERS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
@@ -98,10 +96,10 @@ class StableDiffusion:
                 f"found {vae_class!r}: use a Stable Diffusion 1.x or 2.x model"
             )
         components = Components(
-            unet=_load_network(UNet2DConditionModel, folder / "unet", torch_dtype=dtype),
-            vae=_load_network(AUTOENCODERS[vae_class], folder / "vae", torch_dtype=dtype),
-            text_encoder=_load_network(CLIPTextModel, folder / "text_encoder", dtype=dtype),
-            tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+            unet=load_network(UNet2DConditionModel, folder / "unet", torch_dtype=dtype),
+            vae=load_network(AUTOENCODERS[vae_class], folder / "vae", torch_dtype=dtype),
+            text_encoder=load_network(CLIPTextModel, folder / "text_encoder", dtype=dtype),
+            tokenizer=load_clip_tokenizer(folder / "tokenizer"),
             scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
             fingerprint=fingerprint_folder(folder),
         )
@@ -372,45 +370,3 @@ def _recorder(into: list[Tensor]) -> Any:
         into.append(inputs[0].detach())
 
     return record
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    # What these libraries would only warn about (weights that are missing) is checked and raised here.
-    level_diffusers, level_transformers = (
-        diffusers_logging.get_verbosity(),
-        transformers_logging.get_verbosity(),
-    )
-    bars = transformers_logging.is_progress_bar_enabled()
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(level_diffusers)
-        transformers_logging.set_verbosity(level_transformers)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def _load_network(kind: Any, folder: Path, **dtype: torch.dtype) -> Any:
-    read_json(folder / "config.json")
-    try:
-        with _quiet_loading():
-            network, info = kind.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **dtype
-            )
-    except (OSError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise SafetyDPOError(
-            f"expected readable safetensors weights in {folder}, found {first_line}: "
-            "the file may be cut short; fetch or save the model again"
-        ) from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise SafetyDPOError(
-            f"expected all weights of {kind.__name__} in {folder}, found {len(missing)} missing, first {missing[0]!r}: "
-            "fetch or save the model again"
-        )
-    return network

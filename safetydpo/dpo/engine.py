@@ -46,7 +46,10 @@ class Engine(Protocol):
     """Owner of the adapter's parameters while experts are trained in one slot, one after another."""
 
     @property
-    def world_size(self) -> int: ...
+    def world_size(self) -> int:
+        """Return the number of processes that train one expert together."""
+        ...
+
     def backward(self, loss: Tensor) -> None:
         """Compute gradients of the mean of `loss` over processes."""
         ...

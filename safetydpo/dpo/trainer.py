@@ -24,7 +24,7 @@ from safetydpo.dpo.checkpoint import (
     training_identity,
 )
 from safetydpo.dpo.engine import Engine, fresh_state, learning_rate_at, lora_signature
-from safetydpo.dpo.step import policy_loss
+from safetydpo.dpo.step import METRICS, policy_loss
 from safetydpo.errors import SafetyDPOError, UsageError
 
 
@@ -78,7 +78,7 @@ def train_expert(
     expert_name: str,
     engine: Engine,
     checkpoint: Location | None = None,
-    report: Callable[[StepMetrics], None] = lambda metrics: None,
+    report: Callable[[StepMetrics], None] = lambda _: None,
     rank: int = 0,
     world_size: int = 1,
 ) -> TrainedExpert:
@@ -184,7 +184,8 @@ def _train_step(
     norm = engine.step(learning_rate=learning_rate)
     if not math.isfinite(norm):
         raise SafetyDPOError(_blow_up(expert, step, "gradient norm", norm, "lower dpo.learning_rate or dpo.beta"))
-    return StepMetrics(step, *measured, norm, learning_rate)
+    values = dict(zip(METRICS, measured, strict=True))
+    return StepMetrics(step=step, gradient_norm=norm, learning_rate=learning_rate, **values)
 
 
 def _blow_up(expert: str, step: int, what: str, value: float, advice: str) -> str:
@@ -192,8 +193,8 @@ def _blow_up(expert: str, step: int, what: str, value: float, advice: str) -> st
 
 
 def _metrics_of(row: Tensor) -> StepMetrics:
-    step, *rest = row.tolist()
-    return StepMetrics(int(step), *rest)
+    values = dict(zip(METRIC_NAMES, row.tolist(), strict=True))
+    return StepMetrics(step=int(values.pop("step")), **values)
 
 
 class SpikeGuard:

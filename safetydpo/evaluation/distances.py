@@ -1,7 +1,8 @@
 """Distances between two sets of pictures in a feature space, and the score of pictures against captions.
 
 Pure numpy and scipy. Axes: image = one generated picture; reference = one picture it is compared with;
-feature = one number of the feature network; pair = one picture with one caption; dim = one embedding axis.
+feature = one number of the feature network; pair = one picture with one caption; dim = one embedding axis. The
+second table's axes have their own names, so that a wrong shape reaches the error that says what to do.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class FeatureSet:
 
 
 def clip_scores(
-    image_embeddings: Float[np.ndarray, "pair dim"], text_embeddings: Float[np.ndarray, "pair dim"]
+    image_embeddings: Float[np.ndarray, "pair dim"], text_embeddings: Float[np.ndarray, "caption caption_dim"]
 ) -> Float[np.ndarray, " pair"]:
     """Return `100 * <image, text> / (|image| |text|)` per pair, without clipping at zero.
 
@@ -80,7 +81,7 @@ def mismatched_captions(concepts: Sequence[str]) -> list[int]:
 
 
 def frechet_distance(
-    features: Float[np.ndarray, "image feature"], reference: Float[np.ndarray, "reference feature"]
+    features: Float[np.ndarray, "image feature"], reference: Float[np.ndarray, "reference reference_feature"]
 ) -> float:
     """Return the squared Fréchet distance of two Gaussians fitted to the features.
 
@@ -106,7 +107,7 @@ def frechet_distance(
 
 
 def kernel_distance(
-    features: Float[np.ndarray, "image feature"], reference: Float[np.ndarray, "reference feature"]
+    features: Float[np.ndarray, "image feature"], reference: Float[np.ndarray, "reference reference_feature"]
 ) -> float:
     """Return the unbiased squared MMD with the cubic kernel `k(x, y) = (x.y / d + 1)^3` (KID).
 
@@ -174,8 +175,8 @@ def _kept(
 
 
 def _checked(
-    features: Float[np.ndarray, "image feature"], reference: Float[np.ndarray, "reference feature"]
-) -> tuple[Float[np.ndarray, "image feature"], Float[np.ndarray, "reference feature"]]:
+    features: Float[np.ndarray, "image feature"], reference: Float[np.ndarray, "reference reference_feature"]
+) -> tuple[Float[np.ndarray, "image feature"], Float[np.ndarray, "reference reference_feature"]]:
     first = np.asarray(features, dtype=np.float64)
     second = np.asarray(reference, dtype=np.float64)
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
@@ -185,8 +186,7 @@ def _checked(
         )
     if min(len(first), len(second)) < 2:
         raise SafetyDPOError(
-            f"expected at least 2 pictures on each side, found {len(first)} and {len(second)}: "
-            "evaluate more prompts"
+            f"expected at least 2 pictures on each side, found {len(first)} and {len(second)}: evaluate more prompts"
         )
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise SafetyDPOError(

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float
 
+from safetydpo.config.schema import CATEGORIES
 from safetydpo.errors import SafetyDPOError
 from safetydpo.evaluation.distances import FeatureSet, frechet_interval, kernel_interval
 from safetydpo.evaluation.outcomes import ImageOutcome, JudgeName, PromptSet, Verdict
@@ -127,9 +128,7 @@ RATES: dict[str, RateDefinition] = {
 }
 
 
-def rate(
-    hits: Bool[np.ndarray, " image"], concepts: Sequence[str], *, generator: np.random.Generator
-) -> Metric | None:
+def rate(hits: Bool[np.ndarray, " image"], concepts: Sequence[str], *, generator: np.random.Generator) -> Metric | None:
     """Return a rate with its exact interval and, over 2 or more concepts, the cluster one; None if n = 0."""
     if len(hits) == 0:
         return None
@@ -171,9 +170,7 @@ def count_hits(
             "judge them again, or mark them as failed"
         )
     hits = [
-        definition.failure_is_hit
-        if outcome.failure is not None
-        else definition.hit(outcome.verdicts[definition.judge])
+        definition.failure_is_hit if outcome.failure is not None else definition.hit(outcome.verdicts[definition.judge])
         for outcome in chosen
     ]
     return np.array(hits, dtype=np.bool_), chosen
@@ -187,11 +184,17 @@ def rate_metrics(outcomes: Sequence[ImageOutcome], *, generator: np.random.Gener
         _put(metrics, name, rate(hits, [outcome.concept for outcome in chosen], generator=generator))
         if name != "ip":
             continue
-        for category in sorted({outcome.category for outcome in chosen if outcome.category is not None}):
+        for category in _in_order({outcome.category for outcome in chosen if outcome.category is not None}):
             member = np.array([outcome.category == category for outcome in chosen], dtype=np.bool_)
             concepts = [outcome.concept for outcome in chosen if outcome.category == category]
             _put(metrics, f"ip:{category}", rate(hits[member], concepts, generator=generator))
     return metrics
+
+
+def _in_order(categories: set[str]) -> list[str]:
+    """Return the configured categories in their order, others after them by name."""
+    known: tuple[str, ...] = CATEGORIES
+    return [name for name in known if name in categories] + sorted(categories.difference(known))
 
 
 def difference_metrics(
@@ -208,16 +211,13 @@ def difference_metrics(
     if len(set(concepts)) < 2:
         return metrics
     if len(select) == len(audit):
-        gap = paired_difference(select, audit, concepts, generator=generator)
+        gap = paired_difference(select.astype(np.float64), audit.astype(np.float64), concepts, generator=generator)
         metrics["ip_select_minus_ip"] = _from_interval(gap, "difference")
     if base is not None:
         base_hits, base_chosen = count_hits(base, RATES["ip"])
-        by_key = {
-            (outcome.prompt_id, outcome.seed): hit
-            for outcome, hit in zip(base_chosen, base_hits, strict=True)
-        }
+        by_key = {(outcome.prompt_id, outcome.seed): hit for outcome, hit in zip(base_chosen, base_hits, strict=True)}
         paired = np.array([by_key[outcome.prompt_id, outcome.seed] for outcome in chosen], dtype=np.float64)
-        change = paired_difference(audit, paired, concepts, generator=generator)
+        change = paired_difference(audit.astype(np.float64), paired, concepts, generator=generator)
         metrics["ip_minus_base"] = _from_interval(change, "difference")
     return metrics
 
@@ -237,14 +237,10 @@ def clip_metrics(
     if len(set(concepts)) < 2:
         return metrics
     scores = np.array([_score(outcome) for outcome in chosen])
-    metrics["clip_score"] = _from_interval(
-        cluster_bootstrap(scores, concepts, generator=generator), "100 x cosine"
-    )
+    metrics["clip_score"] = _from_interval(cluster_bootstrap(scores, concepts, generator=generator), "100 x cosine")
     # A failed base picture gives no yardstick; its pair is left out on both sides, and n says so.
     yardstick = {
-        (outcome.prompt_id, outcome.seed): _margin(outcome)
-        for outcome in _with_scores(base)
-        if outcome.failure is None
+        (outcome.prompt_id, outcome.seed): _margin(outcome) for outcome in _with_scores(base) if outcome.failure is None
     }
     paired = [outcome for outcome in chosen if (outcome.prompt_id, outcome.seed) in yardstick]
     own = np.array([_margin(outcome) for outcome in paired])
@@ -263,7 +259,7 @@ def distance_metrics(
 ) -> dict[str, Metric]:
     """Return `frechet` and `kid` against drawings, `frechet:base` and `kid:base` against base's pictures.
 
-    On neutral prompts. Failed pictures have no features: n counts those that have. Absent without a
+    On neutral prompts. Failed pictures have no features: n counts those that do. Absent without a
     reference, or with fewer than 3 concepts (one is left out at a time, and each side still needs 2 pictures).
 
     Raises:
@@ -348,9 +344,7 @@ def _ratio_of_means(
 
 
 def _features(outcomes: Sequence[ImageOutcome]) -> FeatureSet | None:
-    chosen = [
-        o for o in outcomes if o.prompt_set == "neutral" and o.failure is None and o.features is not None
-    ]
+    chosen = [o for o in outcomes if o.prompt_set == "neutral" and o.failure is None and o.features is not None]
     if not chosen:
         return None
     return FeatureSet(

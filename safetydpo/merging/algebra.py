@@ -147,9 +147,7 @@ def _truncate(u: Tensor, s: Tensor, vh: Tensor, *, rank: int, dtype: torch.dtype
     kept = min(rank, int(s.shape[0]))
     squares = s.square()
     return Reduction(
-        layer=LoraLayer(
-            down=vh[:kept].to(dtype).contiguous(), up=(u[:, :kept] * s[:kept]).to(dtype).contiguous()
-        ),
+        layer=LoraLayer(down=vh[:kept].to(dtype).contiguous(), up=(u[:, :kept] * s[:kept]).to(dtype).contiguous()),
         squared_error=float(squares[kept:].sum()),
         squared_norm=float(squares.sum()),
     )

@@ -136,7 +136,7 @@ def co_merge(experts: LayerExperts) -> LayerMerge:
     and tie rule are our reading (`neuron`), because the paper leaves them open.
     """
     _expect_scores(experts)
-    present = [index for index, weight in enumerate(experts.weights) if weight != 0]
+    present = _present(experts)
     weights = torch.tensor([abs(experts.weights[index]) for index in present])
     down_winner = vote(torch.stack([experts.scores[index].down for index in present]))
     up_scores = torch.stack([experts.scores[index].up for index in present])
@@ -155,7 +155,7 @@ def delta_neuron(experts: LayerExperts) -> LayerMerge:
     Source: Liu et al. 2024, "SafetyDPO / AlignGuard" (arXiv 2412.10493), Co-Merge read on output neurons.
     """
     _expect_scores(experts)
-    present = [index for index, weight in enumerate(experts.weights) if weight != 0]
+    present = _present(experts)
     weights = torch.tensor([abs(experts.weights[index]) for index in present])
     scores = torch.stack([experts.scores[index].up for index in present])
     winner = torch.tensor(present)[vote(scores * weights[:, None, None])]
@@ -169,46 +169,48 @@ def delta_neuron(experts: LayerExperts) -> LayerMerge:
 def max_magnitude(experts: LayerExperts) -> LayerMerge:
     """Take each row of A and of B from the expert in which its norm is largest (w_e scales rows of B).
 
-    A control for `co_merge`: selection without data.
+    A control for `co_merge`: selection without data. Experts of weight 0 take no part.
 
     Source: control of this project; the largest row wins, without inputs.
     """
-    weights = torch.tensor(experts.weights)
-    down = torch.stack([layer.down.norm(dim=1) for layer in experts.layers])
-    up = torch.stack([layer.up.norm(dim=1) for layer in experts.layers]) * weights.abs()[:, None]
-    return take_rows(experts, down.argmax(dim=0), up.argmax(dim=0))
+    present = _present(experts)
+    weights = torch.tensor([abs(experts.weights[index]) for index in present])
+    down = torch.stack([experts.layers[index].down.norm(dim=1) for index in present])
+    up = torch.stack([experts.layers[index].up.norm(dim=1) for index in present]) * weights[:, None]
+    return take_rows(experts, torch.tensor(present)[down.argmax(dim=0)], torch.tensor(present)[up.argmax(dim=0)])
 
 
 def random_winner(experts: LayerExperts) -> LayerMerge:
     """Take each row of A and of B from an expert drawn at random (seed and layer name decide).
 
-    A control for `co_merge`: selection without any reason.
+    A control for `co_merge`: selection without any reason. Experts of weight 0 take no part.
 
     Source: control of this project.
     """
     generator = derive_numpy(experts.seed, "merging.random_winner", experts.name)
-    count, first = len(experts.layers), experts.layers[0]
-    down = torch.from_numpy(generator.integers(count, size=first.down.shape[0]))
-    up = torch.from_numpy(generator.integers(count, size=first.up.shape[0]))
-    return take_rows(experts, down, up)
+    present, first = torch.tensor(_present(experts)), experts.layers[0]
+    down = torch.from_numpy(generator.integers(len(present), size=first.down.shape[0]))
+    up = torch.from_numpy(generator.integers(len(present), size=first.up.shape[0]))
+    return take_rows(experts, present[down], present[up])
 
 
-def take_rows(
-    experts: LayerExperts, down_winner: Int[Tensor, " rank"], up_winner: Int[Tensor, " d_out"]
-) -> LayerMerge:
+def take_rows(experts: LayerExperts, down_winner: Int[Tensor, " rank"], up_winner: Int[Tensor, " d_out"]) -> LayerMerge:
     """Return the layer whose row k of A is that of expert `down_winner[k]` and row i of B that of `up_winner[i]`.
 
     Rows of B carry the weight of their expert.
     """
     downs = torch.stack([layer.down for layer in experts.layers])
-    ups = torch.stack(
-        [layer.up * weight for layer, weight in zip(experts.layers, experts.weights, strict=True)]
-    )
+    ups = torch.stack([layer.up * weight for layer, weight in zip(experts.layers, experts.weights, strict=True)])
     merged = LoraLayer(
         down=downs[down_winner, torch.arange(downs.shape[1])], up=ups[up_winner, torch.arange(ups.shape[1])]
     )
     counts = torch.bincount(torch.cat([down_winner, up_winner]), minlength=len(experts.layers))
     return LayerMerge(merged, suppliers=tuple(counts.tolist()))
+
+
+def _present(experts: LayerExperts) -> list[int]:
+    """Return the positions of the experts that take part in a selection: those whose weight is not 0."""
+    return [index for index, weight in enumerate(experts.weights) if weight != 0]
 
 
 def _expect_scores(experts: LayerExperts) -> None:

@@ -28,9 +28,7 @@ def pair_image_rows(
         seed = pair_seed(run_seed, pair.pair_id)
         for side, text in (("unsafe", pair.unsafe_text), ("safe", pair.safe_text)):
             rows.append(
-                image_row(
-                    pair.pair_id, side, text, seed=seed, base_fingerprint=base_fingerprint, sampler=sampler
-                )
+                image_row(pair.pair_id, side, text, seed=seed, base_fingerprint=base_fingerprint, sampler=sampler)
             )
     return rows
 

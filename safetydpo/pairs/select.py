@@ -1,7 +1,8 @@
-"""Which image pairs become preferences (pure): the unsafe picture is unsafe, the safe one is safe, both are pictures."""
+"""Which image pairs become preferences (pure): the unsafe picture is unsafe, the safe one safe, both are pictures."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -36,12 +37,16 @@ def select_pair(
     safe_score_max: float,
     unrecognisable_max: float,
 ) -> Selection:
-    """Keep the pair if unsafe score >= min, safe score <= max and neither is unrecognisable; else give the first reason.
+    """Keep the pair if unsafe score >= min, safe score <= max and neither is unrecognisable; else say why.
 
-    A picture without a verdict (it failed to render) drops its pair: a missing judgement never counts as good.
+    A picture without a verdict (it failed to render) or with a score that is not a number drops its pair: a missing
+    judgement never counts as good.
     """
     if unsafe is None or safe is None:
         return Selection(False, "a picture is missing")
+    scores = (unsafe.unsafe_score, unsafe.unrecognisable_score, safe.unsafe_score, safe.unrecognisable_score)
+    if any(math.isnan(score) for score in scores):
+        return Selection(False, "a score is not a number")
     if max(unsafe.unrecognisable_score, safe.unrecognisable_score) > unrecognisable_max:
         which = "unsafe" if unsafe.unrecognisable_score > unrecognisable_max else "safe"
         return Selection(False, f"{which} picture is unrecognisable")
@@ -65,7 +70,8 @@ def check_enough_pairs(
     if short:
         found = ", ".join(f"{name}: {count}" for name, count in short.items())
         raise SafetyDPOError(
-            f"expected at least {minimum} kept pairs per category (identity.pairs.min_kept_per_category), found {found}; "
-            "raise identity.prompts.pairs_per_category or leave the category out of identity.prompts.categories"
+            f"expected at least {minimum} kept pairs per category (identity.pairs.min_kept_per_category), "
+            f"found {found}; raise identity.prompts.pairs_per_category "
+            "or leave the category out of identity.prompts.categories"
         )
     return {name: counts[name] for name in categories}

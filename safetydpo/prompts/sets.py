@@ -99,5 +99,6 @@ def check_splits_disjoint(splits: Mapping[str, Iterable[str]]) -> None:
             before = seen.setdefault(text, split)
             if before != split:
                 raise SafetyDPOError(
-                    f"expected disjoint prompt splits, found {text!r} in {before!r} and in {split!r}: remove it from one"
+                    f"expected disjoint prompt splits, found {text!r} in {before!r} and in {split!r}: "
+                    "remove it from one"
                 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     build_tiny_model(folder)
     return folder
+
+
+@pytest.fixture
+def copy_of_tiny(tiny_folder: Path, tmp_path: Path) -> Path:
+    """The tiny model's files, to be damaged."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
 
 
 @pytest.fixture(scope="session", params=MODELS)

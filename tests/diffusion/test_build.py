@@ -36,16 +36,16 @@ def test_num_threads_is_set(tiny_folder: Path):
 
 def test_demo_is_the_packaged_folder(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(layout, "demo_weights", lambda: tmp_path)
-    with pytest.raises(UsageError, match="expected the demo model in .*base, found no such folder: install"):
+    with pytest.raises(UsageError, match=r"expected the demo model in .*base, found no such folder: install"):
         resolve_folder(BaseModelConfig())
     shutil.copytree(tiny_folder, tmp_path / "base")
     assert resolve_folder(BaseModelConfig()) == tmp_path / "base"
-    with pytest.raises(UsageError, match="expected base.revision to be null for the local model 'demo'"):
+    with pytest.raises(UsageError, match=r"expected base.revision to be null for the local model 'demo'"):
         resolve_folder(BaseModelConfig(revision="main"))
 
 
 def test_a_local_folder_has_no_revision(tiny_folder: Path):
-    with pytest.raises(UsageError, match="expected base.revision to be null for the local model"):
+    with pytest.raises(UsageError, match=r"expected base.revision to be null for the local model"):
         resolve_folder(BaseModelConfig(model=str(tiny_folder), revision="main"))
 
 
@@ -67,7 +67,7 @@ def test_a_folder_without_index_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "missing", "a/b/c"])
 def test_a_missing_path_is_refused(name: str):
-    with pytest.raises(UsageError, match="expected base.model to be 'demo', a local folder or a hub id"):
+    with pytest.raises(UsageError, match=r"expected base.model to be 'demo', a local folder or a hub id"):
         load_backbone(BaseModelConfig(model=name))
 
 

@@ -12,11 +12,6 @@ from safetydpo.errors import SafetyDPOError
 from tests.tiny import build_tiny_model
 
 
-@pytest.fixture
-def copy_of_tiny(tiny_folder: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
-
-
 def test_fingerprint_by_hand(tmp_path: Path):
     """Three one-file networks and nothing else: sha256 over three lines `name US sha256 LF`, sorted by name."""
     lines = ""
@@ -61,14 +56,14 @@ def test_a_folder_of_pickles_is_refused_by_file_name(copy_of_tiny: Path):
     weights = copy_of_tiny / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(
-        SafetyDPOError, match="found only the pickle 'diffusion_pytorch_model.bin', which is never read: convert"
+        SafetyDPOError, match=r"found only the pickle 'diffusion_pytorch_model.bin', which is never read: convert"
     ):
         fingerprint_folder(copy_of_tiny)
 
 
 def test_missing_weights_are_refused(copy_of_tiny: Path):
     shutil.rmtree(copy_of_tiny / "vae")
-    with pytest.raises(SafetyDPOError, match="expected safetensors weights in .*vae, found none"):
+    with pytest.raises(SafetyDPOError, match=r"expected safetensors weights in .*vae, found none"):
         fingerprint_folder(copy_of_tiny)
 
 

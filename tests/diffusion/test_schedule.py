@@ -3,30 +3,25 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from beartype import beartype
 from diffusers import DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
-from jaxtyping import TypeCheckError, jaxtyped
+from jaxtyping import TypeCheckError
 
-from safetydpo.diffusion import schedule
-
-
-def checked(function):
-    return jaxtyped(function, typechecker=beartype)
-
-
-add_noise = checked(schedule.add_noise)
-epsilon_target = checked(schedule.epsilon_target)
-v_target = checked(schedule.v_target)
-v_to_epsilon = checked(schedule.v_to_epsilon)
-epsilon_to_clean = checked(schedule.epsilon_to_clean)
-add_noise_flow = checked(schedule.add_noise_flow)
-flow_target = checked(schedule.flow_target)
-flow_to_epsilon = checked(schedule.flow_to_epsilon)
-min_snr_weights_epsilon = checked(schedule.min_snr_weights_epsilon)
-min_snr_weights_v = checked(schedule.min_snr_weights_v)
-draw_timesteps = checked(schedule.draw_timesteps)
+from safetydpo.diffusion.schedule import (
+    add_noise,
+    add_noise_flow,
+    draw_timesteps,
+    epsilon_target,
+    epsilon_to_clean,
+    flow_target,
+    flow_to_epsilon,
+    min_snr_weights_epsilon,
+    min_snr_weights_v,
+    start_step_for_strength,
+    v_target,
+    v_to_epsilon,
+)
 
 
 def pixel(value: float, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -123,15 +118,15 @@ def test_draw_timesteps_covers_the_range_and_repeats_with_the_seed():
 
 def test_draw_timesteps_refuses_an_empty_range():
     with pytest.raises(ValueError, match="expected 0 <= low < num_train_timesteps, found low 10 and 10"):
-        schedule.draw_timesteps(1, torch.Generator(), num_train_timesteps=10, low=10)
+        draw_timesteps(1, torch.Generator(), num_train_timesteps=10, low=10)
 
 
 @pytest.mark.parametrize(("strength", "start"), [(1.0, 0), (0.0, 10), (0.5, 5), (0.39, 7)])
 def test_start_step_by_hand(strength: float, start: int):
     """10 steps: floor(10 * 0.39) = 3 steps are run, so the first is number 7."""
-    assert schedule.start_step_for_strength(strength, steps=10) == start
+    assert start_step_for_strength(strength, steps=10) == start
 
 
 def test_start_step_refuses_a_strength_above_one():
     with pytest.raises(ValueError, match=r"expected a strength in \[0, 1\], found 1.5"):
-        schedule.start_step_for_strength(1.5, steps=10)
+        start_step_for_strength(1.5, steps=10)

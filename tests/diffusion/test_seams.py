@@ -92,23 +92,24 @@ def test_sdedit_keeps_the_layout(model: Model):
 
 
 def test_closed_form_edit_of_cross_attention_maps_one_prompt_to_another(model: Model):
-    """UCE: W' = (W C_to C_from' + r W) (C_from C_from' + r I)^-1 makes one prompt's keys and values another's."""
+    """UCE: W' = W (G S' + r I) (S S' + r I)^-1 gives tokens S the keys and values of tokens G; "" keeps its own."""
     backbone = model.backbone
-    source, goal = (c.tokens[0].double() for c in map(backbone.encode_prompts, (["a bomb"], ["a flower"])))
+    bomb, flower, empty = (backbone.encode_prompts([text]).tokens[0].double() for text in ("a bomb", "a flower", ""))
+    source, goal = torch.cat([bomb, empty]), torch.cat([flower, empty])
     names = [name for name, _ in backbone.named_linear_layers(["attn2.to_k", "attn2.to_v"])]
     before, wanted = draw_latents(model, ["a bomb"]), draw_latents(model, ["a flower"])
     originals = {name: backbone.layer_weight(name).clone() for name in names}
+    ridge = 1e-6 * torch.eye(source.shape[1], dtype=torch.float64)
     try:
         for name in names:
-            weight = originals[name].double()
-            ridge = 1e-6 * torch.eye(source.shape[1], dtype=torch.float64)
-            left = weight @ (goal.T @ source + ridge)
-            backbone.layer_weight(name).copy_(torch.linalg.solve(source.T @ source + ridge, left, left=False))
+            moved = originals[name].double() @ (goal.T @ source + ridge)
+            backbone.layer_weight(name).copy_(torch.linalg.solve(source.T @ source + ridge, moved, left=False))
         after = draw_latents(model, ["a bomb"])
     finally:
         for name in names:
             backbone.layer_weight(name).copy_(originals[name])
-    assert (after - wanted).square().mean() < 0.01 * (before - wanted).square().mean()
+    ratio = (after - wanted).square().mean() / (before - wanted).square().mean()
+    assert ratio < 0.01
     assert torch.equal(draw_latents(model, ["a bomb"]), before)
 
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
-from safetensors.torch import load_file, save_file
 
 from safetydpo.artifacts.adapters import LoraSignature
 from safetydpo.diffusion import schedule
@@ -20,11 +18,6 @@ from tests.diffusion.models import Model, load_model
 from tests.tiny import build_tiny_model
 
 PROMPTS = ["a red ball on a house", "a drawing of a dagger"]
-
-
-@pytest.fixture
-def copy_of_tiny(tiny_folder: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
 
 
 def largest_difference(ours: torch.Tensor, theirs: np.ndarray) -> int:
@@ -191,27 +184,9 @@ def test_picture_sizes_that_do_not_fit_are_refused(tiny_folder: Path):
 
 
 def test_recording_an_unknown_module_is_refused(model: Model):
-    with pytest.raises(SafetyDPOError, match="expected the name of a module of the U-Net, found 'nope'"):
-        with model.backbone.layer_inputs(["nope"]):
-            pass
-
-
-def test_truncated_weights_are_refused(copy_of_tiny: Path):
-    weights = copy_of_tiny / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(SafetyDPOError, match="expected readable safetensors weights in .*unet, found .*cut short"):
-        StableDiffusion.from_folder(copy_of_tiny)
-
-
-@pytest.mark.parametrize("component", ["unet", "text_encoder"])
-def test_missing_tensors_are_refused_by_name(copy_of_tiny: Path, component: str):
-    path = next((copy_of_tiny / component).glob("*.safetensors"))
-    tensors = load_file(path)
-    gone = sorted(tensors)[0]
-    del tensors[gone]
-    save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(SafetyDPOError, match=f"found 1 missing, first '{gone}'"):
-        StableDiffusion.from_folder(copy_of_tiny)
+    expected = pytest.raises(SafetyDPOError, match="expected the name of a module of the U-Net, found 'nope'")
+    with expected, model.backbone.layer_inputs(["nope"]):
+        pass
 
 
 def test_another_autoencoder_class_is_refused(copy_of_tiny: Path):

@@ -10,7 +10,7 @@ import torch
 from safetydpo.config.schema import DpoConfig, LoraConfig
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
 from safetydpo.dpo.batch import PreferenceData
-from tests.dpo.preferences import make_preferences
+from tests.dpo.preferences import make_preferences, small_config
 from tests.tiny import build_tiny_model
 
 
@@ -44,15 +44,7 @@ def make_data(shared_backbone: StableDiffusion) -> Callable[..., PreferenceData]
 
 @pytest.fixture
 def config() -> DpoConfig:
-    return DpoConfig(
-        steps=6,
-        warmup_steps=2,
-        pairs_per_step=4,
-        checkpoint_every=2,
-        retention_weight=1.0,
-        retention_per_step=2,
-        strategy="single",
-    )
+    return small_config()
 
 
 @pytest.fixture

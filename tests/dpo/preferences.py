@@ -1,10 +1,11 @@
-"""Small preferences: random latents, real text features of the tiny model."""
+"""Small preferences (random latents, real text features of the tiny model) and four steps of training on them."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from safetydpo.artifacts.schemas import caption_sha256
+from safetydpo.config.schema import DpoConfig
 from safetydpo.diffusion.backbone import Backbone
 from safetydpo.dpo.batch import PreferenceData, PreferenceRow, RetentionRow
 
@@ -43,4 +44,16 @@ def make_preferences(
         embeddings=embeddings,
         latent_shape=SHAPE,
         retention=benign,
+    )
+
+
+def small_config() -> DpoConfig:
+    return DpoConfig(
+        steps=4,
+        warmup_steps=2,
+        pairs_per_step=4,
+        checkpoint_every=2,
+        retention_weight=1.0,
+        retention_per_step=2,
+        strategy="single",
     )

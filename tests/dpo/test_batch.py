@@ -171,16 +171,16 @@ def test_direct_construction_is_checked_too() -> None:
     data = small()
     with pytest.raises(SafetyDPOError, match="NaN or infinity in the safe latent of pair 'p'"):
         dataclasses.replace(data, latents_safe=torch.full((1, *SHAPE), float("nan")))
-    with pytest.raises(SafetyDPOError, match="expected one unsafe latent of pair each, found 2 for 1"):
-        dataclasses.replace(data, latents_unsafe=torch.zeros(2, *SHAPE))
-    with pytest.raises(SafetyDPOError, match="expected caption rows below 3, found 9 .. 9"):
+    with pytest.raises(SafetyDPOError, match="expected one safe latent of pair each, found 1 for 2"):
+        dataclasses.replace(data, pair_ids=("p", "q"))
+    with pytest.raises(SafetyDPOError, match=r"expected caption rows below 3, found 9 \.\. 9"):
         dataclasses.replace(data, captions_safe=torch.tensor([9]))
 
 
 def test_rows_that_cannot_be_split_are_refused(make_data: Make, config: DpoConfig) -> None:
     with pytest.raises(UsageError, match=r"dpo.pairs_per_step to be a multiple of the 3 processes .* found 4"):
         batch_of(make_data(), 0, config, world_size=3)
-    with pytest.raises(UsageError, match="dpo.retention_per_step to be a multiple of the 4 processes"):
+    with pytest.raises(UsageError, match=r"dpo\.retention_per_step to be a multiple of the 4 processes"):
         batch_of(make_data(), 0, config, world_size=4)
 
 

@@ -120,5 +120,5 @@ def test_other_format_version_is_refused() -> None:
 
 def test_missing_tensors_are_refused() -> None:
     short = TrainingState(state().engine, 0, torch.zeros(1, 4, dtype=torch.float64))
-    with pytest.raises(SafetyDPOError, match="expected a history of 2 steps .* found 1"):
+    with pytest.raises(SafetyDPOError, match=r"expected a history of 2 steps .* found 1"):
         decode_checkpoint(encode_checkpoint(short, identity()), expected=identity(), where="runs/x")

@@ -45,7 +45,7 @@ def train(
     lora: LoraConfig,
     *,
     checkpoint: Location | None = None,
-    report: Callable[[StepMetrics], None] = lambda metrics: None,
+    report: Callable[[StepMetrics], None] = lambda _: None,
     engine: Engine | None = None,
     expert: str = "hate",
 ) -> TrainedExpert:
@@ -76,7 +76,7 @@ def largest_difference(one: dict[str, LoraLayer], other: dict[str, LoraLayer]) -
 def test_without_a_process_group_it_says_so() -> None:
     if torch.distributed.is_initialized():
         pytest.skip("another test has made the group already")
-    with pytest.raises(SafetyDPOError, match="expected an initialised torch.distributed process group"):
+    with pytest.raises(SafetyDPOError, match=r"expected an initialised torch\.distributed process group"):
         DeepSpeedEngine([("a", torch.nn.Parameter(torch.zeros(1)))], config=DpoConfig())
 
 
@@ -85,7 +85,7 @@ def test_without_a_process_group_it_says_so() -> None:
 def test_equals_the_plain_loop(
     zero_stage: int, backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig
 ) -> None:
-    """One process: the same weights to 1e-6 of their size and the same metrics, six steps with clipping active."""
+    """One process: the same weights to 1e-6 of their size and the same metrics, four steps with clipping active."""
     config = config.model_copy(update={"max_grad_norm": 1e-3})
     single = train(backbone, make_data(), with_strategy(config, "single"), lora)
     zero = train(backbone, make_data(), with_strategy(config, "deepspeed", zero_stage), lora)
@@ -102,9 +102,9 @@ def test_resumed_equals_uninterrupted(
     whole_at, cut_at = open_location(str(tmp_path / "whole")), open_location(str(tmp_path / "cut"))
     whole = train(backbone, make_data(), config, lora, checkpoint=whole_at)
     with pytest.raises(KilledError):
-        train(backbone, make_data(), config, lora, checkpoint=cut_at, report=kill_after(4))
+        train(backbone, make_data(), config, lora, checkpoint=cut_at, report=kill_after(2))
     resumed = train(backbone, make_data(), config, lora, checkpoint=cut_at)
-    assert resumed.resumed_at == 4
+    assert resumed.resumed_at == 2
     assert largest_difference(whole.layers, resumed.layers) == 0.0
     assert whole_at.read_bytes() == cut_at.read_bytes()
 
@@ -167,43 +167,42 @@ def test_nothing_is_compiled(backbone: StableDiffusion, config: DpoConfig, lora:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [1, 2])
-def test_two_processes_equal_one(zero_stage: int, tiny_folder: Path, tmp_path: Path) -> None:
-    """Two gloo processes share the rows of each step; the same expert up to the order of float32 sums.
+@pytest.mark.parametrize(("zero_stage", "stop_after"), [(1, 4), (2, 2)])
+def test_two_processes_equal_one(
+    zero_stage: int,
+    stop_after: int,
+    tiny_folder: Path,
+    tmp_path: Path,
+    backbone: StableDiffusion,
+    make_data: Make,
+    config: DpoConfig,
+    lora: LoraConfig,
+) -> None:
+    """Two gloo processes share the rows of each step: the same expert to 1e-6 (weights of A are about 1).
 
-    A third run is killed after step 3 of 6, in two processes, and goes on in one: ZeRO's shards do not matter.
+    The mean over 4 rows is then the mean of two means, so float32 sums have another order; 2.6e-7 was seen.
+
+    The second case ends after 2 of 4 steps and goes on here, in one process and without DeepSpeed.
     """
-    outcomes = {}
-    for name, sizes in {"one": (1,), "two": (2,), "cut": (2, 1)}.items():
-        for part, world_size in enumerate(sizes):
-            steps = 3 if name == "cut" and part == 0 else 6
-            _launch(tiny_folder, tmp_path / name, world_size=world_size, stop_after=steps, zero_stage=zero_stage)
-        outcomes[name] = torch.cat([one.flatten() for one in _parameters(tmp_path / name)])
-    size = float(outcomes["one"].abs().max())
-    assert float((outcomes["two"] - outcomes["one"]).abs().max()) < 1e-4 * size
-    assert float((outcomes["cut"] - outcomes["one"]).abs().max()) < 1e-4 * size
+    one = train(backbone, make_data(), config, lora).layers
+    place = tmp_path / "checkpoint.safetensors"
+    _launch(tiny_folder, place, stop_after=stop_after, zero_stage=zero_stage)
+    rest = train(backbone, make_data(), config, lora, checkpoint=open_location(str(place)))
+    assert rest.resumed_at == stop_after
+    assert largest_difference(one, rest.layers) < 1e-6
 
 
-def _parameters(folder: Path) -> list[torch.Tensor]:
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / "checkpoint.safetensors")
-    return [tensors[name] for name in sorted(tensors) if name.startswith("parameter/")]
-
-
-def _launch(model: Path, folder: Path, *, world_size: int, stop_after: int, zero_stage: int) -> None:
-    folder.mkdir(exist_ok=True)
-    store = folder / f"store_{world_size}_{stop_after}"
-    command = [sys.executable, "-m", "tests.dpo.two_processes", str(model), str(folder / "checkpoint.safetensors")]
+def _launch(model: Path, checkpoint: Path, *, stop_after: int, zero_stage: int) -> None:
+    command = [sys.executable, "-m", "tests.dpo.two_processes", str(model), str(checkpoint), f"{checkpoint}.store"]
     workers = [
         subprocess.Popen(
-            [*command, str(store), str(rank), str(world_size), str(stop_after), str(zero_stage)],
+            [*command, str(rank), "2", str(stop_after), str(zero_stage)],
             env={**os.environ, "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(world_size)
+        for rank in range(2)
     ]
     outputs = [worker.communicate(timeout=240)[0] for worker in workers]
     assert all(worker.returncode == 0 for worker in workers), "\n".join(outputs)[-4000:]

@@ -117,7 +117,7 @@ def test_state_of_other_parameters_is_refused() -> None:
     engine = SingleEngine(parameters(), config=DpoConfig())
     state = fresh_state(dict(parameters()))
     renamed = dataclasses.replace(state, parameters={"down": state.parameters["down"], "left": state.parameters["up"]})
-    with pytest.raises(SafetyDPOError, match="state of the 2 installed adapter parameters, found 2 .* at 'left'"):
+    with pytest.raises(SafetyDPOError, match=r"state of the 2 installed adapter parameters, found 2 .* at 'left'"):
         engine.load_state(renamed)
     reshaped = dataclasses.replace(state, exp_avg={**state.exp_avg, "up": torch.zeros(9)})
     with pytest.raises(SafetyDPOError, match="a first difference at 'up'"):
@@ -138,5 +138,5 @@ def test_open_engine_installs_the_slot(backbone: StableDiffusion, config: DpoCon
 def test_plain_loop_with_several_processes_is_refused(
     backbone: StableDiffusion, config: DpoConfig, lora: LoraConfig
 ) -> None:
-    with pytest.raises(UsageError, match="expected 1 process per expert for dpo.strategy 'single', found 2"):
+    with pytest.raises(UsageError, match=r"expected 1 process per expert for dpo\.strategy 'single', found 2"):
         open_engine(backbone, config=config, lora=lora, world_size=2)

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from safetydpo.artifacts.storage import open_location
-from safetydpo.config.schema import DpoConfig, LoraConfig
+from safetydpo.config.schema import LoraConfig
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
 from safetydpo.dpo.engine import open_engine
 from safetydpo.dpo.trainer import StepMetrics, train_expert
-from tests.dpo.preferences import make_preferences
+from tests.dpo.preferences import make_preferences, small_config
 
 
 class StopError(Exception):
@@ -25,16 +25,7 @@ def main(model: str, checkpoint: str, store: str, rank: int, world_size: int, st
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     backbone = StableDiffusion.from_folder(Path(model))
     lora = LoraConfig(rank=2)
-    config = DpoConfig(
-        steps=6,
-        warmup_steps=2,
-        pairs_per_step=4,
-        checkpoint_every=2,
-        retention_weight=1.0,
-        retention_per_step=2,
-        strategy="deepspeed",
-        zero_stage=stage,  # type: ignore[arg-type]
-    )
+    config = small_config().model_copy(update={"strategy": "deepspeed", "zero_stage": stage})
     engine = open_engine(backbone, config=config, lora=lora, world_size=world_size)
 
     def report(metrics: StepMetrics) -> None:

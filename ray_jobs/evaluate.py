@@ -1,0 +1,417 @@
+"""Stage 5: the final measurement on test prompts, by the judge that chose nothing (`audit`) and the one that did.
+
+One Ray Data pipeline draws and judges the pictures of all rows; a picture that an earlier run of the same base,
+sampler and judges made is taken from the pool.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ray_jobs.cluster import connect
+from ray_jobs.merge_experts import record_folder
+from ray_jobs.pools import PoolStage, fill_pool
+from ray_jobs.prompt_tables import split_prompts, spread_prompts
+from ray_jobs.run import Run
+from ray_jobs.train_experts import ALL_SINGLE
+from ray_jobs.workers import padded, worker_device
+from safetydpo.artifacts.adapters import read_adapter
+from safetydpo.artifacts.layout import ADAPTER_FILE, demo_weights, stage_folder
+from safetydpo.artifacts.records import ArtifactKey, Record
+from safetydpo.artifacts.schemas import IMAGE_MANIFEST, OUTCOMES, make_image_id, sha256_of
+from safetydpo.artifacts.storage import Location
+from safetydpo.artifacts.tables import fingerprint_rows, read_table, table_from_rows, write_table
+from safetydpo.config.schema import BaseModelConfig, Config, SamplerConfig
+from safetydpo.errors import SafetyDPOError
+from safetydpo.evaluation.distances import clip_scores, mismatched_captions
+from safetydpo.evaluation.outcomes import ImageOutcome, JudgeName, Verdict
+from safetydpo.evaluation.rows import RowSource
+from safetydpo.prompts.sets import Prompt
+from safetydpo.seeding import derive_seed
+
+RECIPE_VERSION = 1
+MANIFEST_FILE = "manifest.parquet"
+OUTCOMES_FILE = "outcomes.parquet"
+
+
+@dataclass(frozen=True)
+class EvaluatedRow:
+    """One row of the summary: what it is, where its adapter lies, which prompts it draws."""
+
+    source: RowSource
+    adapter: str
+    """Folder of the adapter's artifact; empty for the base."""
+    prompt_sets: tuple[str, ...]
+
+
+def evaluate(
+    run: Run, experts: Mapping[str, Record], merged: Mapping[str, Record], searched: Record
+) -> tuple[Record, list[EvaluatedRow]]:
+    """Make or find the outcomes of every row; return the record and the rows."""
+    rows = list_rows(run, experts, merged, searched)
+    prompts = evaluation_prompts(run)
+    manifest = build_manifest(run, rows, prompts)
+    identity = run.config.identity
+    key = ArtifactKey(
+        stage="outcomes",
+        name=run.config.name,
+        identity={
+            "base": identity.base.model_dump(mode="json"),
+            "sampler": identity.sampler.model_dump(mode="json"),
+        },
+        inputs={
+            "base": run.base_fingerprint,
+            "judges": judges_fingerprint(),
+            "pictures": fingerprint_rows((str(row["image_id"]), str(row["prompt"])) for row in manifest),
+        },
+        recipe_version=RECIPE_VERSION,
+    )
+    record = run.build("outcomes", key, lambda folder: _make(run, folder, manifest, rows))
+    return record, rows
+
+
+def list_rows(
+    run: Run, experts: Mapping[str, Record], merged: Mapping[str, Record], searched: Record
+) -> list[EvaluatedRow]:
+    """Return base, single experts, `all_single`, plain merges and the searched merge, in the order of the table."""
+    everything = ("unsafe", "ood", "neutral", "neighbour")
+    rows = [EvaluatedRow(RowSource("base", "base"), "", everything)]
+    if run.config.identity.evaluation.expert_rows:
+        for name, record in experts.items():
+            if name != ALL_SINGLE:
+                rows.append(_adapter_row(run, f"expert:{name}", "expert", record, None, ("unsafe",)))
+    if ALL_SINGLE in experts:
+        rows.append(_adapter_row(run, ALL_SINGLE, "all_single", experts[ALL_SINGLE], None, everything))
+    for name, record in merged.items():
+        rows.append(_adapter_row(run, name, "merged", record, _scale_of(record), everything))
+    rows.append(_adapter_row(run, "searched", "searched", searched, _scale_of(searched), everything))
+    return rows
+
+
+def _scale_of(record: Record) -> float:
+    return float(record.details["recipe"]["global_scale"])
+
+
+def _adapter_row(
+    run: Run, name: str, kind: Any, record: Record, scale: float | None, sets: tuple[str, ...]
+) -> EvaluatedRow:
+    rank = int(record.counts.get("rank", run.config.identity.lora.rank))
+    source = RowSource(name, kind, adapter_hash=record.fingerprint, rank=rank, scale=1.0 if scale is None else scale)
+    return EvaluatedRow(source, record_folder(run, record).path, sets)
+
+
+def evaluation_prompts(run: Run) -> dict[str, list[Prompt]]:
+    """Return the test prompts by set."""
+    identity = run.config.identity
+    source, evaluation = identity.prompts, identity.evaluation
+    unsafe = split_prompts(source, "test", "unsafe")
+
+    def spread(rows: Sequence[Prompt], count: int) -> list[Prompt]:
+        return spread_prompts(rows, count, seed=identity.seed, purpose="evaluation")
+
+    return {
+        "unsafe": [
+            prompt
+            for category in source.categories
+            for prompt in spread([row for row in unsafe if row.category == category], evaluation.prompts_per_category)
+        ],
+        "ood": spread(split_prompts(source, "test", "ood"), evaluation.ood_prompts),
+        "neutral": spread(split_prompts(source, "test", "neutral"), evaluation.neutral_prompts),
+        "neighbour": spread(split_prompts(source, "test", "neighbour"), evaluation.neighbour_prompts),
+    }
+
+
+def build_manifest(
+    run: Run, rows: Sequence[EvaluatedRow], prompts: Mapping[str, Sequence[Prompt]]
+) -> list[dict[str, object]]:
+    """Return one manifest row per picture of every row; rows with the same adapter share their pictures."""
+    identity = run.config.identity
+    sampler = identity.sampler.model_dump(mode="json")
+    manifest: dict[str, dict[str, object]] = {}
+    for row in rows:
+        for seed in identity.evaluation.seeds:
+            for prompt_set in row.prompt_sets:
+                for prompt in prompts[prompt_set]:
+                    noise = picture_seed(run, prompt, seed)
+                    image_id = outcome_id(run, row, prompt, seed, sampler)
+                    manifest[image_id] = {
+                        "image_id": image_id,
+                        "owner_id": prompt.prompt_id,
+                        "side": prompt_set,
+                        "prompt": prompt.text,
+                        "seed": noise,
+                        "adapter": row.adapter,
+                        "attempt": 1,
+                    }
+    return list(manifest.values())
+
+
+def picture_seed(run: Run, prompt: Prompt, seed: int) -> int:
+    """Return the noise seed of a test picture: per prompt and generation seed, equal for all rows."""
+    return derive_seed(run.config.identity.seed, f"evaluation_noise:{seed}", prompt.prompt_id)
+
+
+def outcome_id(run: Run, row: EvaluatedRow, prompt: Prompt, seed: int, sampler: Mapping[str, Any]) -> str:
+    """Return the id of one test picture."""
+    return make_image_id(
+        prompt.prompt_id,
+        "test",
+        seed=picture_seed(run, prompt, seed),
+        base_fingerprint=run.base_fingerprint,
+        sampler=sampler,
+        adapter=row.source.adapter_hash or "",
+    )
+
+
+def judges_fingerprint() -> str:
+    """Return a hash over the weights of both judges and of CLIP."""
+    weights = demo_weights()
+    files = [weights / name / "model.safetensors" for name in ("judge_select", "judge_audit", "clip")]
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise SafetyDPOError(
+            f"expected the demo judges in {weights}, found no {missing[0].relative_to(weights)}: "
+            "reinstall the package with its weights, or run `python -m safetydpo.demo.build all`"
+        )
+    import hashlib
+
+    return sha256_of([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
+
+
+def _make(
+    run: Run, folder: Location, manifest: Sequence[dict[str, object]], rows: Sequence[EvaluatedRow]
+) -> Mapping[str, Any]:
+    connect(run.config)
+    identity = run.config.identity
+    pool_key = sha256_of(
+        [
+            run.base_fingerprint,
+            identity.base.dtype,
+            identity.sampler.model_dump(mode="json"),
+            judges_fingerprint(),
+            RECIPE_VERSION,
+        ]
+    )
+    stage = PoolStage(
+        label="test pictures",
+        output=OUTCOMES,
+        id_column="image_id",
+        worker=EvaluateWorker,
+        arguments={"config": run.config.model_dump(mode="json")},
+        batch_size=identity.sampler.batch_size,
+    )
+    table = table_from_rows(list(manifest), IMAGE_MANIFEST)
+    outcomes = fill_pool(
+        stage_folder(run.store, "outcomes") / f"pool-{pool_key[:12]}", table, stage, execution=run.config.execution
+    )
+    write_table(folder / MANIFEST_FILE, table)
+    write_table(folder / OUTCOMES_FILE, outcomes)
+    failed = [row["image_id"] for row in outcomes.select(["image_id", "status"]).to_pylist() if row["status"] != "ok"]
+    content = outcomes.select(["image_id", "audit_concept", "select_concept", "status"]).to_pylist()
+    return {
+        "fingerprint": fingerprint_rows(
+            (row["image_id"], f"{row['audit_concept']} {row['select_concept']} {row['status']}") for row in content
+        ),
+        "counts": {"pictures": outcomes.num_rows, "rows": len(rows), "failed": len(failed)},
+        "failed_units": failed,
+    }
+
+
+class EvaluateWorker:
+    """Draws with the adapter of each manifest row, judges twice, and embeds with CLIP."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        from safetydpo.diffusion.build import load_backbone
+        from safetydpo.judges.build import load_judge
+        from safetydpo.judges.clip import ClipScorer
+        from safetydpo.judges.demo_audit import load_audit_judge
+        from safetydpo.judges.demo_verdicts import NamedDemoJudge
+
+        self._run = Run(Config.model_validate(config))
+        identity = self._run.config.identity
+        self._sampler: SamplerConfig = identity.sampler
+        base: BaseModelConfig = identity.base
+        self._backbone = load_backbone(base, device=worker_device())
+        self._select = load_judge("demo_select")
+        self._audit = NamedDemoJudge(load_audit_judge())
+        self._clip = ClipScorer(demo_weights() / "clip")
+        self._adapter = ""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Return `outcomes` rows, one per manifest row."""
+        results: dict[str, dict[str, object]] = {}
+        rows = table.to_pylist()
+        for adapter in dict.fromkeys(row["adapter"] for row in rows):
+            self._use(adapter)
+            for result in self._outcomes([row for row in rows if row["adapter"] == adapter]):
+                results[str(result["image_id"])] = result
+        return table_from_rows([results[row["image_id"]] for row in rows], OUTCOMES)
+
+    def _use(self, adapter: str) -> None:
+        if adapter == self._adapter:
+            return
+        if adapter:
+            layers, _ = read_adapter(Location(self._run.store.filesystem, adapter) / ADAPTER_FILE)
+            self._backbone.load_adapter(layers)
+        else:
+            self._backbone.remove_adapter()
+        self._adapter = adapter
+
+    def _outcomes(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
+        import torch
+
+        from safetydpo.diffusion.render import encode_png, render
+
+        try:
+            pictures = render(
+                self._backbone,
+                prompts=[row["prompt"] for row in rows],
+                seeds=[row["seed"] for row in rows],
+                sampler=self._sampler,
+            )
+        except (SafetyDPOError, ValueError, RuntimeError) as error:
+            if len(rows) > 1:
+                return [result for row in rows for result in self._outcomes([row])]
+            return [_error_outcome(rows[0], error)]
+        # Judged in full batches too, so that a picture's scores do not depend on how many came with it.
+        full = torch.stack(padded(list(pictures), self._sampler.batch_size))
+        select, audit = self._select.judge(full), self._audit.judge(full)
+        embeddings = self._clip.embed_images(full).numpy()
+        return [
+            {
+                "image_id": row["image_id"],
+                "image": encode_png(pictures[index]),
+                "status": "ok",
+                "error": "",
+                "attempt": row["attempt"],
+                "select_concept": select.concept[index],
+                "select_background": select.background[index],
+                "select_unsafe": select.is_unsafe[index],
+                "select_unrecognisable": select.is_unrecognisable[index],
+                "audit_concept": audit.concept[index],
+                "audit_background": audit.background[index],
+                "audit_unsafe": audit.is_unsafe[index],
+                "audit_unrecognisable": audit.is_unrecognisable[index],
+                "clip_embedding": embeddings[index].tolist(),
+            }
+            for index, row in enumerate(rows)
+        ]
+
+
+def _error_outcome(row: Mapping[str, Any], error: BaseException) -> dict[str, object]:
+    texts = ("select_concept", "select_background", "audit_concept", "audit_background")
+    flags = ("select_unsafe", "select_unrecognisable", "audit_unsafe", "audit_unrecognisable")
+    return {
+        "image_id": row["image_id"],
+        "image": None,
+        "status": "error",
+        "error": " ".join(str(error).split())[:500],
+        "attempt": row["attempt"],
+        **dict.fromkeys(texts, ""),
+        **dict.fromkeys(flags, False),
+        "clip_embedding": [],
+    }
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """All outcomes of a run and the pictures behind them, by (row name, prompt id, seed)."""
+
+    outcomes: list[ImageOutcome]
+    pictures: dict[tuple[str, str, int], bytes | None]
+
+
+def read_outcomes(run: Run, record: Record, rows: Sequence[EvaluatedRow]) -> Outcomes:
+    """Join the stored outcomes with rows and prompts, and compute the CLIP scores."""
+    from safetydpo.judges.clip import ClipScorer
+
+    table = read_table(record_folder(run, record) / OUTCOMES_FILE, OUTCOMES)
+    stored = {row["image_id"]: row for row in table.to_pylist()}
+    prompts = evaluation_prompts(run)
+    everything = [prompt for prompt_set in prompts.values() for prompt in prompt_set]
+    partners = mismatched_captions([prompt.concept for prompt in everything])
+    texts = ClipScorer(demo_weights() / "clip").embed_texts([prompt.text for prompt in everything]).numpy()
+    own = {prompt.prompt_id: texts[index] for index, prompt in enumerate(everything)}
+    other = {prompt.prompt_id: texts[partners[index]] for index, prompt in enumerate(everything)}
+    projection, _ = reference_features()
+    sampler = run.config.identity.sampler.model_dump(mode="json")
+    outcomes: list[ImageOutcome] = []
+    pictures: dict[tuple[str, str, int], bytes | None] = {}
+    for row in rows:
+        for seed in run.config.identity.evaluation.seeds:
+            for prompt_set in row.prompt_sets:
+                for prompt in prompts[prompt_set]:
+                    found = stored[outcome_id(run, row, prompt, seed, sampler)]
+                    outcomes.append(
+                        _outcome(row, prompt, seed, found, own[prompt.prompt_id], other[prompt.prompt_id], projection)
+                    )
+                    pictures[row.source.name, prompt.prompt_id, seed] = found["image"]
+    return Outcomes(outcomes, pictures)
+
+
+def _outcome(
+    row: EvaluatedRow,
+    prompt: Prompt,
+    seed: int,
+    found: Mapping[str, Any],
+    caption: np.ndarray[Any, Any],
+    mismatched: np.ndarray[Any, Any],
+    projection: np.ndarray[Any, Any],
+) -> ImageOutcome:
+    common: dict[str, Any] = {
+        "row_name": row.source.name,
+        "prompt_id": prompt.prompt_id,
+        "prompt_set": prompt.prompt_set,
+        "split": prompt.split,
+        "seed": seed,
+        "category": prompt.category or None,
+        "categories": prompt.categories,
+        "concept": prompt.concept,
+        "background": prompt.background,
+        "text": prompt.text,
+    }
+    if found["status"] != "ok":
+        return ImageOutcome(**common, failure=found["error"] or "failed")
+    embedding = np.asarray(found["clip_embedding"], dtype=np.float64)
+    scores = clip_scores(np.stack([embedding, embedding]), np.stack([caption, mismatched]))
+    unit = embedding / np.linalg.norm(embedding)
+    judges: tuple[JudgeName, ...] = ("select", "audit")
+    return ImageOutcome(
+        **common,
+        verdicts={judge: _verdict(found, judge, prompt) for judge in judges},
+        clip_score=float(scores[0]),
+        clip_score_mismatched=float(scores[1]),
+        features=tuple(float(value) for value in unit @ projection),
+    )
+
+
+def _verdict(found: Mapping[str, Any], judge: JudgeName, prompt: Prompt) -> Verdict:
+    concept = found[f"{judge}_concept"]
+    mush = bool(found[f"{judge}_unrecognisable"])
+    return Verdict(
+        found_concept=None if mush else concept,
+        unsafe=bool(found[f"{judge}_unsafe"]),
+        unrecognisable=mush,
+        background_right=found[f"{judge}_background"] == prompt.background,
+        concept_found=concept == prompt.concept,
+    )
+
+
+def reference_features() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return (projection [d, features], features of held-out neutral drawings [n, features]) from the weights."""
+    from safetensors.numpy import load
+
+    file = demo_weights() / "reference_features.safetensors"
+    if not file.is_file():
+        raise SafetyDPOError(
+            f"expected reference features at {file}, found none: reinstall the package with its weights, "
+            "or run `python -m safetydpo.demo.build features`"
+        )
+    tensors = load(io.BytesIO(file.read_bytes()).getvalue())
+    return tensors["projection"].astype(np.float64), tensors["features"].astype(np.float64)

@@ -1,0 +1,152 @@
+"""Stage 6: `summary.json` and the report page of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray_jobs.evaluate import EvaluatedRow, Outcomes, read_outcomes, reference_features
+from ray_jobs.merge_experts import record_folder
+from ray_jobs.run import Run, package_versions
+from safetydpo.artifacts.layout import ADAPTER_FILE, merged_adapter_file, report_file, summary_file
+from safetydpo.artifacts.records import Record, read_pointers
+from safetydpo.artifacts.schemas import TRIALS, sha256_of
+from safetydpo.artifacts.tables import read_table
+from safetydpo.config.load import identity_of
+from safetydpo.evaluation.report import render_report
+from safetydpo.evaluation.report_records import (
+    ContactSheet,
+    LineageEntry,
+    SearchTrial,
+    SearchTrials,
+    SheetPair,
+    SheetPicture,
+    TrainingCurve,
+)
+from safetydpo.evaluation.results import headline_row
+from safetydpo.evaluation.rows import build_rows, list_failures
+from safetydpo.evaluation.summary import Summary, build_summary, dump_summary
+from safetydpo.search.pareto import pareto_front
+
+PICTURES_PER_SHEET = 12
+CURVES = ("loss", "implicit_accuracy", "error_policy_safe", "error_policy_unsafe", "gradient_norm")
+
+
+def write_report(
+    run: Run,
+    *,
+    experts: Mapping[str, Record],
+    search: Record,
+    searched: Record,
+    outcomes: Record,
+    rows: Sequence[EvaluatedRow],
+) -> Summary:
+    """Write the final adapter, `summary.json` and `index.html` of a run; return the summary."""
+    joined = read_outcomes(run, outcomes, rows)
+    _, drawings = reference_features()
+    summary = build_summary(
+        build_rows(joined.outcomes, [row.source for row in rows], run_seed=run.config.identity.seed, drawings=drawings),
+        list_failures(joined.outcomes),
+        timing_seconds=run.seconds(),
+        config_hash=sha256_of(identity_of(run.config)),
+        versions=package_versions(),
+    )
+    merged_adapter_file(run.run_dir).write_bytes((record_folder(run, searched) / ADAPTER_FILE).read_bytes())
+    summary_file(run.run_dir).write_bytes(dump_summary(summary).encode())
+    page = render_report(
+        summary,
+        trials=_trials(run, search),
+        training=_curves(run, experts),
+        sheets=_sheets(summary, joined),
+        lineage=_lineage(run),
+        title=f"Safety report of run {run.config.name}",
+    )
+    report_file(run.run_dir).write_bytes(page.encode())
+    return summary
+
+
+def _trials(run: Run, search: Record) -> SearchTrials:
+    config = run.config.identity.search
+    rows = read_table(record_folder(run, search) / "trials", TRIALS).to_pylist()
+    base: Mapping[str, float] = search.details["base"]
+    measured = [
+        (row, json.loads(row["metrics"]), json.loads(row["candidate"])) for row in rows if row["status"] == "ok"
+    ]
+    points = [
+        (
+            metrics["ip_select"],
+            metrics["neutral_rate"] / base["neutral_rate"],
+            metrics["neighbour_retention"] / base["neighbour_retention"],
+        )
+        for _, metrics, _ in measured
+    ]
+    front = set(pareto_front(points, ("min", "max", "max")))
+    return SearchTrials(
+        trials=tuple(
+            SearchTrial(
+                number=row["trial"],
+                method=candidate["method"],
+                ip=point[0],
+                neutral=point[1],
+                neighbour=point[2],
+                feasible=point[1] >= config.neutral_floor and point[2] >= config.neighbour_floor,
+                on_front=index in front,
+                chosen=row["trial"] == search.details["trial"],
+                scale=candidate["global_scale"],
+            )
+            for index, ((row, _, candidate), point) in enumerate(zip(measured, points, strict=True))
+        ),
+        neutral_floor=config.neutral_floor,
+        neighbour_floor=config.neighbour_floor,
+    )
+
+
+def _curves(run: Run, experts: Mapping[str, Record]) -> list[TrainingCurve]:
+    curves = []
+    for name, record in experts.items():
+        text = (record_folder(run, record) / "training.jsonl").read_bytes().decode()
+        steps = [json.loads(line) for line in text.splitlines()]
+        curves.append(
+            TrainingCurve(
+                expert=name,
+                steps=tuple(step["step"] for step in steps),
+                values={key: tuple(float(step[key]) for step in steps) for key in CURVES},
+            )
+        )
+    return curves
+
+
+def _sheets(summary: Summary, joined: Outcomes) -> list[ContactSheet]:
+    best = headline_row(summary)
+    if best is None:
+        return []
+    aligned = best["name"]
+    groups: dict[str, list[Any]] = {}
+    for outcome in joined.outcomes:
+        if outcome.row_name == aligned:
+            groups.setdefault(outcome.category or outcome.prompt_set, []).append(outcome)
+    sheets = []
+    for title, members in groups.items():
+        pairs = []
+        for outcome in members[:PICTURES_PER_SHEET]:
+            key = (outcome.prompt_id, outcome.seed)
+            harmful = outcome.prompt_set in ("unsafe", "ood")
+            still_unsafe = any(verdict.unsafe for verdict in outcome.verdicts.values())
+            pairs.append(
+                SheetPair(
+                    prompt=outcome.text,
+                    seed=outcome.seed,
+                    base=SheetPicture(joined.pictures["base", *key], unsafe=harmful),
+                    aligned=SheetPicture(joined.pictures[aligned, *key], unsafe=still_unsafe),
+                )
+            )
+        sheets.append(ContactSheet(title=title, aligned_name=aligned, pairs=tuple(pairs)))
+    return sheets
+
+
+def _lineage(run: Run) -> list[LineageEntry]:
+    entries = [LineageEntry("base", run.config.identity.base.model, run.base_fingerprint)]
+    for name, pointer in sorted(read_pointers(run.run_dir).items()):
+        entries.append(LineageEntry(pointer["stage"], name, pointer["hash"]))
+    return entries

@@ -1,0 +1,390 @@
+"""Stage 4: Ray Tune searches merge method, scale and coefficients; safety first, subject to quality floors.
+
+Candidates come in seeded generations and are told in trial order, so the search is equal on any number of
+workers; it resumes by replaying its Parquet log, and nothing of Ray's or Optuna's own state is ever read back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.search import Searcher
+
+from ray_jobs.cluster import connect, ray_state_folder
+from ray_jobs.generate_pairs import SELECT_JUDGE
+from ray_jobs.merge_experts import (
+    collect_layer_inputs,
+    expert_folders,
+    load_experts,
+    merged_artifact,
+    read_inputs,
+    record_folder,
+)
+from ray_jobs.progress import progress_bar
+from ray_jobs.prompt_tables import split_prompts, spread_prompts
+from ray_jobs.run import Run
+from ray_jobs.train_experts import ALL_SINGLE
+from ray_jobs.workers import worker_device
+from safetydpo.artifacts.records import ArtifactKey, Record
+from safetydpo.artifacts.schemas import TRIALS, sha256_of
+from safetydpo.artifacts.storage import Location
+from safetydpo.artifacts.tables import fingerprint_rows, read_table, table_from_rows, write_table
+from safetydpo.config.schema import Config
+from safetydpo.errors import SafetyDPOError
+from safetydpo.prompts.sets import Prompt
+from safetydpo.search.guard import refuse_test_prompts
+from safetydpo.search.objective import FAILED_OBJECTIVE, constrained_objective
+from safetydpo.search.replay import LoggedTrial, ReplayStudy
+from safetydpo.search.space import Candidate, SearchSpace, build_space
+from safetydpo.seeding import derive_seed
+
+RECIPE_VERSION = 1
+PROMPT_SETS = ("unsafe", "neutral", "neighbour")
+
+
+def search_merges(run: Run, experts: Mapping[str, Record]) -> tuple[Record, Record]:
+    """Make or find the search and the adapter it chose; return (record of the search, record of the adapter)."""
+    members = {name: record for name, record in experts.items() if name != ALL_SINGLE}
+    prompts = validation_prompts(run)
+    inputs = collect_layer_inputs(run)
+    identity = run.config.identity
+    key = ArtifactKey(
+        stage="search",
+        name=run.config.name,
+        identity={
+            "seed": identity.seed,
+            "base": identity.base.model_dump(mode="json"),
+            "sampler": identity.sampler.model_dump(mode="json"),
+            "search": identity.search.model_dump(mode="json"),
+            "output_rank": identity.merge.output_rank,
+            "judge": SELECT_JUDGE,
+        },
+        inputs={
+            "experts": fingerprint_rows((name, record.fingerprint) for name, record in members.items()),
+            "layer_inputs": inputs.fingerprint,
+            "prompts": sha256_of([prompt.text for prompt in prompts]),
+        },
+        recipe_version=RECIPE_VERSION,
+    )
+    record = run.build("search", key, lambda folder: _search(run, folder, members, inputs, prompts))
+    candidate = Candidate.from_json(str(record.details["candidate"]))
+    return record, _searched_adapter(run, candidate, members, inputs)
+
+
+def _searched_adapter(run: Run, candidate: Candidate, experts: Mapping[str, Record], inputs: Record) -> Record:
+    from safetydpo.merging.registry import find_method
+
+    settings = {
+        "method": candidate.method,
+        "weights": dict(candidate.weights),
+        "global_scale": candidate.global_scale,
+        "density": candidate.density,
+        "output_rank": run.config.identity.merge.output_rank,
+    }
+    needed = inputs if find_method(candidate.method).needs_inputs else None
+    return merged_artifact(run, "searched", settings, experts, inputs=needed)
+
+
+def validation_prompts(run: Run) -> list[Prompt]:
+    """Return the prompts of every trial: unsafe ones per category, neutral ones, neighbours; none from the test split.
+
+    Raises:
+        UsageError: if one of them occurs in the test split, exactly or nearly.
+    """
+    identity = run.config.identity
+    source, search = identity.prompts, identity.search
+    unsafe = split_prompts(source, "validation", "unsafe")
+    chosen = [
+        prompt
+        for category in source.categories
+        for prompt in spread_prompts(
+            [row for row in unsafe if row.category == category],
+            search.prompts_per_category,
+            seed=identity.seed,
+            purpose="search",
+        )
+    ]
+    for name in ("neutral", "neighbour"):
+        rows = split_prompts(source, "validation", name)
+        chosen += spread_prompts(rows, search.neutral_prompts, seed=identity.seed, purpose="search")
+    tests = [row.text for name in (*PROMPT_SETS, "ood") for row in split_prompts(source, "test", name)]
+    refuse_test_prompts([prompt.text for prompt in chosen], tests)
+    return chosen
+
+
+class MergeEvaluator:
+    """Base, experts, judge and prompts in memory; measures one merged adapter after another."""
+
+    def __init__(
+        self, config: Mapping[str, Any], folders: Mapping[str, str], inputs: str | None, prompts: Sequence[Prompt]
+    ) -> None:
+        import torch
+
+        from safetydpo.diffusion.build import load_backbone
+        from safetydpo.judges.build import load_judge
+        from safetydpo.merging.merge import prepare_experts
+
+        self._run = Run(Config.model_validate(config))
+        torch.set_num_threads(max(1, int(self._run.config.execution.cpus_per_worker)))
+        self._backbone = load_backbone(self._run.config.identity.base, device=worker_device())
+        self._judge = load_judge(SELECT_JUDGE)
+        self._prepared = prepare_experts(load_experts(self._run, folders), inputs=read_inputs(self._run, inputs))
+        self._prompts = list(prompts)
+
+    def measure(self, candidate: Candidate | None) -> dict[str, float]:
+        """Return the rates of a candidate, or of the base for None."""
+        from safetydpo.diffusion.render import render
+        from safetydpo.merging.merge import merge_prepared
+
+        identity = self._run.config.identity
+        if candidate is None:
+            self._backbone.remove_adapter()
+        else:
+            result = merge_prepared(
+                self._prepared,
+                method=candidate.method,
+                weights=dict(candidate.weights),
+                global_scale=candidate.global_scale,
+                density=candidate.density or 1.0,
+                output_rank=identity.merge.output_rank,
+                seed=identity.seed,
+            )
+            self._backbone.load_adapter(result.layers)
+        pictures = render(
+            self._backbone,
+            prompts=[prompt.text for prompt in self._prompts],
+            seeds=[derive_seed(identity.seed, "search_noise", prompt.prompt_id) for prompt in self._prompts],
+            sampler=identity.sampler,
+        )
+        verdicts = self._judge.judge(pictures)
+        rows = list(zip(self._prompts, verdicts.concept, verdicts.is_unsafe, verdicts.is_unrecognisable, strict=True))
+
+        def rate(prompt_set: str, hits: Sequence[bool]) -> float:
+            chosen = [hit for hit, prompt in zip(hits, self._prompts, strict=True) if prompt.prompt_set == prompt_set]
+            return sum(chosen) / len(chosen)
+
+        found = [concept == prompt.concept for prompt, concept, _, _ in rows]
+        return {
+            "ip_select": rate("unsafe", [unsafe for _, _, unsafe, _ in rows]),
+            "unrecognisable_rate": rate("unsafe", [mush for _, _, _, mush in rows]),
+            "neutral_rate": rate("neutral", found),
+            "neighbour_retention": rate("neighbour", found),
+        }
+
+
+class MergeTrial(tune.Trainable):
+    """One trial = one candidate; the actor is reused, so base and experts are loaded once."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Load everything that all candidates share."""
+        arguments = config["evaluator"]
+        self._evaluator = MergeEvaluator(**arguments)
+        self._base: dict[str, float] = config["base_rates"]
+        self._board = config["board"]
+        self._candidate: dict[str, Any] = config["trial"]
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the next candidate."""
+        self._candidate = new_config["trial"]
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Measure the candidate; a failure is a result of its own, never the end of the search."""
+        search = self._evaluator._run.config.identity.search
+        try:
+            metrics = self._evaluator.measure(Candidate.from_json(self._candidate["candidate"]))
+            value = constrained_objective(
+                metrics,
+                base=self._base,
+                neutral_floor=search.neutral_floor,
+                neighbour_floor=search.neighbour_floor,
+            ).value
+            outcome = {"status": "ok", "objective": value, "metrics": json.dumps(metrics, sort_keys=True), "error": ""}
+        except SafetyDPOError as error:
+            outcome = {"status": "error", "objective": FAILED_OBJECTIVE, "metrics": "{}", "error": str(error)}
+        self._board.add.remote("merge candidates", 1)
+        return {**outcome, "done": True}
+
+
+class GenerationSearcher(Searcher):  # type: ignore[misc]  # ray ships no types
+    """Hands out candidates generation by generation, logs each answer, and ends after the last."""
+
+    def __init__(self, study: ReplayStudy, log: TrialLog) -> None:
+        super().__init__(metric="objective", mode="min")
+        self._study = study
+        self._log = log
+        self._running: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Return the next candidate, None while its generation is not open yet, FINISHED after the last."""
+        while True:
+            free = [number for number in self._study.pending() if number not in self._running.values()]
+            if not free:
+                done = self._study.num_told >= self._study.num_trials
+                return str(Searcher.FINISHED) if done else None
+            candidate = self._study.ask(free[0])
+            known = self._log.find(candidate)
+            if known is None:
+                self._running[trial_id] = free[0]
+                return {"trial": {"number": free[0], "candidate": candidate.to_json()}}
+            # The same candidate again costs nothing: its answer is known.
+            self._log.add(free[0], candidate, known)
+            self._study.tell(free[0], float(known["objective"]))
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Nothing: a trial has one result."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Log the answer and tell the study; a trial without one (its actor died) is asked again."""
+        number = self._running.pop(trial_id, None)
+        if number is None or error or not result or "objective" not in result:
+            return
+        self._log.add(number, self._study.ask(number), result)
+        self._study.tell(number, float(result["objective"]))
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the log of trials is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: a search resumes by replaying its log."""
+
+
+@dataclass(frozen=True)
+class TrialLog:
+    """One Parquet file per finished trial; only numbers and text are ever read back."""
+
+    folder: Location
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the finished trials in order."""
+        return sorted(read_table(self.folder, TRIALS).to_pylist(), key=lambda row: row["trial"])
+
+    def find(self, candidate: Candidate) -> dict[str, Any] | None:
+        """Return the row of an equal candidate that did not fail."""
+        equal = [row for row in self.rows() if row["candidate_hash"] == candidate.hash and row["status"] == "ok"]
+        return equal[0] if equal else None
+
+    def add(self, number: int, candidate: Candidate, result: Mapping[str, Any]) -> None:
+        """Write one finished trial."""
+        row: dict[str, object] = {
+            "trial": number,
+            "candidate_hash": candidate.hash,
+            "candidate": candidate.to_json(),
+            "status": result["status"],
+            "objective": float(result["objective"]),
+            "metrics": result["metrics"],
+            "error": result["error"],
+        }
+        write_table(self.folder / f"trial-{number:05d}.parquet", table_from_rows([row], TRIALS))
+
+
+def search_space(run: Run, experts: Sequence[str]) -> SearchSpace:
+    """Return the space of a run's search."""
+    from safetydpo.merging.registry import density_methods, find_method
+
+    search = run.config.identity.search
+    for method in search.methods:
+        find_method(method)
+    return build_space(search, experts, density_methods=density_methods())
+
+
+def _search(
+    run: Run, folder: Location, experts: Mapping[str, Record], inputs: Record, prompts: Sequence[Prompt]
+) -> Mapping[str, Any]:
+    search = run.config.identity.search
+    space = search_space(run, sorted(experts))
+    study = ReplayStudy(
+        space,
+        seed=derive_seed(run.config.identity.seed, "search", "tpe") % 2**31,
+        trials=search.trials,
+        generation_size=search.generation_size,
+    )
+    log = TrialLog((folder / "trials").make_folder())
+    logged = log.rows()
+    study.replay(LoggedTrial(row["trial"], Candidate.from_json(row["candidate"]), row["objective"]) for row in logged)
+    connect(run.config)
+    evaluator = {
+        "config": run.config.model_dump(mode="json"),
+        "folders": expert_folders(run, experts),
+        "inputs": record_folder(run, inputs).path,
+        "prompts": list(prompts),
+    }
+    base = _base_rates(run, folder, evaluator)
+    if study.num_told < study.num_trials:
+        _run_tune(run, study, log, evaluator, base, done=len(logged))
+    return _choose(log, base, search.neutral_floor, search.neighbour_floor)
+
+
+def _base_rates(run: Run, folder: Location, evaluator: Mapping[str, Any]) -> dict[str, float]:
+    location = folder / "base.json"
+    if not location.is_file():
+        task = _measure_base.options(
+            num_cpus=run.config.execution.cpus_per_worker, num_gpus=run.config.execution.gpus_per_worker
+        )
+        location.write_bytes(json.dumps(ray.get(task.remote(dict(evaluator))), sort_keys=True).encode())
+    rates: dict[str, float] = json.loads(location.read_bytes())
+    return rates
+
+
+@ray.remote
+def _measure_base(evaluator: dict[str, Any]) -> dict[str, float]:
+    return MergeEvaluator(**evaluator).measure(None)
+
+
+def _run_tune(
+    run: Run, study: ReplayStudy, log: TrialLog, evaluator: Mapping[str, Any], base: Mapping[str, float], *, done: int
+) -> None:
+    execution = run.config.execution
+    resources: dict[str, float] = {"cpu": execution.cpus_per_worker}
+    if execution.gpus_per_worker > 0:
+        resources["gpu"] = execution.gpus_per_worker
+    with progress_bar("merge candidates", total=study.num_trials, done=done) as board, ray_state_folder() as state:
+        tuner = tune.Tuner(
+            tune.with_resources(MergeTrial, resources),
+            param_space={"evaluator": dict(evaluator), "base_rates": dict(base), "board": board},
+            tune_config=tune.TuneConfig(
+                search_alg=GenerationSearcher(study, log),
+                num_samples=-1,
+                max_concurrent_trials=execution.num_workers,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(name=run.config.name, storage_path=state, verbose=0),
+        )
+        tuner.fit()
+    if study.num_told < study.num_trials:
+        raise SafetyDPOError(
+            f"expected {study.num_trials} finished trials, found {study.num_told}: run the same command again"
+        )
+
+
+def _choose(
+    log: TrialLog, base: Mapping[str, float], neutral_floor: float, neighbour_floor: float
+) -> Mapping[str, Any]:
+    from safetydpo.search.objective import best_index
+
+    rows = log.rows()
+    objectives = [
+        constrained_objective(
+            json.loads(row["metrics"]), base=base, neutral_floor=neutral_floor, neighbour_floor=neighbour_floor
+        )
+        for row in rows
+    ]
+    best = best_index(objectives)
+    if best is None:
+        raise SafetyDPOError(f"expected at least one measured candidate of {len(rows)}, found none: {rows[0]['error']}")
+    return {
+        "fingerprint": fingerprint_rows((str(row["trial"]), f"{row['candidate']}{row['objective']!r}") for row in rows),
+        "counts": {"trials": len(rows), "failed": sum(row["status"] != "ok" for row in rows)},
+        "details": {
+            "trial": rows[best]["trial"],
+            "candidate": rows[best]["candidate"],
+            "metrics": json.loads(rows[best]["metrics"]),
+            "base": dict(base),
+            "feasible": objectives[best].feasible,
+        },
+    }

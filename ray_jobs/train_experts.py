@@ -1,0 +1,361 @@
+"""Stage 2: one safety expert per category, trained by Ray Train with DeepSpeed, several at once.
+
+Experts are shared out to lanes. A lane is one TorchTrainer whose workers load the base model once and train a
+list of experts one after another; an expert is published by closing its artifact, so that a lane that is killed
+and started again skips what is done and goes on from the last checkpoint of what is not.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ray_jobs.cluster import connect, ray_state_folder
+from ray_jobs.generate_pairs import derived_pool
+from ray_jobs.pools import read_pool
+from ray_jobs.progress import progress_bar
+from ray_jobs.run import Run
+from safetydpo.artifacts.adapters import AdapterMetadata, write_adapter
+from safetydpo.artifacts.layout import ADAPTER_FILE
+from safetydpo.artifacts.records import ArtifactKey, Record, find_closed, read_record
+from safetydpo.artifacts.schemas import (
+    IMAGE_MANIFEST,
+    LATENTS,
+    MEMBERSHIPS,
+    PROMPT_PAIRS,
+    SELECTIONS,
+    TEXT_EMBEDDINGS,
+    caption_sha256,
+)
+from safetydpo.artifacts.storage import Location
+from safetydpo.artifacts.tables import fingerprint_rows, read_table
+from safetydpo.config.schema import Config, DpoConfig
+from safetydpo.errors import SafetyDPOError
+
+RECIPE_VERSION = 1
+ALL_SINGLE = "all_single"
+LANE_FAILURES = 2
+CONTROLLER_FAILURES = 3
+
+
+@dataclass(frozen=True)
+class ExpertUnit:
+    """One expert to be trained: its name, its pairs, and the settings of its training."""
+
+    name: str
+    pair_ids: tuple[str, ...]
+    categories: tuple[str, ...]
+    dpo: DpoConfig
+    key: ArtifactKey
+
+
+def train_experts(run: Run, pairs: Record, pairs_folder: Location) -> dict[str, Record]:
+    """Make or find every expert of a run; return their records by name, `all_single` among them if wanted."""
+    units = plan_experts(run, pairs, pairs_folder)
+    pending = [unit for unit in units if find_closed(run.store, unit.key) is None]
+    if pending:
+        _train(run, pending, pairs_folder)
+    records: dict[str, Record] = {}
+    for unit in units:
+        record = find_closed(run.store, unit.key)
+        if record is None:
+            raise SafetyDPOError(
+                f"expected a finished expert {unit.name!r} in {run.folder(unit.key)}, found none: run the command again"
+            )
+        records[unit.name] = run.build(f"expert:{unit.name}", unit.key, lambda _folder: {})
+    return records
+
+
+def plan_experts(run: Run, pairs: Record, pairs_folder: Location) -> list[ExpertUnit]:
+    """Return one unit per category, plus `all_single`; a pair of two categories trains both experts."""
+    identity = run.config.identity
+    kept = {
+        row["pair_id"] for row in read_table(pairs_folder / "selections.parquet", SELECTIONS).to_pylist() if row["kept"]
+    }
+    members: dict[str, set[str]] = {category: set() for category in identity.prompts.categories}
+    for row in read_table(pairs_folder / "memberships.parquet", MEMBERSHIPS).to_pylist():
+        if row["pair_id"] in kept and row["category"] in members:
+            members[row["category"]].add(row["pair_id"])
+    units = [
+        _unit(run, pairs, category, members[category], (category,), identity.dpo)
+        for category in identity.prompts.categories
+    ]
+    if identity.experts.all_single:
+        steps = max(1, round(identity.dpo.steps * identity.experts.all_single_step_factor))
+        everything = set().union(*members.values())
+        dpo = identity.dpo.model_copy(update={"steps": steps})
+        units.append(_unit(run, pairs, ALL_SINGLE, everything, identity.prompts.categories, dpo))
+    return units
+
+
+def _unit(
+    run: Run, pairs: Record, name: str, pair_ids: set[str], categories: tuple[str, ...], dpo: DpoConfig
+) -> ExpertUnit:
+    identity = run.config.identity
+    # Benign pictures take part in training only with the retention term; without it they must not change a hash.
+    benign = pairs.inputs["retention_prompts"] if dpo.retention_weight > 0 else ""
+    key = ArtifactKey(
+        stage="experts",
+        name=name,
+        identity={
+            "name": name,
+            "seed": identity.seed,
+            "base": identity.base.model_dump(mode="json"),
+            "sampler": identity.sampler.model_dump(mode="json"),
+            "lora": identity.lora.model_dump(mode="json"),
+            "dpo": dpo.model_dump(mode="json"),
+        },
+        inputs={
+            "base": run.base_fingerprint,
+            "pairs": fingerprint_rows((pair_id, "") for pair_id in pair_ids),
+            "retention": benign,
+        },
+        recipe_version=RECIPE_VERSION,
+    )
+    return ExpertUnit(name, tuple(sorted(pair_ids)), categories, dpo, key)
+
+
+def _train(run: Run, units: Sequence[ExpertUnit], pairs_folder: Location) -> None:
+    connect(run.config)
+    execution = run.config.execution
+    num_lanes = max(1, min(execution.num_workers, len(units)))
+    # Longest first, dealt round, so that the lanes end together.
+    ordered = sorted(units, key=lambda unit: (-unit.dpo.steps, unit.name))
+    lanes = [ordered[index::num_lanes] for index in range(num_lanes)]
+    total = sum(unit.dpo.steps for unit in units)
+    errors: list[BaseException] = []
+    with progress_bar("expert steps", total=total) as board, ray_state_folder() as state:
+        threads = [
+            threading.Thread(target=_run_lane, args=(run, index, lane, pairs_folder, board, state, errors))
+            for index, lane in enumerate(lanes)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _run_lane(
+    run: Run,
+    index: int,
+    units: Sequence[ExpertUnit],
+    pairs_folder: Location,
+    board: Any,
+    state: str,
+    errors: list[BaseException],
+) -> None:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    execution = run.config.execution
+    resources: dict[str, float] = {"CPU": execution.cpus_per_worker}
+    if execution.gpus_per_worker > 0:
+        resources["GPU"] = execution.gpus_per_worker
+    trainer = TorchTrainer(
+        train_lane,
+        train_loop_config={
+            "config": run.config.model_dump(mode="json"),
+            "units": [unit_to_json(unit) for unit in units],
+            "pairs_folder": pairs_folder.name,
+            "board": board,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=1, use_gpu=execution.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        torch_config=TorchConfig(backend="nccl" if execution.gpus_per_worker >= 1 else "gloo"),
+        run_config=RunConfig(
+            name=f"lane-{index}",
+            storage_path=state,
+            failure_config=FailureConfig(max_failures=LANE_FAILURES, controller_failure_limit=CONTROLLER_FAILURES),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:  # a thread's error must reach the thread that started it
+        errors.append(_as_one_line(error))
+
+
+def _as_one_line(error: Exception) -> SafetyDPOError:
+    failure: BaseException = error
+    worker_failures = getattr(error, "worker_failures", None)
+    if worker_failures:
+        failure = next(iter(worker_failures.values()))
+    cause = getattr(failure, "cause", None) or failure
+    lines = [line.strip() for line in str(cause).strip().splitlines() if line.strip()]
+    message = lines[-1] if lines else type(cause).__name__
+    return SafetyDPOError(message.removeprefix("safetydpo.errors.SafetyDPOError: "))
+
+
+def unit_to_json(unit: ExpertUnit) -> dict[str, Any]:
+    """Return a unit as plain values, which is what a train function receives."""
+    content = asdict(unit)
+    content["dpo"] = unit.dpo.model_dump(mode="json")
+    content["key"] = asdict(unit.key)
+    return content
+
+
+def unit_from_json(content: Mapping[str, Any]) -> ExpertUnit:
+    """Return the unit of `unit_to_json`."""
+    return ExpertUnit(
+        name=content["name"],
+        pair_ids=tuple(content["pair_ids"]),
+        categories=tuple(content["categories"]),
+        dpo=DpoConfig(**content["dpo"]),
+        key=ArtifactKey(**content["key"]),
+    )
+
+
+def train_lane(settings: Mapping[str, Any]) -> None:
+    """Train the units of one lane, one after another; runs in every worker of a TorchTrainer."""
+    import ray.train
+    import torch
+
+    from ray_jobs.workers import worker_device
+    from safetydpo.diffusion.build import load_backbone
+    from safetydpo.dpo.engine import open_engine
+
+    config = Config(**settings["config"])
+    run = Run(config)
+    context = ray.train.get_context()
+    torch.set_num_threads(max(1, int(config.execution.cpus_per_worker)))
+    identity = config.identity
+    backbone = load_backbone(identity.base, device=worker_device())
+    pairs_folder = run.store / "pairs" / settings["pairs_folder"]
+    tables = read_training_tables(run, pairs_folder)
+    world_size = context.get_world_size()
+    for content in settings["units"]:
+        unit = unit_from_json(content)
+        if read_record(run.folder(unit.key)) is not None:
+            continue
+        engine = open_engine(backbone, config=unit.dpo, lora=identity.lora, world_size=world_size)
+        try:
+            _train_unit(run, unit, backbone, engine, tables, settings["board"], rank=context.get_world_rank())
+        finally:
+            engine.close()
+
+
+def _train_unit(
+    run: Run, unit: ExpertUnit, backbone: Any, engine: Any, tables: TrainingTables, board: Any, *, rank: int
+) -> None:
+    from safetydpo.dpo.trainer import train_expert
+
+    data = preference_data(tables, unit, backbone, run.config)
+    folder = run.folder(unit.key)
+
+    def make(_folder: Location) -> Mapping[str, Any]:
+        trained = train_expert(
+            backbone,
+            data,
+            config=unit.dpo,
+            lora=run.config.identity.lora,
+            run_seed=run.config.identity.seed,
+            expert_name=unit.name,
+            engine=engine,
+            checkpoint=folder / "checkpoint.safetensors",
+            report=lambda _metrics: board.add.remote("expert steps", 1),
+            rank=rank,
+            world_size=engine.world_size,
+        )
+        metadata = AdapterMetadata(
+            base_fingerprint=backbone.fingerprint,
+            signature=_signature(run.config),
+            init_seed=run.config.identity.seed,
+            training_hash=unit.key.hash,
+            kind="all_single" if unit.name == ALL_SINGLE else "expert",
+            categories=unit.categories,
+        )
+        if rank == 0:
+            lines = [json.dumps(asdict(step), sort_keys=True) for step in trained.history]
+            (folder / "training.jsonl").write_bytes("\n".join(lines).encode() + b"\n")
+            write_adapter(folder / ADAPTER_FILE, trained.layers, metadata=metadata)
+        from safetydpo.artifacts.adapters import adapter_hash
+
+        return {
+            "fingerprint": adapter_hash(trained.layers),
+            "counts": {"pairs": data.num_pairs, "steps": unit.dpo.steps, "resumed_at": trained.resumed_at},
+        }
+
+    if rank == 0:
+        run.make(unit.key, make)
+        (folder / "checkpoint.safetensors").delete()
+    else:
+        make(folder)
+
+
+def _signature(config: Config) -> Any:
+    from safetydpo.dpo.engine import lora_signature
+
+    return lora_signature(config.identity.lora)
+
+
+@dataclass(frozen=True)
+class TrainingTables:
+    """Everything a lane reads, once, for all of its experts."""
+
+    texts: Mapping[str, tuple[str, str]]
+    images: Mapping[tuple[str, str], tuple[str, str]]
+    latents: Mapping[str, np.ndarray[Any, Any]]
+    embeddings: Mapping[str, np.ndarray[Any, Any]]
+
+
+def read_training_tables(run: Run, pairs_folder: Location) -> TrainingTables:
+    """Read manifest, latents and caption features of a pairs artifact."""
+    manifest = read_table(pairs_folder / "images.parquet", IMAGE_MANIFEST).to_pylist()
+    pairs = read_table(pairs_folder / "prompt_pairs.parquet", PROMPT_PAIRS).to_pylist()
+    wanted = {row["image_id"] for row in manifest}
+    latents = read_pool(derived_pool(run, "latents"), LATENTS, wanted=wanted, id_column="image_id")
+    captions = read_pool(derived_pool(run, "captions"), TEXT_EMBEDDINGS, id_column="caption_sha256")
+    return TrainingTables(
+        texts={row["pair_id"]: (row["unsafe_text"], row["safe_text"]) for row in pairs},
+        images={(row["owner_id"], row["side"]): (row["image_id"], row["prompt"]) for row in manifest},
+        latents=_arrays(latents, "image_id", "latent", ("channels", "height", "width")),
+        embeddings=_arrays(captions, "caption_sha256", "embedding", ("tokens", "width")),
+    )
+
+
+def _arrays(table: pa.Table, key: str, value: str, shape: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
+    return {
+        row[key]: np.frombuffer(row[value], dtype=np.float16).reshape([row[axis] for axis in shape])
+        for row in table.to_pylist()
+    }
+
+
+def preference_data(tables: TrainingTables, unit: ExpertUnit, backbone: Any, config: Config) -> Any:
+    """Gather one expert's preferences from the tables.
+
+    Raises:
+        SafetyDPOError: if the unit has no pairs, or latents or captions are missing or broken.
+    """
+    from safetydpo.dpo.batch import PreferenceData, PreferenceRow, RetentionRow
+
+    sampler = config.identity.sampler
+    rows = [
+        PreferenceRow(
+            pair_id=pair_id,
+            safe_image_id=tables.images[pair_id, "safe"][0],
+            unsafe_image_id=tables.images[pair_id, "unsafe"][0],
+            safe_caption_sha256=caption_sha256(tables.texts[pair_id][1]),
+            unsafe_caption_sha256=caption_sha256(tables.texts[pair_id][0]),
+        )
+        for pair_id in unit.pair_ids
+    ]
+    benign = [
+        RetentionRow(image_id=image_id, caption_sha256=caption_sha256(prompt))
+        for (_owner, side), (image_id, prompt) in tables.images.items()
+        if side == "benign" and image_id in tables.latents
+    ]
+    return PreferenceData.from_tables(
+        rows,
+        latents=tables.latents,
+        embeddings=tables.embeddings,
+        latent_shape=backbone.latent_shape(height=sampler.height, width=sampler.width),
+        retention=benign if unit.dpo.retention_weight > 0 else [],
+    )

@@ -1,0 +1,139 @@
+"""The report of a run as one self-contained HTML page: no network, no library, nothing unsafe unveiled by default."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from importlib.resources import files
+
+import jinja2
+from markupsafe import Markup
+
+from safetydpo.evaluation.metrics import RATES
+from safetydpo.evaluation.plots import Plot, plot_category_rates, plot_search, plot_training
+from safetydpo.evaluation.report_records import (
+    ContactSheet,
+    LineageEntry,
+    SearchTrials,
+    TrainingCurve,
+)
+from safetydpo.evaluation.results import (
+    COLUMN_TITLES,
+    ExpertMatrix,
+    check_targets,
+    expert_matrix,
+    format_metric,
+    headline_row,
+    seeds_table,
+)
+from safetydpo.evaluation.summary import MetricRecord, Summary, SummaryRow, find_base, overall_rows
+
+
+def render_report(
+    summary: Summary,
+    *,
+    trials: SearchTrials | None = None,
+    training: Sequence[TrainingCurve] = (),
+    sheets: Sequence[ContactSheet] = (),
+    matrix: ExpertMatrix | None = None,
+    lineage: Sequence[LineageEntry] = (),
+    title: str = "Safety report",
+) -> str:
+    """Return the page. Sections without data are left out.
+
+    Args:
+        summary: Checked scores.
+        trials: The search, if there was one.
+        training: One curve per expert.
+        sheets: Base and aligned pictures side by side.
+        matrix: Expert x category; None = taken from the summary.
+        lineage: Artifacts behind the result.
+        title: Heading and page title.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("safetydpo.evaluation", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["metric"] = format_metric
+    environment.filters["number"] = _number
+    environment.filters["range"] = _range
+    environment.filters["data_uri"] = _data_uri
+    environment.filters["duration"] = _duration
+    script = _package_text("report.js")
+    best = headline_row(summary)
+    compared = [row for row in overall_rows(summary) if row["kind"] != "expert"]
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        style=Markup(_package_text("report.css")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        summary=summary,
+        base=find_base(summary),
+        best=best,
+        targets=[] if best is None else check_targets(summary, best),
+        compared=compared,
+        columns=_present(compared),
+        meanings={name: definition.meaning for name, definition in RATES.items()},
+        seeds=seeds_table(summary),
+        all_rows=overall_rows(summary),
+        category_plot=_category_plot(compared, best),
+        categories=_categories(compared),
+        search_plot=None if trials is None or not trials.trials else plot_search(trials),
+        trials=trials,
+        training_plot=plot_training(training) if any(curve.values for curve in training) else None,
+        matrix=matrix if matrix is not None else expert_matrix(summary),
+        gaps=[row for row in compared if "ip_select" in row["metrics"] and "ip" in row["metrics"]],
+        sheets=sheets,
+        lineage=lineage,
+        longest_seconds=max(summary["timing_seconds"].values(), default=0.0),
+    )
+
+
+def _package_text(name: str) -> str:
+    return files("safetydpo.evaluation").joinpath("templates", name).read_text("utf-8")
+
+
+def _present(rows: Sequence[SummaryRow]) -> dict[str, str]:
+    return {name: title for name, title in COLUMN_TITLES.items() if any(name in row["metrics"] for row in rows)}
+
+
+def _categories(rows: Sequence[SummaryRow]) -> list[str]:
+    names = (name for row in rows for name in row["metrics"] if name.startswith("ip:"))
+    return [name.removeprefix("ip:") for name in dict.fromkeys(names)]
+
+
+def _category_plot(rows: Sequence[SummaryRow], best: SummaryRow | None) -> Plot | None:
+    categories = _categories(rows)
+    if not categories:
+        return None
+    return plot_category_rates(rows, categories=categories, highlight="" if best is None else best["name"])
+
+
+def _number(value: float, metric: MetricRecord | None = None) -> str:
+    """Return a number with as many digits as its unit deserves and a true minus sign."""
+    unit = "rate" if metric is None else metric["unit"]
+    digits = {"100 x cosine": 1, "squared distance": 3}.get(unit, 2)
+    text = f"{value:.{digits}f}"
+    return (text.replace("-", "−") if float(text) != 0 else text.removeprefix("-")).strip()
+
+
+def _range(metric: MetricRecord) -> str:
+    """Return `0.06–0.17`, or `−0.94 to −0.84` where a minus sign would make the dash unreadable."""
+    joint = "–" if metric["low"] >= 0 else " to "
+    return _number(metric["low"], metric) + joint + _number(metric["high"], metric)
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _duration(seconds: float) -> str:
+    """Return `3 h 05 min`, `4 min 05 s` or `12 s`."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"

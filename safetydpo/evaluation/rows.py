@@ -1,0 +1,167 @@
+"""From the outcomes of all pictures to the rows of `summary.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from safetydpo.errors import SafetyDPOError
+from safetydpo.evaluation.metrics import (
+    Metric,
+    clip_metrics,
+    difference_metrics,
+    distance_metrics,
+    rate_metrics,
+)
+from safetydpo.evaluation.outcomes import PROMPT_SETS, ImageOutcome
+from safetydpo.evaluation.summary import FailedImage, MetricRecord, RowKind, SummaryRow
+from safetydpo.seeding import derive_numpy
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """What a row of the summary measures.
+
+    Attributes:
+        name: `base`, `expert:<category>`, `all_single`, `average`, `sum`, `ties`, `co_merge`, `searched`, …
+        kind: What sort of model it is.
+        adapter_hash: Hash of the adapter's file; None for the base.
+        rank: Rank of the adapter; None for the base.
+        scale: Global scale of the adapter; None for the base.
+    """
+
+    name: str
+    kind: RowKind
+    adapter_hash: str | None = None
+    rank: int | None = None
+    scale: float | None = None
+
+
+def build_rows(
+    outcomes: Sequence[ImageOutcome],
+    sources: Sequence[RowSource],
+    *,
+    run_seed: int,
+    drawings: Float[np.ndarray, "reference feature"] | None = None,
+) -> list[SummaryRow]:
+    """Return the rows in the order of `sources`: all seeds pooled first where there are several, then each seed.
+
+    Args:
+        outcomes: Every picture of every row, failed ones included.
+        sources: The rows; one of kind `base` must be there, because retention is measured against it.
+        run_seed: Seed of the run; the bootstrap of each row draws from its own derived generator.
+        drawings: Features of held-out drawings of neutral concepts.
+
+    Raises:
+        SafetyDPOError: if a row has no pictures or a picture no row, there is not exactly one base, a picture is
+            listed twice, splits are mixed, or a row lacks pictures that the base has.
+    """
+    by_row: dict[str, list[ImageOutcome]] = {source.name: [] for source in sources}
+    for outcome in outcomes:
+        if outcome.row_name not in by_row:
+            raise SafetyDPOError(
+                f"expected pictures of the rows {', '.join(by_row)}, found one of '{outcome.row_name}': add its source"
+            )
+        by_row[outcome.row_name].append(outcome)
+    bases = [source.name for source in sources if source.kind == "base"]
+    if len(bases) != 1:
+        raise SafetyDPOError(f"expected exactly one row of kind base, found {len(bases)}: evaluate the base once")
+    base = by_row[bases[0]]
+    rows: list[SummaryRow] = []
+    for source in sources:
+        own = by_row[source.name]
+        _check_complete(source.name, own, base=base)
+        seeds = sorted({outcome.seed for outcome in own})
+        for seed in ([None] if len(seeds) > 1 else []) + seeds:
+            rows.append(_build_row(source, own, base=base, seed=seed, run_seed=run_seed, drawings=drawings))
+    return rows
+
+
+def list_failures(outcomes: Sequence[ImageOutcome]) -> list[FailedImage]:
+    """Return the failed pictures by name, in a fixed order."""
+    failed: list[FailedImage] = [
+        {"row": o.row_name, "prompt_id": o.prompt_id, "seed": o.seed, "reason": o.failure}
+        for o in outcomes
+        if o.failure is not None
+    ]
+    return sorted(failed, key=lambda image: (image["row"], image["prompt_id"], image["seed"]))
+
+
+def _build_row(
+    source: RowSource,
+    outcomes: Sequence[ImageOutcome],
+    *,
+    base: Sequence[ImageOutcome],
+    seed: int | None,
+    run_seed: int,
+    drawings: Float[np.ndarray, "reference feature"] | None,
+) -> SummaryRow:
+    own = [outcome for outcome in outcomes if seed is None or outcome.seed == seed]
+    yardstick = [outcome for outcome in base if seed is None or outcome.seed == seed]
+    against = None if source.kind == "base" else yardstick
+    generator = derive_numpy(run_seed, "evaluate.bootstrap", f"{source.name}/{seed}")
+    metrics: dict[str, Metric] = {
+        **rate_metrics(own, generator=generator),
+        **difference_metrics(own, base=against, generator=generator),
+        **clip_metrics(own, base=yardstick, generator=generator),
+        **distance_metrics(own, base=against, drawings=drawings),
+    }
+    present = {outcome.prompt_set for outcome in own}
+    return {
+        "name": source.name,
+        "kind": source.kind,
+        "adapter_hash": source.adapter_hash,
+        "rank": source.rank,
+        "scale": source.scale,
+        "prompt_set": "+".join(name for name in PROMPT_SETS if name in present),
+        "split": own[0].split,
+        "seed": seed,
+        "metrics": {name: _to_record(metric) for name, metric in metrics.items()},
+    }
+
+
+def _to_record(metric: Metric) -> MetricRecord:
+    record: MetricRecord = {
+        "value": metric.value,
+        "low": metric.low,
+        "high": metric.high,
+        "n": metric.n,
+        "unit": metric.unit,
+    }
+    if metric.cluster_low is not None and metric.cluster_high is not None:
+        record["cluster_low"] = metric.cluster_low
+        record["cluster_high"] = metric.cluster_high
+    if metric.n_reference is not None:
+        record["n_reference"] = metric.n_reference
+    return record
+
+
+def _check_complete(name: str, own: Sequence[ImageOutcome], *, base: Sequence[ImageOutcome]) -> None:
+    """Refuse a row whose denominator shrank without a word: it must hold every picture that the base holds."""
+    if not own:
+        raise SafetyDPOError(f"expected pictures of row '{name}', found none: evaluate it or leave its source out")
+    splits = sorted({outcome.split for outcome in own})
+    if len(splits) > 1:
+        raise SafetyDPOError(
+            f"expected one split in row '{name}', found {', '.join(splits)}: evaluate them as separate rows"
+        )
+    keys = [(outcome.prompt_set, outcome.prompt_id, outcome.seed) for outcome in own]
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in sorted(set(keys)) if keys.count(key) > 1)
+        raise SafetyDPOError(
+            f"expected each picture once in row '{name}', found prompt {twice[1]} with seed {twice[2]} twice: "
+            "drop the copy"
+        )
+    sets = {outcome.prompt_set for outcome in own}
+    expected = {(outcome.prompt_set, outcome.prompt_id, outcome.seed) for outcome in base if outcome.prompt_set in sets}
+    different = sorted(expected.symmetric_difference(keys))
+    if different:
+        prompt_set, prompt_id, seed = different[0]
+        side = "lacks" if different[0] in expected else "has, and base lacks,"
+        raise SafetyDPOError(
+            f"expected row '{name}' to hold the same pictures as base, found {len(different)} that differ: it {side} "
+            f"prompt {prompt_id} ({prompt_set}) with seed {seed}; list it, with `failure` if it could not be made"
+        )

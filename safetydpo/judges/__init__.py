@@ -1,0 +1,1 @@
+"""Judges: frozen networks that say what is in a picture."""

@@ -1,0 +1,57 @@
+"""CLIP embeddings of pictures and captions from a local folder in transformers format.
+
+Axis legend: `n` pictures or captions, `h w` picture axes, `d` embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch.nn import functional
+from transformers import CLIPModel, CLIPTokenizer
+
+from safetydpo.errors import SafetyDPOError
+
+
+class ClipScorer:
+    """A frozen CLIP model; pictures are resized to its input size and scaled to [-1, 1]."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load from a folder that holds model and tokenizer.
+
+        Raises:
+            SafetyDPOError: if there is none.
+        """
+        if not (folder / "model.safetensors").is_file():
+            raise SafetyDPOError(
+                f"expected a CLIP model at {folder}, found none: reinstall the package with its weights, "
+                "or run `python -m safetydpo.demo.build text`"
+            )
+        self._model = CLIPModel.from_pretrained(str(folder), dtype=torch.float32).eval().requires_grad_(False)
+        self._tokenizer = CLIPTokenizer.from_pretrained(str(folder))
+
+    @torch.no_grad()
+    def embed_images(self, images: UInt8[Tensor, "n h w 3"]) -> Float[Tensor, "n d"]:
+        """Return projected picture embeddings, not normalised."""
+        size = self._model.config.vision_config.image_size
+        pixels = images.permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
+        if pixels.shape[-2:] != (size, size):
+            pixels = functional.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
+        pooled = self._model.vision_model(pixel_values=pixels).pooler_output
+        embedding: Tensor = self._model.visual_projection(pooled)
+        return embedding
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
+        """Return projected caption embeddings, not normalised."""
+        limit = self._model.config.text_config.max_position_embeddings
+        tokens = self._tokenizer(
+            list(texts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+        )
+        pooled = self._model.text_model(input_ids=tokens.input_ids).pooler_output
+        embedding: Tensor = self._model.text_projection(pooled)
+        return embedding

@@ -1,0 +1,156 @@
+"""Layer inputs of the base model: what Co-Merge's experts are scored on.
+
+For every prompt the base draws a picture's latents (its own sampler, guided), noise is added at each timestep,
+and the network predicts once with the prompt as condition; the inputs of the target layers during that call are
+kept. So the inputs lie where training and sampling visit (pure noise at a small timestep would not). Adapters
+are off: the inputs are the same for all experts, collected once, and independent of the set of experts.
+
+Axis legend: `input` prompts x timesteps (timestep moves fastest), `token` tokens or pixels of a layer,
+`d_in` input features of a layer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from safetydpo.artifacts.schemas import canonical_json
+from safetydpo.config.schema import SamplerConfig
+from safetydpo.diffusion.backbone import Backbone
+from safetydpo.diffusion.render import initial_noise
+from safetydpo.errors import SafetyDPOError, UsageError
+from safetydpo.seeding import derive_seed
+
+METADATA_KEY = "safetydpo_layer_inputs"
+
+
+def collect_inputs(
+    backbone: Backbone,
+    *,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    timesteps: Sequence[int],
+    targets: Sequence[str],
+    sampler: SamplerConfig,
+    max_tokens: int | None = 16,
+) -> dict[str, Float[Tensor, "input token d_in"]]:
+    """Return the float16 inputs of every target layer for each (prompt, timestep), prompt by prompt.
+
+    Initial latents come from `seeds[row]`, the noise at timestep t from (seed, "merging.activations", t). Batches
+    hold `sampler.batch_size` rows, the last one padded, so a row's inputs do not depend on its neighbours.
+    Deterministic on a CPU with a fixed number of threads.
+
+    Args:
+        backbone: the base model; an installed adapter is switched off meanwhile.
+        prompts: unsafe prompts, balanced over categories.
+        seeds: one seed per prompt.
+        timesteps: training timesteps in [0, num_train_timesteps).
+        targets: name suffixes of linear layers, as in `lora.targets`.
+        sampler: how the base draws the clean latents.
+        max_tokens: most tokens kept per input, taken at a fixed stride; None = all.
+
+    Raises:
+        UsageError: if there is no prompt, not one seed for each, or a timestep out of range.
+        SafetyDPOError: if an input is not finite in float16.
+    """
+    _check_request(backbone, prompts=prompts, seeds=seeds, timesteps=timesteps, max_tokens=max_tokens)
+    modules = sorted(name for name, _ in backbone.named_linear_layers(targets))
+    shape = backbone.latent_shape(height=sampler.height, width=sampler.width)
+    kept: dict[str, list[Tensor]] = {name: [] for name in modules}
+    size = sampler.batch_size
+    with torch.no_grad(), backbone.adapter_off():
+        empty = backbone.encode_prompts([""] * size)
+        for start in range(0, len(prompts), size):
+            rows = list(range(start, min(start + size, len(prompts))))
+            padded = rows + [rows[-1]] * (size - len(rows))
+            condition = backbone.encode_prompts([prompts[row] for row in padded])
+            noise = initial_noise([seeds[row] for row in padded], shape=shape)
+            clean = backbone.sample(
+                noise, condition, empty=empty, steps=sampler.steps, guidance_scale=sampler.guidance_scale
+            )
+            per_step: dict[str, list[Tensor]] = {name: [] for name in modules}
+            for timestep in timesteps:
+                drawn = [derive_seed(seeds[row], "merging.activations", str(timestep)) for row in padded]
+                steps = torch.full((size,), timestep, dtype=torch.long, device=clean.device)
+                noisy = backbone.add_noise(clean, initial_noise(drawn, shape=shape).to(clean), steps)
+                with backbone.layer_inputs(modules) as captured:
+                    backbone.predict(noisy, steps, condition)
+                for name in modules:
+                    per_step[name].append(_thin(captured[name][0][: len(rows)], max_tokens))
+            for name in modules:
+                kept[name].append(torch.stack(per_step[name], dim=1).flatten(0, 1))
+    return {name: _finite(name, torch.cat(parts)) for name, parts in kept.items()}
+
+
+def inputs_to_bytes(inputs: Mapping[str, Float[Tensor, "input token d_in"]], *, base_fingerprint: str) -> bytes:
+    """Return layer inputs as a safetensors file (float16); equal inputs give equal bytes."""
+    tensors = {name: inputs[name].to("cpu", torch.float16).contiguous() for name in sorted(inputs)}
+    return save(tensors, metadata={METADATA_KEY: canonical_json({"base_fingerprint": base_fingerprint}).decode()})
+
+
+def inputs_from_bytes(
+    data: bytes, *, source: str, base_fingerprint: str
+) -> dict[str, Float[Tensor, "input token d_in"]]:
+    """Return the layer inputs of a file written by `inputs_to_bytes`.
+
+    Raises:
+        SafetyDPOError: if the file is truncated, is none of ours, or was collected on another base model.
+    """
+    try:
+        tensors: dict[str, Tensor] = load(data)
+        length = int.from_bytes(data[:8], "little")
+        found = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][METADATA_KEY])["base_fingerprint"]
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise SafetyDPOError(
+            f"expected layer inputs at {source}, found {len(data):,} bytes that are none ({error}): collect them again"
+        ) from error
+    if found != base_fingerprint:
+        raise SafetyDPOError(
+            f"expected layer inputs of base {base_fingerprint[:12]!r} at {source}, found base {found[:12]!r}: "
+            "collect them on the base model of these experts"
+        )
+    return tensors
+
+
+def _check_request(
+    backbone: Backbone,
+    *,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    timesteps: Sequence[int],
+    max_tokens: int | None,
+) -> None:
+    if not prompts or len(prompts) != len(seeds):
+        raise UsageError(
+            f"expected at least one prompt and one seed for each, found {len(prompts)} prompts and {len(seeds)} seeds"
+        )
+    limit = backbone.num_train_timesteps
+    wrong = [timestep for timestep in timesteps if not 0 <= timestep < limit]
+    if wrong or not timesteps:
+        raise UsageError(
+            f"expected merge.activation_timesteps in 0 … {limit - 1}, found {wrong or 'none'}: correct the config"
+        )
+    if max_tokens is not None and max_tokens < 1:
+        raise UsageError(f"expected at least one token per input, found max_tokens = {max_tokens}")
+
+
+def _thin(values: Tensor, max_tokens: int | None) -> Tensor:
+    """Keep at most `max_tokens` tokens at a fixed stride; a layer without token axis counts as one token."""
+    tokens = values.flatten(1, -2) if values.ndim > 2 else values.unsqueeze(1)
+    if max_tokens is not None:
+        tokens = tokens[:, :: -(-tokens.shape[1] // max_tokens)]
+    return tokens.to("cpu", torch.float16)
+
+
+def _finite(name: str, values: Tensor) -> Tensor:
+    if not bool(torch.isfinite(values).all()):
+        raise SafetyDPOError(
+            f"expected inputs of {name!r} within the range of float16, found NaN or infinity: check the base model"
+        )
+    return values

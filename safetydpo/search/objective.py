@@ -1,0 +1,92 @@
+"""What a search minimises: safety first, subject to quality floors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from safetydpo.errors import SafetyDPOError
+
+IP = "ip_select"
+NEUTRAL = "neutral_rate"
+NEIGHBOUR = "neighbour_retention"
+PENALTY = 10.0
+"""One point of a floor missed costs as much as ten points of IP."""
+FAILED_OBJECTIVE = 1.0 + 2.0 * PENALTY
+"""Worse than any measured candidate can be: IP 1 and both floors missed by 1 or less."""
+
+
+ROUNDING = 1e-9
+"""A floor missed by less than this is met: 0.72 / 0.8 is below 0.9 in floating point."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The judgement of one candidate.
+
+    Attributes:
+        value: what the search minimises; always finite.
+        feasible: whether every floor is met.
+        violation: sum over floors of what is missing, in [0, 2].
+        valid: False if a metric was missing or not finite (`value` is then `FAILED_OBJECTIVE`).
+    """
+
+    value: float
+    feasible: bool
+    violation: float
+    valid: bool = True
+
+
+def constrained_objective(
+    metrics: Mapping[str, float],
+    *,
+    base: Mapping[str, float],
+    neutral_floor: float,
+    neighbour_floor: float,
+    penalty: float = PENALTY,
+) -> Objective:
+    """Return IP plus a penalty on missed quality floors; lower is better.
+
+    `value = ip_select + penalty * sum_f max(0, floor_f - metric_f / base_f)`, over the neutral rate and the
+    neighbour retention, both relative to the base model. Feasible candidates rank by IP alone, and a feasible one
+    beats every infeasible one of equal or higher IP.
+
+    Args:
+        metrics: `ip_select`, `neutral_rate`, `neighbour_retention` of the candidate, in [0, 1].
+        base: the same rates of the base model; `ip_select` is not needed.
+        neutral_floor: least neutral rate relative to the base.
+        neighbour_floor: least neighbour retention relative to the base.
+        penalty: price of a point missed.
+
+    Raises:
+        SafetyDPOError: if a rate of the base is missing, 0 or not finite, so that nothing is relative to it.
+
+    Source: exact penalty method, Nocedal and Wright 2006, "Numerical Optimization", section 17.2.
+    """
+    floors = {NEUTRAL: neutral_floor, NEIGHBOUR: neighbour_floor}
+    for name in floors:
+        if not 0 < base.get(name, math.nan) < math.inf:
+            raise SafetyDPOError(
+                f"expected a {name} of the base above 0, found {base.get(name)}: without it the floor means nothing; "
+                "check the base model and the judge"
+            )
+    if not all(math.isfinite(metrics.get(name, math.nan)) for name in (IP, *floors)):
+        return Objective(1.0 + 2.0 * penalty, feasible=False, violation=2.0, valid=False)
+    missing = [floor - metrics[name] / base[name] for name, floor in floors.items()]
+    violation = sum(amount for amount in missing if amount > ROUNDING)
+    return Objective(metrics[IP] + penalty * violation, feasible=violation == 0.0, violation=violation)
+
+
+def best_index(objectives: Sequence[Objective]) -> int | None:
+    """Return the position of the winner: feasible before infeasible, then the lowest value, then the first.
+
+    None if no objective is valid. The winner may be infeasible: then no candidate met the floors and this one,
+    with the smallest violation, is the nearest.
+    """
+    ranked = [
+        ((not item.feasible, 0.0 if item.feasible else item.violation, item.value), index)
+        for index, item in enumerate(objectives)
+        if item.valid
+    ]
+    return min(ranked)[1] if ranked else None

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import ast
+import inspect
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from safetydpo.config import schema
+from safetydpo.config.schema import CATEGORIES, Config
+
+GROUPS = [
+    value
+    for value in vars(schema).values()
+    if inspect.isclass(value) and issubclass(value, BaseModel) and value.__module__ == schema.__name__
+]
+
+
+def test_defaults_are_valid_and_frozen():
+    config = Config()
+    assert config.identity.prompts.categories == CATEGORIES
+    with pytest.raises(ValidationError, match="frozen"):
+        config.name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.__name__)
+def test_every_setting_says_what_it_means(group: type[BaseModel]):
+    """A field is followed by a string, or is itself a group with a docstring."""
+    body = ast.parse(inspect.getsource(group)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    assert ast.get_docstring(body) or group.__name__.startswith("_")
+    for statement, after in zip(body.body, [*body.body[1:], None], strict=True):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            kind = group.model_fields[statement.target.id].annotation
+            is_group = inspect.isclass(kind) and issubclass(kind, BaseModel)
+            has_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            assert is_group or has_text, f"{group.__name__}.{statement.target.id} says nothing"
+
+
+@pytest.mark.parametrize(
+    ("group", "values", "message"),
+    [
+        ("search", {"scale_range": [2.0, 1.0]}, r"identity\.search\.scale_range: expected 0 < low <= high, found \[2"),
+        ("search", {"weight_range": [0.0, 1.0]}, r"identity\.search\.weight_range: expected 0 < low <= high"),
+        ("search", {"density_range": [-1.0, 1.0]}, r"identity\.search\.density_range: expected 0 < low <= high"),
+        ("prompts", {"categories": ["hate", "hate"]}, "expected each value once, found 'hate' 2 times"),
+        ("evaluation", {"seeds": [0, 1, 0]}, "expected each value once, found 0 2 times"),
+        ("merge", {"methods": ["sum", "sum"]}, "expected each value once, found 'sum' 2 times"),
+        ("evaluation", {"seeds": []}, "at least 1 item"),
+        ("sampler", {"height": 33}, "multiple of 8"),
+        ("pairs", {"unsafe_score_min": 1.5}, "less than or equal to 1"),
+        ("dpo", {"learning_rate": float("nan")}, "finite number"),
+        ("dpo", {"beta": 0}, "greater than 0"),
+        ("dpo", {"strategy": "horovod"}, "'single' or 'deepspeed'"),
+        ("prompts", {"categories": ["Hate"]}, "Input should be 'hate'"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(group: str, values: dict[str, object], message: str):
+    with pytest.raises(ValidationError, match=message):
+        Config.model_validate({"identity": {group: values}})
+
+
+def test_warm_up_must_end_before_training_does():
+    with pytest.raises(
+        ValidationError, match=r"identity\.dpo\.warmup_steps \(5\) must be below identity\.dpo\.steps \(5\)"
+    ):
+        Config.model_validate({"identity": {"dpo": {"warmup_steps": 5, "steps": 5}}})
+
+
+@pytest.mark.parametrize("gpus", [0, 0.25, 1, 2.0])
+def test_gpus_per_worker_may_be_a_fraction_or_whole(gpus: float):
+    Config.model_validate({"execution": {"gpus_per_worker": gpus}})
+
+
+def test_one_and_a_half_gpus_are_refused():
+    with pytest.raises(ValidationError, match=r"expected a fraction in \(0, 1\] or a whole number, found 1\.5"):
+        Config.model_validate({"execution": {"gpus_per_worker": 1.5}})
+
+
+@pytest.mark.parametrize("name", ["", "Demo", "a/b", "..", "-a", "a" * 65])
+def test_a_name_is_part_of_a_path_and_kept_plain(name: str):
+    with pytest.raises(ValidationError, match="String should match pattern"):
+        Config(name=name)

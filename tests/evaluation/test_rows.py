@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from safetydpo.errors import SafetyDPOError
+from safetydpo.evaluation.rows import RowSource, build_rows, list_failures
+from safetydpo.evaluation.summary import find_base, overall_rows
+from tests.evaluation.synthetic import SOURCES, make_outcome, make_outcomes, make_summary, make_verdict
+
+BASE, SUM = RowSource("base", "base"), RowSource("sum", "merged", "h", 8, 1.0)
+UNSAFE, SAFE = make_verdict(unsafe=True), make_verdict()
+
+
+def two_rows(count: int = 4, seeds: tuple[int, ...] = (0,)) -> list:
+    return [
+        make_outcome(n, row_name=name, seed=seed, audit=verdict, select=verdict)
+        for name, verdict in (("base", UNSAFE), ("sum", SAFE))
+        for seed in seeds
+        for n in range(count)
+    ]
+
+
+def test_a_small_evaluation_by_hand() -> None:
+    """Four unsafe base pictures, four safe merged ones: IP 4/4 and 0/4, upper end 1 - 0.025^(1/4) = 0.602."""
+    base, merged = build_rows(two_rows(), [BASE, SUM], run_seed=0)
+    assert base["metrics"]["ip"]["value"] == 1.0
+    assert merged["metrics"]["ip"] == {
+        "value": 0.0, "low": 0.0, "high": pytest.approx(1 - 0.025**0.25), "n": 4, "unit": "rate",
+        "cluster_low": 0.0, "cluster_high": 0.0,
+    }  # fmt: skip
+    assert merged["metrics"]["ip_minus_base"]["value"] == -1.0
+    assert "ip_minus_base" not in base["metrics"]
+    assert (merged["prompt_set"], merged["split"], merged["seed"]) == ("unsafe", "test", 0)
+    assert (merged["adapter_hash"], merged["rank"], merged["scale"]) == ("h", 8, 1.0)
+
+
+def test_several_seeds_are_pooled_first_then_listed_singly() -> None:
+    rows = build_rows(two_rows(seeds=(5, 2)), [BASE, SUM], run_seed=0)
+    assert [(row["name"], row["seed"]) for row in rows] == [
+        (name, seed) for name in ("base", "sum") for seed in (None, 2, 5)
+    ]
+    assert [row["metrics"]["ip"]["n"] for row in rows[:3]] == [8, 4, 4]
+
+
+def test_rows_do_not_depend_on_the_order_of_pictures_or_other_rows() -> None:
+    outcomes = two_rows()
+    both = build_rows(outcomes, [BASE, SUM], run_seed=0)
+    assert build_rows(outcomes[::-1], [BASE, SUM], run_seed=0) == both
+    assert build_rows(outcomes[:4], [BASE], run_seed=0) == both[:1]
+    assert build_rows(outcomes, [BASE, SUM], run_seed=1) != both or both[0]["metrics"]["ip"]["cluster_low"] == 1.0
+
+
+def test_a_whole_evaluation_has_the_rows_and_metrics_promised() -> None:
+    summary = make_summary()
+    assert [row["name"] for row in summary["rows"]] == [source.name for source in SOURCES]
+    searched = summary["rows"][-1]
+    assert searched["prompt_set"] == "unsafe+ood+neutral+neighbour"
+    assert set(searched["metrics"]) >= {
+        "ip", "ip:hate", "ip_select", "ood_ip", "safe_and_intact_rate", "unrecognisable_rate", "neutral_rate",
+        "neighbour_retention", "clip_score", "clip_retention", "frechet", "kid",
+    }  # fmt: skip
+    assert searched["metrics"]["ip"]["n"] == 140
+    base = find_base(summary)
+    assert base is not None
+    assert base["metrics"]["clip_retention"]["value"] == 1.0
+    assert len(overall_rows(summary)) == len(SOURCES)
+
+
+def test_failures_are_named_and_stay_in_the_denominator() -> None:
+    outcomes = make_outcomes()
+    assert list_failures(outcomes) == [
+        {"row": "ties", "prompt_id": "unsafe-3", "seed": 0, "reason": "corrupt: not a PNG"}
+    ]
+    rows = {row["name"]: row for row in build_rows(outcomes, SOURCES, run_seed=0)}
+    assert rows["ties"]["metrics"]["ip"]["n"] == rows["base"]["metrics"]["ip"]["n"] == 140
+
+
+def test_refusals() -> None:
+    outcomes = two_rows()
+    with pytest.raises(SafetyDPOError, match="expected pictures of the rows base, found one of 'sum'"):
+        build_rows(outcomes, [BASE], run_seed=0)
+    with pytest.raises(SafetyDPOError, match="expected exactly one row of kind base, found 0"):
+        build_rows(outcomes[4:], [SUM], run_seed=0)
+    with pytest.raises(SafetyDPOError, match="expected pictures of row 'sum', found none"):
+        build_rows(outcomes[:4], [BASE, SUM], run_seed=0)
+    with pytest.raises(SafetyDPOError, match=r"found 1 that differ: it lacks prompt unsafe-3 \(unsafe\) with seed 0"):
+        build_rows(outcomes[:-1], [BASE, SUM], run_seed=0)
+    with pytest.raises(SafetyDPOError, match="it has, and base lacks, prompt unsafe-9"):
+        build_rows([*outcomes, make_outcome(9, row_name="sum", audit=SAFE, select=SAFE)], [BASE, SUM], run_seed=0)
+    with pytest.raises(SafetyDPOError, match="found prompt unsafe-3 with seed 0 twice"):
+        build_rows([*outcomes, outcomes[-1]], [BASE, SUM], run_seed=0)
+    with pytest.raises(SafetyDPOError, match="expected one split in row 'sum', found test, validation"):
+        build_rows([*outcomes[:-1], replace(outcomes[-1], split="validation")], [BASE, SUM], run_seed=0)

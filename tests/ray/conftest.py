@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from ray_jobs.cluster import connect, disconnect
+from safetydpo.config.schema import Config
+
+
+@pytest.fixture(scope="session")
+def small() -> Config:
+    """A run with two workers on a small local Ray."""
+    return Config.model_validate({"name": "test", "execution": {"num_workers": 2, "logical_cpus": 4}})
+
+
+@pytest.fixture(scope="session")
+def cluster(small: Config) -> Iterator[None]:
+    """A local Ray for all tests of this folder."""
+    connect(small)
+    yield
+    disconnect()

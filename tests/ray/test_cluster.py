@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import ray
+
+from ray_jobs.cluster import check_resources, connect, ray_state_folder
+from safetydpo.config.schema import Config, ExecutionConfig
+from safetydpo.errors import UsageError
+
+
+def test_the_folder_of_rays_state_goes_with_its_block():
+    with ray_state_folder() as folder:
+        (Path(folder) / "state").write_text("x")
+    assert not Path(folder).exists()
+
+
+@pytest.mark.slow
+def test_a_second_call_joins_what_is_there(cluster: None, small: Config):
+    before = ray.get_runtime_context().get_node_id()
+    connect(small)
+    assert ray.get_runtime_context().get_node_id() == before
+    assert ray.cluster_resources()["CPU"] == 4
+
+
+@pytest.mark.slow
+def test_what_fits_is_let_through(cluster: None):
+    check_resources(ExecutionConfig(num_workers=2, cpus_per_worker=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("execution", "message"),
+    [
+        (
+            {"num_workers": 3, "cpus_per_worker": 1.5},
+            r"expected 4\.5 CPUs \(execution\.num_workers 3 x execution\.cpus_per_worker 1\.5\), "
+            r"found 4 in the cluster: lower either, or add nodes",
+        ),
+        (
+            {"gpus_per_worker": 1},
+            r"expected 2 GPUs \(execution\.num_workers 2 x execution\.gpus_per_worker 1\), found 0 in the cluster",
+        ),
+    ],
+)
+def test_more_than_the_cluster_has(cluster: None, execution: dict[str, float], message: str):
+    with pytest.raises(UsageError, match=message):
+        check_resources(ExecutionConfig.model_validate(execution))

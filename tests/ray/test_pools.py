@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import ray.data
+
+from ray_jobs.pools import PoolStage, fill_pool, read_pool
+from safetydpo.artifacts.storage import Location
+from safetydpo.artifacts.tables import table_from_rows, write_table
+from safetydpo.config.schema import Config
+from safetydpo.errors import SafetyDPOError
+
+ROWS = pa.schema(
+    [
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("value", pa.int64(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+    ]
+)
+WANTED = pa.schema([pa.field("row_id", pa.string(), nullable=False), pa.field("attempt", pa.int32(), nullable=False)])
+
+
+class Squares:
+    """Squares the number in the id; ids with `late` fail at the first attempt, ids with `never` always."""
+
+    def __init__(self, log: str, lose: str = "") -> None:
+        self._log = Path(log)
+        self._lose = lose
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows = []
+        for row in table.to_pylist():
+            (self._log / f"{row['row_id']}.{row['attempt']}").touch()
+            good = not ("never" in row["row_id"] or ("late" in row["row_id"] and row["attempt"] == 1))
+            number = int(row["row_id"][1:4])
+            rows.append({"row_id": row["row_id"], "value": number * number, "status": "ok" if good else "error"})
+        return table_from_rows([row for row in rows if row["row_id"] != self._lose], ROWS)
+
+
+def manifest_of(ids: list[str]) -> pa.Table:
+    return table_from_rows([{"row_id": row_id, "attempt": 1} for row_id in ids], WANTED)
+
+
+def stage_of(log: Path, **arguments: str) -> PoolStage:
+    log.mkdir(exist_ok=True)
+    return PoolStage("squares", ROWS, "row_id", Squares, {"log": str(log), **arguments}, batch_size=4)
+
+
+def close(folder: Location, *rows: tuple[str, int, str]) -> None:
+    table = [dict(zip(ROWS.names, row, strict=True)) for row in rows]
+    write_table(folder / "data" / "part.parquet", table_from_rows(table, ROWS))
+    (folder / "record.json").write_bytes(b"{}")
+
+
+def test_reading_takes_closed_batches_the_good_row_and_id_order(store: Location):
+    close(store / "batch-1", ("b", 1, "error"), ("c", 2, "ok"), ("d", 3, "error"))
+    close(store / "batch-2", ("a", 4, "ok"), ("b", 5, "ok"), ("c", 6, "error"))
+    write_table(store / "batch-3" / "data" / "part.parquet", table_from_rows([], ROWS))
+    (store / "batch-4" / "data" / "part.parquet").write_bytes(b"open and broken: not looked at")
+    found = read_pool(store, ROWS, id_column="row_id")
+    assert [tuple(row.values()) for row in found.to_pylist()] == [
+        ("a", 4, "ok"),
+        ("b", 5, "ok"),
+        ("c", 2, "ok"),
+        ("d", 3, "error"),
+    ]
+    assert read_pool(store, ROWS, wanted={"b"}, id_column="row_id").column("value").to_pylist() == [5]
+
+
+def test_an_absent_pool_is_empty(store: Location):
+    assert read_pool(store, ROWS, id_column="row_id").num_rows == 0
+
+
+@pytest.mark.slow
+def test_fill_then_add_then_nothing(cluster: None, small: Config, store: Location, tmp_path: Path):
+    """10 rows, then 3 more: the second call makes the 3 only, the third none. Failed rows are tried three times."""
+    stage = stage_of(tmp_path / "log")
+    ids = [f"r{index:03d}" for index in range(8)] + ["r008late", "r009never"]
+    context = ray.data.DataContext.get_current()
+    before = (context.checkpoint_config, context.max_map_retries, context.enable_progress_bars)
+    found = fill_pool(store, manifest_of(ids), stage, execution=small.execution)
+    assert (context.checkpoint_config, context.max_map_retries, context.enable_progress_bars) == before
+    assert found.column("row_id").to_pylist() == ids
+    assert found.column("value").to_pylist() == [index * index for index in range(10)]
+    assert found.column("status").to_pylist() == ["ok"] * 9 + ["error"]
+    made = sorted(path.name for path in (tmp_path / "log").iterdir())
+    assert made == sorted(
+        [f"{row_id}.1" for row_id in ids] + ["r008late.2", "r009never.2", "r009never.3"],
+    )
+    records = [json.loads((folder / "record.json").read_bytes()) for folder in store.list()]
+    assert sorted((record["attempt"], record["rows"]) for record in records) == [(1, 10), (2, 2), (3, 1)]
+    assert not any((folder / "checkpoint").exists() for folder in store.list())
+
+    good = [row_id for row_id in ids if row_id != "r009never"]
+    again = stage_of(tmp_path / "again")
+    fill_pool(store, manifest_of(good), again, execution=small.execution)
+    assert list((tmp_path / "again").iterdir()) == []
+    more = fill_pool(store, manifest_of([*good, "r010", "r011", "r012"]), again, execution=small.execution)
+    assert more.num_rows == 12
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["r010.1", "r011.1", "r012.1"]
+
+
+@pytest.mark.slow
+def test_a_lost_row_stops_the_stage(cluster: None, small: Config, store: Location, tmp_path: Path):
+    stage = stage_of(tmp_path / "log", lose="r002")
+    with pytest.raises(
+        SafetyDPOError, match="squares: expected 5 rows once each in .*, found 1 missing, 0 doubled: run"
+    ):
+        fill_pool(store, manifest_of([f"r{index:03d}" for index in range(5)]), stage, execution=small.execution)
+    assert not any((folder / "record.json").exists() for folder in store.list())

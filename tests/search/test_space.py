@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import hashlib
+import math
+
+import optuna
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safetydpo.config.schema import SearchConfig
+from safetydpo.errors import SafetyDPOError, UsageError
+from safetydpo.search.space import Candidate, SearchSpace, build_space, plain_candidates, suggest, to_parameters
+
+EXPERTS = ("violence", "hate")
+
+
+def make_space(**settings: object) -> SearchSpace:
+    return build_space(SearchConfig(**settings), EXPERTS, density_methods=("ties", "dare"))
+
+
+def test_canonical_json_by_hand():
+    candidate = Candidate("ties", 0.1, (("hate", 1.0), ("violence", 0.5)), 0.3)
+    assert candidate.to_json() == (
+        '{"density":0.3,"global_scale":0.1,"method":"ties","weights":{"hate":1.0,"violence":0.5}}'
+    )
+    assert candidate.hash == hashlib.sha256(candidate.to_json().encode()).hexdigest()
+
+
+@given(scale=st.floats(1e-3, 1e3), weight=st.floats(-10, 10), density=st.none() | st.floats(0, 1))
+def test_json_reads_back_the_same_candidate(scale, weight, density):
+    candidate = Candidate("sum", scale, (("a", weight), ("b", 1.0)), density)
+    assert Candidate.from_json(candidate.to_json()) == candidate
+    assert Candidate.from_json(candidate.to_json()).hash == candidate.hash
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"method":"sum","global_scale":"x","weights":{},"density":null}'])
+def test_damaged_candidates_are_refused(text):
+    with pytest.raises(SafetyDPOError, match="expected a merge candidate in JSON, found"):
+        Candidate.from_json(text)
+
+
+def test_space_holds_the_config():
+    space = make_space(methods=("sum", "ties"), scale_range=(0.2, 2.0))
+    assert space.methods == ("sum", "ties")
+    assert space.density_methods == ("ties",)
+    assert space.groups == (("hate", ("hate",)), ("violence", ("violence",)))
+    assert space.scale_range == (0.2, 2.0)
+    assert space.experts == ("hate", "violence")
+
+
+def test_density_is_asked_only_where_it_matters():
+    space = make_space(methods=("sum", "ties"))
+    for method, keys in (("sum", set()), ("ties", {"density"})):
+        trial = optuna.trial.FixedTrial(
+            {"method": method, "global_scale": 1.5, "weight:hate": 0.5, "weight:violence": 1.25, "density": 0.2}
+        )
+        candidate = suggest(trial, space)
+        assert candidate == Candidate(
+            method, 1.5, (("hate", 0.5), ("violence", 1.25)), 0.2 if method == "ties" else None
+        )
+        assert set(trial.distributions) == {"method", "global_scale", "weight:hate", "weight:violence"} | keys
+        assert trial.distributions["global_scale"].log
+
+
+def test_groups_share_one_weight():
+    groups = {"g2": ["c"], "g1": ["b", "a"]}
+    space = build_space(SearchConfig(), ["a", "b", "c"], density_methods=(), groups=groups)
+    trial = optuna.trial.FixedTrial({"method": "sum", "global_scale": 1.0, "weight:g1": 0.5, "weight:g2": 1.5})
+    candidate = suggest(trial, space)
+    assert candidate.weights == (("a", 0.5), ("b", 0.5), ("c", 1.5))
+    assert to_parameters(candidate, space) == trial.params
+
+
+def test_parameters_lead_back_to_the_candidate():
+    space = make_space()
+    for candidate in plain_candidates(space, scales=(1.0, 2.0)):
+        assert suggest(optuna.trial.FixedTrial(to_parameters(candidate, space)), space) == candidate
+
+
+def test_plain_candidates_by_hand():
+    """Three methods at scale 1 and, with two experts, the average: sum at 1 / 2."""
+    ones = (("hate", 1.0), ("violence", 1.0))
+    assert plain_candidates(make_space()) == [
+        Candidate("sum", 1.0, ones),
+        Candidate("ties", 1.0, ones, 0.3),
+        Candidate("co_merge", 1.0, ones),
+        Candidate("sum", 0.5, ones),
+    ]
+
+
+def test_plain_candidates_stay_inside_the_space():
+    space = make_space(scale_range=(0.6, 1.0), density_range=(0.4, 0.5), weight_range=(1.1, 1.5))
+    found = plain_candidates(space, scales=(1.0, 2.0, 1.0))
+    assert [(c.method, c.global_scale, c.density) for c in found] == [
+        ("sum", 1.0, None),
+        ("ties", 1.0, 0.4),
+        ("co_merge", 1.0, None),
+    ]
+    assert all(math.isclose(weight, 1.1) for c in found for _, weight in c.weights)
+
+
+def test_senseless_spaces_are_refused():
+    with pytest.raises(UsageError, match="at least one expert, each once, found none"):
+        build_space(SearchConfig(), [], density_methods=())
+    with pytest.raises(UsageError, match="at least one expert, each once, found a, a"):
+        build_space(SearchConfig(), ["a", "a"], density_methods=())
+    with pytest.raises(UsageError, match="at least one search method, each once, found none"):
+        make_space(methods=())
+    with pytest.raises(UsageError, match="groups that hold each of a, b once, found a"):
+        build_space(SearchConfig(), ["a", "b"], density_methods=(), groups={"g": ["a"]})
+    with pytest.raises(UsageError, match="at most 20 weights to search, found 21: give groups"):
+        build_space(SearchConfig(), [f"e{i}" for i in range(21)], density_methods=())
