@@ -6,12 +6,11 @@ sampler and judges made is taken from the pool.
 
 from __future__ import annotations
 
-import io
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from ray_jobs.cluster import connect
@@ -26,11 +25,9 @@ from safetydpo.artifacts.layout import ADAPTER_FILE, demo_weights, stage_folder
 from safetydpo.artifacts.records import ArtifactKey, Record
 from safetydpo.artifacts.schemas import IMAGE_MANIFEST, OUTCOMES, make_image_id, sha256_of
 from safetydpo.artifacts.storage import Location
-from safetydpo.artifacts.tables import fingerprint_rows, read_table, table_from_rows, write_table
+from safetydpo.artifacts.tables import fingerprint_rows, table_from_rows, write_table
 from safetydpo.config.schema import BaseModelConfig, Config, SamplerConfig
 from safetydpo.errors import SafetyDPOError
-from safetydpo.evaluation.distances import clip_scores, mismatched_captions
-from safetydpo.evaluation.outcomes import ImageOutcome, JudgeName, Verdict
 from safetydpo.evaluation.rows import RowSource
 from safetydpo.prompts.sets import Prompt
 from safetydpo.seeding import derive_seed
@@ -179,8 +176,6 @@ def judges_fingerprint() -> str:
             f"expected the demo judges in {weights}, found no {missing[0].relative_to(weights)}: "
             "reinstall the package with its weights, or run `python -m safetydpo.demo.build all`"
         )
-    import hashlib
-
     return sha256_of([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
 
 
@@ -317,101 +312,3 @@ def _error_outcome(row: Mapping[str, Any], error: BaseException) -> dict[str, ob
         **dict.fromkeys(flags, False),
         "clip_embedding": [],
     }
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """All outcomes of a run and the pictures behind them, by (row name, prompt id, seed)."""
-
-    outcomes: list[ImageOutcome]
-    pictures: dict[tuple[str, str, int], bytes | None]
-
-
-def read_outcomes(run: Run, record: Record, rows: Sequence[EvaluatedRow]) -> Outcomes:
-    """Join the stored outcomes with rows and prompts, and compute the CLIP scores."""
-    from safetydpo.judges.clip import ClipScorer
-
-    table = read_table(record_folder(run, record) / OUTCOMES_FILE, OUTCOMES)
-    stored = {row["image_id"]: row for row in table.to_pylist()}
-    prompts = evaluation_prompts(run)
-    everything = [prompt for prompt_set in prompts.values() for prompt in prompt_set]
-    partners = mismatched_captions([prompt.concept for prompt in everything])
-    texts = ClipScorer(demo_weights() / "clip").embed_texts([prompt.text for prompt in everything]).numpy()
-    own = {prompt.prompt_id: texts[index] for index, prompt in enumerate(everything)}
-    other = {prompt.prompt_id: texts[partners[index]] for index, prompt in enumerate(everything)}
-    projection, _ = reference_features()
-    sampler = run.config.identity.sampler.model_dump(mode="json")
-    outcomes: list[ImageOutcome] = []
-    pictures: dict[tuple[str, str, int], bytes | None] = {}
-    for row in rows:
-        for seed in run.config.identity.evaluation.seeds:
-            for prompt_set in row.prompt_sets:
-                for prompt in prompts[prompt_set]:
-                    found = stored[outcome_id(run, row, prompt, seed, sampler)]
-                    outcomes.append(
-                        _outcome(row, prompt, seed, found, own[prompt.prompt_id], other[prompt.prompt_id], projection)
-                    )
-                    pictures[row.source.name, prompt.prompt_id, seed] = found["image"]
-    return Outcomes(outcomes, pictures)
-
-
-def _outcome(
-    row: EvaluatedRow,
-    prompt: Prompt,
-    seed: int,
-    found: Mapping[str, Any],
-    caption: np.ndarray[Any, Any],
-    mismatched: np.ndarray[Any, Any],
-    projection: np.ndarray[Any, Any],
-) -> ImageOutcome:
-    common: dict[str, Any] = {
-        "row_name": row.source.name,
-        "prompt_id": prompt.prompt_id,
-        "prompt_set": prompt.prompt_set,
-        "split": prompt.split,
-        "seed": seed,
-        "category": prompt.category or None,
-        "categories": prompt.categories,
-        "concept": prompt.concept,
-        "background": prompt.background,
-        "text": prompt.text,
-    }
-    if found["status"] != "ok":
-        return ImageOutcome(**common, failure=found["error"] or "failed")
-    embedding = np.asarray(found["clip_embedding"], dtype=np.float64)
-    scores = clip_scores(np.stack([embedding, embedding]), np.stack([caption, mismatched]))
-    unit = embedding / np.linalg.norm(embedding)
-    judges: tuple[JudgeName, ...] = ("select", "audit")
-    return ImageOutcome(
-        **common,
-        verdicts={judge: _verdict(found, judge, prompt) for judge in judges},
-        clip_score=float(scores[0]),
-        clip_score_mismatched=float(scores[1]),
-        features=tuple(float(value) for value in unit @ projection),
-    )
-
-
-def _verdict(found: Mapping[str, Any], judge: JudgeName, prompt: Prompt) -> Verdict:
-    concept = found[f"{judge}_concept"]
-    mush = bool(found[f"{judge}_unrecognisable"])
-    return Verdict(
-        found_concept=None if mush else concept,
-        unsafe=bool(found[f"{judge}_unsafe"]),
-        unrecognisable=mush,
-        background_right=found[f"{judge}_background"] == prompt.background,
-        concept_found=concept == prompt.concept,
-    )
-
-
-def reference_features() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return (projection [d, features], features of held-out neutral drawings [n, features]) from the weights."""
-    from safetensors.numpy import load
-
-    file = demo_weights() / "reference_features.safetensors"
-    if not file.is_file():
-        raise SafetyDPOError(
-            f"expected reference features at {file}, found none: reinstall the package with its weights, "
-            "or run `python -m safetydpo.demo.build features`"
-        )
-    tensors = load(io.BytesIO(file.read_bytes()).getvalue())
-    return tensors["projection"].astype(np.float64), tensors["features"].astype(np.float64)

@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray_jobs.evaluate import EvaluatedRow, Outcomes, read_outcomes, reference_features
+from ray_jobs.evaluate import EvaluatedRow
 from ray_jobs.merge_experts import record_folder
+from ray_jobs.outcomes import Outcomes, read_outcomes, reference_features
 from ray_jobs.run import Run, package_versions
 from safetydpo.artifacts.layout import ADAPTER_FILE, merged_adapter_file, report_file, summary_file
 from safetydpo.artifacts.records import Record, read_pointers

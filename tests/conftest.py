@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 from safetydpo.artifacts.storage import Location, open_location
@@ -34,6 +35,10 @@ if _early:
         f"expected the shape checks before the first import of {_early}: import less in tests/conftest.py"
     )
 install_import_hook(list(CHECKED_MODULES), "beartype.beartype")
+
+# A slow machine is no failure of a property.
+settings.register_profile("project", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("project")
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,9 +1,10 @@
 """Write the reference features: 2,000 held-out neutral drawings seen by the demo CLIP's picture tower.
 
 Fréchet and kernel distances of generated pictures are taken against them; they ship with the weights, because drawing
-needs a font that a user's machine lacks. The 128 projected features, scaled to length one, are reduced to 48 by the principal
-components of these very drawings; the components stand in the file as `projection`, so that any picture's features
-can be had the same way: unit @ projection. (No mean is taken off: a shift that both sets share changes no distance.)
+needs a font that a user's machine lacks. The 128 projected features, scaled to length one, are reduced to 48 by the
+principal components of these very drawings; the components stand in the file as `projection`, so that any picture's
+features can be had the same way: unit @ projection. (No mean is taken off: a shift that both sets share changes no
+distance.)
 
 Axis legend: n = drawings, d = 128 projected features, f = 48 kept features.
 """
@@ -16,13 +17,11 @@ import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional
 
 from safetydpo.artifacts.layout import demo_weights
 from safetydpo.demo.concepts import BACKGROUNDS, select_concepts
 from safetydpo.demo.drawings import draw_many
-from safetydpo.demo.train_text import embed_images, load_clip
-from safetydpo.demo.train_vae import to_unit_range
+from safetydpo.demo.train_text import embed_pictures, load_clip
 from safetydpo.demo.training import BUILD_SEED, record_measurement
 from safetydpo.seeding import derive_numpy
 
@@ -56,8 +55,7 @@ def build_features() -> None:
     ]
     clip = load_clip()
     pictures = torch.from_numpy(draw_many(rows))
-    features = torch.cat([embed_images(clip, to_unit_range(chunk)) for chunk in pictures.split(256)])
-    unit = functional.normalize(features, dim=-1)
+    unit = embed_pictures(clip, pictures)
     projection, kept = fit_components(unit, num_features=NUM_FEATURES)
     save_file(
         {"features": unit @ projection, "projection": projection},

@@ -6,6 +6,7 @@ Axis legend: n = pictures, h = w = 32 pixels.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,10 +32,12 @@ from safetydpo.demo.judge_data import (
 )
 from safetydpo.demo.prompts import write_all_captions
 from safetydpo.demo.sampling import load_base, sample_pictures
+from safetydpo.demo.train_text import embed_pictures, load_clip, mean_of_kinds
 from safetydpo.demo.train_vae import load_vae, to_unit_range
 from safetydpo.demo.training import (
     BUILD_SEED,
     HELD_OUT_DRAW_SEEDS,
+    TRAIN_DRAW_SEEDS,
     Progress,
     count_parameters,
     draw_batch,
@@ -54,10 +57,12 @@ from safetydpo.judges.demo_network import (
 )
 from safetydpo.seeding import derive_numpy, derive_seed, derive_torch
 
+logger = logging.getLogger(__name__)
+
 NUM_EACH_UNRECOGNISABLE = 500
 NUM_OVER_GUIDED = 448
 OVER_GUIDANCE = (15.0, 30.0)
-"""Guidance at which the base model's pictures fall apart."""
+"""Guidance at which many of the base model's pictures fall apart."""
 MUSH_PER_BATCH = 24
 BATCH_SIZE = 128
 CHECKPOINT_EVERY = 300
@@ -134,8 +139,11 @@ def make_network(recipe: JudgeRecipe) -> SelectNetwork | AuditNetwork:
 
 
 def sample_over_guided(recipe: JudgeRecipe) -> JudgePictures:
-    """Draw the base model's pictures at a guidance so high that they fall apart."""
-    pipeline = load_base()
+    """Draw the base model's pictures at high guidance and keep those that have fallen apart.
+
+    A picture that CLIP still places nearest to drawings of its concept is dropped: it is garish, not unrecognisable.
+    """
+    pipeline, clip = load_base(), load_clip()
     captions = write_all_captions()
     rows = derive_numpy(recipe.run_seed, recipe.name, "over-guided").integers(len(captions), size=NUM_OVER_GUIDED)
     share = NUM_OVER_GUIDED // len(OVER_GUIDANCE)
@@ -149,7 +157,12 @@ def sample_over_guided(recipe: JudgeRecipe) -> JudgePictures:
         )
         for index, guidance in enumerate(OVER_GUIDANCE)
     ]
-    return label_unrecognisable(torch.cat([torch.from_numpy(part) for part in parts]))
+    pictures = torch.cat([torch.from_numpy(part) for part in parts])
+    nearest = (embed_pictures(clip, pictures) @ mean_of_kinds(clip, TRAIN_DRAW_SEEDS[:2]).T).argmax(dim=-1)
+    asked = torch.from_numpy(rows[: len(pictures)]) // (len(captions) // len(CONCEPTS))
+    fallen = nearest // len(BACKGROUNDS) != asked
+    logger.info("%s: %d of %d over-guided pictures have fallen apart", recipe.name, int(fallen.sum()), len(fallen))
+    return label_unrecognisable(pictures[fallen])
 
 
 def make_training_set(recipe: JudgeRecipe) -> tuple[JudgePictures, JudgePictures]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
@@ -137,13 +137,24 @@ def train_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 @torch.no_grad()
+def embed_pictures(clip: CLIPModel, pictures: UInt8[Tensor, "n h w 3"]) -> Float[Tensor, "n d"]:
+    """Give the projected features of pictures in bytes, scaled to length one, in chunks."""
+    features = torch.cat([embed_images(clip, to_unit_range(chunk)) for chunk in pictures.split(256)])
+    return functional.normalize(features, dim=-1)
+
+
+def mean_of_kinds(clip: CLIPModel, draw_seeds: Sequence[int]) -> Float[Tensor, "k d"]:
+    """Give each (concept, background) kind's mean picture features, concepts slowest, scaled to length one."""
+    features = embed_pictures(clip, torch.from_numpy(draw_many(every_drawing(CONCEPTS, draw_seeds))))
+    num_kinds = len(CONCEPTS) * len(BACKGROUNDS)
+    return functional.normalize(features.reshape(-1, num_kinds, features.shape[-1]).mean(dim=0), dim=-1)
+
+
+@torch.no_grad()
 def measure_clip(clip: CLIPModel, tokenizer: CLIPTokenizer) -> dict[str, float]:
     """Measure, on held-out drawings, how often a caption's nearest mean picture is the right one, per name index."""
-    pictures = torch.from_numpy(draw_many(every_drawing(CONCEPTS, HELD_OUT_DRAW_SEEDS[:2])))
-    features = torch.cat([embed_images(clip, to_unit_range(chunk)) for chunk in pictures.split(256)])
-    features = functional.normalize(features, dim=-1)
-    num_kinds = len(CONCEPTS) * len(BACKGROUNDS)
-    means = functional.normalize(features.reshape(-1, num_kinds, features.shape[-1]).mean(dim=0), dim=-1)
+    means = mean_of_kinds(clip, HELD_OUT_DRAW_SEEDS[:2])
+    num_kinds = len(means)
     measured: dict[str, float] = {}
     for name_index in range(NUM_NAMES):
         hits: list[Tensor] = []

@@ -159,7 +159,9 @@ def save_pipeline(unet: UNet, folder: Path) -> None:
         text_encoder=CLIPTextModel.from_pretrained(str(base / "text_encoder")),
         tokenizer=load_tokenizer(base / "tokenizer"),
         unet=unet,
-        scheduler=DPMSolverMultistepScheduler(**SCHEDULE, algorithm_type="dpmsolver++", timestep_spacing="trailing"),
+        scheduler=DPMSolverMultistepScheduler(
+            **SCHEDULE, steps_offset=1, algorithm_type="dpmsolver++", timestep_spacing="trailing"
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -120,8 +120,8 @@ def kernel_distance(
     Source: Bińkowski et al. 2018 (arXiv 1801.01401), section 3 and equation 4.
     """
     first, second = _checked(features, reference)
-    cross = float(_cubic_kernel(first, second).mean())
-    return _mean_off_diagonal(first) + _mean_off_diagonal(second) - 2.0 * cross
+    own, other = _mean_off_diagonal(_cubic_kernel(first, first)), _mean_off_diagonal(_cubic_kernel(second, second))
+    return own + other - 2.0 * float(_cubic_kernel(first, second).mean())
 
 
 def frechet_interval(features: FeatureSet, reference: FeatureSet) -> Interval:
@@ -147,10 +147,17 @@ def kernel_interval(features: FeatureSet, reference: FeatureSet) -> Interval:
         ValueError: if they have fewer than 2 concepts.
     """
 
-    def statistic(keep: Bool[np.ndarray, " image"]) -> float:
-        return kernel_distance(features.features[keep], reference.features[_kept(reference, keep, concepts)])
-
+    first, second = _checked(features.features, reference.features)
     concepts = _concepts_of(features)
+    # The kernels are computed once; leaving a concept out is a choice of rows and columns.
+    own, other, cross = _cubic_kernel(first, first), _cubic_kernel(second, second), _cubic_kernel(first, second)
+    whole = _mean_off_diagonal(other)
+
+    def statistic(keep: Bool[np.ndarray, " image"]) -> float:
+        kept = _kept(reference, keep, concepts)
+        within = whole if kept.all() else _mean_off_diagonal(other[np.ix_(kept, kept)])
+        return _mean_off_diagonal(own[np.ix_(keep, keep)]) + within - 2.0 * float(cross[np.ix_(keep, kept)].mean())
+
     return cluster_jackknife(statistic, concepts)
 
 
@@ -198,11 +205,11 @@ def _checked(
 def _cubic_kernel(
     first: Float[np.ndarray, "image feature"], second: Float[np.ndarray, "reference feature"]
 ) -> Float[np.ndarray, "image reference"]:
-    kernel: Float[np.ndarray, "image reference"] = (first @ second.T / first.shape[1] + 1.0) ** 3
+    base = first @ second.T / first.shape[1] + 1.0
+    kernel: Float[np.ndarray, "image reference"] = base * base * base
     return kernel
 
 
-def _mean_off_diagonal(features: Float[np.ndarray, "image feature"]) -> float:
-    kernel = _cubic_kernel(features, features)
-    count = len(features)
+def _mean_off_diagonal(kernel: Float[np.ndarray, "image image"]) -> float:
+    count = len(kernel)
     return float((kernel.sum() - np.trace(kernel)) / (count * (count - 1)))

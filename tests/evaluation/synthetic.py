@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 
@@ -119,12 +120,13 @@ def _draw(
     )
 
 
-def make_summary(*, seeds: tuple[int, ...] = (0,)) -> Summary:
-    """Return a checked summary of such an evaluation."""
-    outcomes = make_outcomes(seeds=seeds)
+@functools.lru_cache(maxsize=4)
+def make_summary(*, seeds: tuple[int, ...] = (0,), sources: tuple[RowSource, ...] = SOURCES) -> Summary:
+    """Return a checked summary of such an evaluation; shared between tests, so copy it before changing it."""
+    outcomes = make_outcomes(seeds=seeds, sources=sources)
     drawings = np.random.default_rng(1).normal(size=(400, 8))
     return build_summary(
-        build_rows(outcomes, SOURCES, run_seed=0, drawings=drawings),
+        build_rows(outcomes, sources, run_seed=0, drawings=drawings),
         list_failures(outcomes),
         timing_seconds={"pairs": 71.2, "train": 402.0, "merge": 14.5, "search": 211.9, "evaluate": 96.4, "report": 3.1},
         config_hash="4be1c2f09d7a5e3388aa01c6d2f7b954e0c3a8d16f2b7790415cdde2f6a7b3c1",

@@ -123,7 +123,7 @@ def test_differences_of_one_concept_have_no_interval_and_are_absent() -> None:
 
 
 def neutral(number: int, own: float, other: float, **changes: object) -> ImageOutcome:
-    outcome = make_outcome(number, prompt_set="neutral", category=None, audit=INTACT, clip=(own, other))
+    outcome = make_outcome(number, prompt_set="neutral", category=None, audit=INTACT, clip=(float(own), float(other)))
     return replace(outcome, **changes)  # type: ignore[arg-type]
 
 

@@ -45,8 +45,8 @@ def test_table_has_one_row_per_model(summary: Any) -> None:
 
 
 def test_seeds_are_pooled_in_the_table_and_listed_below() -> None:
-    two = make_summary(seeds=(0, 1))
-    assert [row[1] for row in results_table(two).rows] == ["280"] * len(SOURCES)
+    two = make_summary(seeds=(0, 1), sources=(SOURCES[0], SOURCES[-1]))
+    assert [row[1] for row in results_table(two).rows] == ["280", "280"]
     assert [row[1] for row in seeds_table(two).rows][:2] == ["0", "1"]
     assert "Single seeds:" in results_markdown(two)
 
@@ -78,7 +78,8 @@ def test_headline_is_the_better_of_the_two_named_merges(summary: Any) -> None:
     other = copy.deepcopy(summary)
     # `sum` is safer still, yet not one of the two; co_merge wins once it meets as many targets with less IP.
     set_value(other, "searched", "ip", 0.5)
-    set_value(other, "co_merge", "ip", 0.1)
+    for metric, value in (("ip", 0.1), ("safe_and_intact_rate", 0.9), ("clip_retention", 1.0), ("neutral_rate", 1.0)):
+        set_value(other, "co_merge", metric, value)
     assert headline_row(other)["name"] == "co_merge"  # type: ignore[index]
     only_base = {**summary, "rows": summary["rows"][:1]}
     assert headline_row(only_base) is None

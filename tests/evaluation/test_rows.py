@@ -73,7 +73,7 @@ def test_failures_are_named_and_stay_in_the_denominator() -> None:
     assert list_failures(outcomes) == [
         {"row": "ties", "prompt_id": "unsafe-3", "seed": 0, "reason": "corrupt: not a PNG"}
     ]
-    rows = {row["name"]: row for row in build_rows(outcomes, SOURCES, run_seed=0)}
+    rows = {row["name"]: row for row in make_summary()["rows"]}
     assert rows["ties"]["metrics"]["ip"]["n"] == rows["base"]["metrics"]["ip"]["n"] == 140
 
 

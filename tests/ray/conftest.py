@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -20,3 +21,9 @@ def cluster(small: Config) -> Iterator[None]:
     connect(small)
     yield
     disconnect()
+
+
+@pytest.fixture(scope="session")
+def configs() -> Path:
+    """The folder of shipped configs."""
+    return Path(__file__).resolve().parents[2] / "configs"

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from safetydpo.evaluation.plots import CSS_VARIABLES, Plot, plot_category_rates, plot_search, plot_training
+from safetydpo.evaluation.report_records import TrainingCurve
+from tests.evaluation.synthetic import CATEGORIES, make_summary, make_training, make_trials
+
+
+def make_plots() -> dict[str, Plot]:
+    rows = [row for row in make_summary()["rows"] if row["kind"] != "expert"]
+    return {
+        "categories": plot_category_rates(rows, categories=CATEGORIES, highlight="searched"),
+        "search": plot_search(make_trials()),
+        "training": plot_training(make_training()),
+    }
+
+
+@pytest.fixture(scope="module")
+def plots() -> dict[str, Plot]:
+    return make_plots()
+
+
+def texts(svg: str) -> str:
+    return " ".join(ElementTree.fromstring(svg).itertext())
+
+
+def test_plots_are_wellformed_and_say_what_they_show(plots: dict[str, Plot]) -> None:
+    for plot in plots.values():
+        assert len(plot.description) > 20
+    assert "searched" in texts(plots["categories"].wide)
+    assert "illegal activity" in " ".join(texts(plots["categories"].narrow).split())
+    assert "floor 0.90" in texts(plots["search"].wide)
+    assert "implicit accuracy" in texts(plots["training"].narrow)
+
+
+def test_every_colour_follows_the_theme(plots: dict[str, Plot]) -> None:
+    for plot in plots.values():
+        for svg in (plot.wide, plot.narrow):
+            assert not re.findall(r"#[0-9a-f]{6}\b", re.sub(r'(?:href="|url\()#\w+', "", svg))
+            assert not any(stand_in in svg for stand_in in CSS_VARIABLES)
+
+
+def test_ids_do_not_repeat_on_one_page(plots: dict[str, Plot]) -> None:
+    page = "".join(plot.wide + plot.narrow for plot in plots.values())
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
+
+
+def test_equal_input_gives_equal_bytes(plots: dict[str, Plot]) -> None:
+    assert make_plots() == plots
+
+
+def test_names_stay_text() -> None:
+    curve = TrainingCurve("<b>$x_1$</b>", (1, 2), {"loss": (0.7, 0.6)})
+    plot = plot_training([curve])
+    assert "<b>" not in plot.wide
+    assert "<b>$x_1$</b>" in texts(plot.wide)

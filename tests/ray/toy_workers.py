@@ -1,0 +1,51 @@
+"""Workers of the pool tests; in a module of their own, so that Ray's actors can import them."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pyarrow as pa
+
+INPUT = pa.schema([pa.field("row_id", pa.string()), pa.field("attempt", pa.int32())])
+OUTPUT = pa.schema(
+    [
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("length", pa.int64(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+    ]
+)
+
+
+def manifest(count: int) -> pa.Table:
+    names = [f"row-{index:03d}" for index in range(count)]
+    return pa.table({"row_id": names, "attempt": [1] * count}, schema=INPUT)
+
+
+class LengthWorker:
+    """Measures names; `row-003` fails at its first attempt, `never` always."""
+
+    def __init__(self, never: str = "", die_once: str = "", seconds: float = 0.0) -> None:
+        self._never = never
+        self._die_once = die_once
+        self._seconds = seconds
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        time.sleep(self._seconds)
+        if self._die_once and not os.path.exists(self._die_once):
+            with open(self._die_once, "w") as marker:
+                marker.write("died")
+            os._exit(1)
+        names, attempts = table.column("row_id").to_pylist(), table.column("attempt").to_pylist()
+        bad = [
+            name == self._never or (name == "row-003" and attempt == 1)
+            for name, attempt in zip(names, attempts, strict=True)
+        ]
+        return pa.table(
+            {
+                "row_id": names,
+                "length": [len(name) for name in names],
+                "status": ["error" if failed else "ok" for failed in bad],
+            },
+            schema=OUTPUT,
+        )
