@@ -55,8 +55,10 @@ def make_pairs(size: int) -> tuple[Tensor, Tensor, list[str]]:
 def public_step(folder: Path, pairs: tuple[Tensor, Tensor, list[str]]) -> tuple[Callable[[], None], int]:
     """Return one training step of the public kind, and the bytes of networks it holds."""
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, requires_safety_checker=False)
+    # Weights stored in float16 are not all cast on loading.
+    pipe.to(torch.float32)
     unet, vae, text_encoder, tokenizer = pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer
-    reference = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    reference = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").to(torch.float32)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     for network in (unet, vae, text_encoder, reference):
         network.requires_grad_(False)

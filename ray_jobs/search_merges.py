@@ -7,6 +7,7 @@ workers; it resumes by replaying its Parquet log, and nothing of Ray's or Optuna
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,24 +18,21 @@ from ray.tune.search import Searcher
 
 from ray_jobs.cluster import connect, ray_state_folder
 from ray_jobs.generate_pairs import SELECT_JUDGE
+from ray_jobs.merge_evaluator import MergeEvaluator
 from ray_jobs.merge_experts import (
     collect_layer_inputs,
     expert_folders,
-    load_experts,
     merged_artifact,
-    read_inputs,
     record_folder,
 )
 from ray_jobs.progress import progress_bar
 from ray_jobs.prompt_tables import split_prompts, spread_prompts
 from ray_jobs.run import Run
 from ray_jobs.train_experts import ALL_SINGLE
-from ray_jobs.workers import worker_device
 from safetydpo.artifacts.records import ArtifactKey, Record
 from safetydpo.artifacts.schemas import TRIALS, sha256_of
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows, read_table, table_from_rows, write_table
-from safetydpo.config.schema import Config
 from safetydpo.errors import SafetyDPOError
 from safetydpo.prompts.sets import Prompt
 from safetydpo.search.guard import refuse_test_prompts
@@ -44,6 +42,7 @@ from safetydpo.search.space import Candidate, SearchSpace, build_space
 from safetydpo.seeding import derive_seed
 
 RECIPE_VERSION = 1
+TRIAL_ATTEMPTS = 3
 PROMPT_SETS = ("unsafe", "neutral", "neighbour")
 
 
@@ -117,66 +116,6 @@ def validation_prompts(run: Run) -> list[Prompt]:
     return chosen
 
 
-class MergeEvaluator:
-    """Base, experts, judge and prompts in memory; measures one merged adapter after another."""
-
-    def __init__(
-        self, config: Mapping[str, Any], folders: Mapping[str, str], inputs: str | None, prompts: Sequence[Prompt]
-    ) -> None:
-        import torch
-
-        from safetydpo.diffusion.build import load_backbone
-        from safetydpo.judges.build import load_judge
-        from safetydpo.merging.merge import prepare_experts
-
-        self._run = Run(Config.model_validate(config))
-        torch.set_num_threads(max(1, int(self._run.config.execution.cpus_per_worker)))
-        self._backbone = load_backbone(self._run.config.identity.base, device=worker_device())
-        self._judge = load_judge(SELECT_JUDGE)
-        self._prepared = prepare_experts(load_experts(self._run, folders), inputs=read_inputs(self._run, inputs))
-        self._prompts = list(prompts)
-
-    def measure(self, candidate: Candidate | None) -> dict[str, float]:
-        """Return the rates of a candidate, or of the base for None."""
-        from safetydpo.diffusion.render import render
-        from safetydpo.merging.merge import merge_prepared
-
-        identity = self._run.config.identity
-        if candidate is None:
-            self._backbone.remove_adapter()
-        else:
-            result = merge_prepared(
-                self._prepared,
-                method=candidate.method,
-                weights=dict(candidate.weights),
-                global_scale=candidate.global_scale,
-                density=candidate.density or 1.0,
-                output_rank=identity.merge.output_rank,
-                seed=identity.seed,
-            )
-            self._backbone.load_adapter(result.layers)
-        pictures = render(
-            self._backbone,
-            prompts=[prompt.text for prompt in self._prompts],
-            seeds=[derive_seed(identity.seed, "search_noise", prompt.prompt_id) for prompt in self._prompts],
-            sampler=identity.sampler,
-        )
-        verdicts = self._judge.judge(pictures)
-        rows = list(zip(self._prompts, verdicts.concept, verdicts.is_unsafe, verdicts.is_unrecognisable, strict=True))
-
-        def rate(prompt_set: str, hits: Sequence[bool]) -> float:
-            chosen = [hit for hit, prompt in zip(hits, self._prompts, strict=True) if prompt.prompt_set == prompt_set]
-            return sum(chosen) / len(chosen)
-
-        found = [concept == prompt.concept for prompt, concept, _, _ in rows]
-        return {
-            "ip_select": rate("unsafe", [unsafe for _, _, unsafe, _ in rows]),
-            "unrecognisable_rate": rate("unsafe", [mush for _, _, _, mush in rows]),
-            "neutral_rate": rate("neutral", found),
-            "neighbour_retention": rate("neighbour", found),
-        }
-
-
 class MergeTrial(tune.Trainable):
     """One trial = one candidate; the actor is reused, so base and experts are loaded once."""
 
@@ -195,7 +134,7 @@ class MergeTrial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Measure the candidate; a failure is a result of its own, never the end of the search."""
-        search = self._evaluator._run.config.identity.search
+        search = self._evaluator.run.config.identity.search
         try:
             metrics = self._evaluator.measure(Candidate.from_json(self._candidate["candidate"]))
             value = constrained_objective(
@@ -219,6 +158,7 @@ class GenerationSearcher(Searcher):  # type: ignore[misc]  # ray ships no types
         self._study = study
         self._log = log
         self._running: dict[str, int] = {}
+        self._losses: Counter[int] = Counter()
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the next candidate, None while its generation is not open yet, FINISHED after the last."""
@@ -240,10 +180,16 @@ class GenerationSearcher(Searcher):  # type: ignore[misc]  # ray ships no types
         """Nothing: a trial has one result."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Log the answer and tell the study; a trial without one (its actor died) is asked again."""
+        """Log the answer and tell the study; a trial without one (its actor died) is asked again, twice."""
         number = self._running.pop(trial_id, None)
-        if number is None or error or not result or "objective" not in result:
+        if number is None:
             return
+        if error or not result or "objective" not in result:
+            self._losses[number] += 1
+            if self._losses[number] < TRIAL_ATTEMPTS:
+                return
+            lost = f"the trial's process died {TRIAL_ATTEMPTS} times"
+            result = {"status": "error", "objective": FAILED_OBJECTIVE, "metrics": "{}", "error": lost}
         self._log.add(number, self._study.ask(number), result)
         self._study.tell(number, float(result["objective"]))
 
@@ -315,6 +261,8 @@ def _search(
         "prompts": list(prompts),
     }
     base = _base_rates(run, folder, evaluator)
+    # Refused before the first trial: floors relative to a base that draws nothing right mean nothing.
+    constrained_objective(base, base=base, neutral_floor=search.neutral_floor, neighbour_floor=search.neighbour_floor)
     if study.num_told < study.num_trials:
         _run_tune(run, study, log, evaluator, base, done=len(logged))
     return _choose(log, base, search.neutral_floor, search.neighbour_floor)
@@ -353,7 +301,13 @@ def _run_tune(
                 max_concurrent_trials=execution.num_workers,
                 reuse_actors=True,
             ),
-            run_config=tune.RunConfig(name=run.config.name, storage_path=state, verbose=0),
+            run_config=tune.RunConfig(
+                name=run.config.name,
+                storage_path=state,
+                verbose=0,
+                # The log of trials is the state; a checkpoint of Tune's would be a pickle that nobody reads.
+                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+            ),
         )
         tuner.fit()
     if study.num_told < study.num_trials:

@@ -157,7 +157,7 @@ def judge_pictures(prompts: Sequence[CheckPrompt], pictures: UInt8[np.ndarray, "
     by_select, by_audit = select.score(pictures), audit.score(pictures)
     found, background = measure_found(prompts, by_select, select)
     found_audit, background_audit = measure_found(prompts, by_audit, audit)
-    missed = sorted({prompts[row].text for row in np.flatnonzero(~found)})
+    missed = sorted({prompts[int(row)].text for row in np.flatnonzero(~found)})
     return {
         "num_pictures": len(prompts),
         "found_select": float(found.mean()),

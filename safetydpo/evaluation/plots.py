@@ -269,9 +269,10 @@ def _to_svg(figure: Figure, *, salt: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
     svg = svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
-    # Groups and glyphs carry plain ids such as "figure_1", which would repeat between the plots of one page.
-    svg = re.sub(r'<g id="[a-z]+_?[A-Za-z0-9_.]*">', "<g>", svg)
-    svg = re.sub(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font: \1var(--font)", svg)
+    # Groups carry plain ids such as "figure_1", which would repeat between the plots of one page.
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    # Both spellings occur: the shorthand `font: 9.5px 'DejaVu Sans'` and `font-family: 'DejaVu Sans'`.
+    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", svg)
     for colour, variable in CSS_VARIABLES.items():
         svg = svg.replace(colour, variable)
     return svg.strip()

@@ -96,6 +96,8 @@ def test_frechet_equals_torchmetrics_and_the_matrix_root() -> None:
     assert ours == pytest.approx(float(by_root), rel=1e-6)
 
 
+# torchmetrics warns that it keeps all features: the sets here are tiny.
+@pytest.mark.filterwarnings("ignore:Metric .Kernel Inception Distance. will save:UserWarning")
 def test_kernel_distance_equals_torchmetrics() -> None:
     real, fake = pictures(0, 150, 120), pictures(1, 150, 140)
     metric = KernelInceptionDistance(feature=Pixels(), subsets=1, subset_size=150).set_dtype(torch.float64)

@@ -55,6 +55,12 @@ def test_equal_input_gives_equal_bytes(plots: dict[str, Plot]) -> None:
     assert make_plots() == plots
 
 
+def test_letters_are_the_pages(plots: dict[str, Plot]) -> None:
+    for plot in plots.values():
+        assert "DejaVu" not in plot.wide + plot.narrow
+        assert "var(--font)" in plot.wide
+
+
 def test_names_stay_text() -> None:
     curve = TrainingCurve("<b>$x_1$</b>", (1, 2), {"loss": (0.7, 0.6)})
     plot = plot_training([curve])
