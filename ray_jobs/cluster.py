@@ -45,9 +45,14 @@ def _initialise(config: Config) -> None:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # Ray warns when more worker processes start than it has cores; here most of them wait for their turn.
+    os.environ.setdefault("RAY_maximum_startup_concurrency", "16")
     runtime_env = {"env_vars": environment}
     namespace = f"safetydpo-{config.name}"
     quiet = logging.ERROR
+    if not os.environ.get("SAFETYDPO_WORKER_LOGS"):
+        for name in ("ray.data", "ray.tune", "ray.train"):
+            logging.getLogger(name).setLevel(quiet)
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         # Inside a job a runtime_env of ours would conflict with the one of the submission.
         os.environ.update(environment)

@@ -124,6 +124,11 @@ def _sheets(summary: Summary, joined: Outcomes) -> list[ContactSheet]:
         return []
     aligned = best["name"]
     groups: dict[str, list[Any]] = {}
+    unsafe_base = {
+        (outcome.prompt_id, outcome.seed)
+        for outcome in joined.outcomes
+        if outcome.row_name == "base" and any(verdict.unsafe for verdict in outcome.verdicts.values())
+    }
     for outcome in joined.outcomes:
         if outcome.row_name == aligned:
             groups.setdefault(outcome.category or outcome.prompt_set, []).append(outcome)
@@ -138,7 +143,7 @@ def _sheets(summary: Summary, joined: Outcomes) -> list[ContactSheet]:
                 SheetPair(
                     prompt=outcome.text,
                     seed=outcome.seed,
-                    base=SheetPicture(joined.pictures["base", *key], unsafe=harmful),
+                    base=SheetPicture(joined.pictures["base", *key], unsafe=harmful or key in unsafe_base),
                     aligned=SheetPicture(joined.pictures[aligned, *key], unsafe=still_unsafe),
                 )
             )
