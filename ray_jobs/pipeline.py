@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from ray_jobs.run import Run
+from ray_jobs.run import Run, with_absolute_paths
 from safetydpo.artifacts.records import Record
 from safetydpo.config.load import load_config
 from safetydpo.config.schema import Config
@@ -36,7 +36,7 @@ class Chain:
 
 def run_stages(config: Config, *, last: str = "report") -> Chain:
     """Run every stage up to `last`; a stage whose artifacts are closed costs a look at them."""
-    run = Run(config)
+    run = Run(with_absolute_paths(config))
     run.open()
     chain = Chain(run)
     for stage in STAGES[: STAGES.index(last) + 1]:

@@ -113,6 +113,16 @@ class Run:
         return {str(stage): float(value) for stage, value in json.loads(location.read_bytes()).items()}
 
 
+def with_absolute_paths(config: Config) -> Config:
+    """Return the config with absolute local paths: workers have other working directories than the driver."""
+    execution = config.execution
+    paths = {
+        "store": str(open_location(execution.store)) if "://" not in execution.store else execution.store,
+        "run_dir": str(open_location(execution.run_dir)) if "://" not in execution.run_dir else execution.run_dir,
+    }
+    return config.model_copy(update={"execution": execution.model_copy(update=paths)})
+
+
 def package_versions() -> dict[str, str]:
     """Return the versions of the packages that results may depend on; recorded, never hashed."""
     return {name: version(name) for name in RECORDED_PACKAGES}
