@@ -51,6 +51,41 @@ def render_report(
         lineage: Artifacts behind the result.
         title: Heading and page title.
     """
+    script = _package_text("report.js")
+    best = headline_row(summary)
+    compared = [row for row in overall_rows(summary) if row["kind"] != "expert"]
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            title=title,
+            style=Markup(_package_text("report.css")),
+            script=Markup(script),
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            summary=summary,
+            base=find_base(summary),
+            best=best,
+            targets=[] if best is None else check_targets(summary, best),
+            compared=compared,
+            columns=_present(compared),
+            meanings={name: definition.meaning for name, definition in RATES.items()},
+            seeds=seeds_table(summary),
+            all_rows=overall_rows(summary),
+            category_plot=_category_plot(compared, best),
+            categories=_categories(compared),
+            search_plot=None if trials is None or not trials.trials else plot_search(trials),
+            trials=trials,
+            training_plot=plot_training(training) if any(curve.values for curve in training) else None,
+            matrix=matrix if matrix is not None else expert_matrix(summary),
+            gaps=[row for row in compared if "ip_select" in row["metrics"] and "ip" in row["metrics"]],
+            sheets=sheets,
+            lineage=lineage,
+            longest_seconds=max(summary["timing_seconds"].values(), default=0.0),
+        )
+    )
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("safetydpo.evaluation", "templates"),
         autoescape=True,
@@ -63,34 +98,7 @@ def render_report(
     environment.filters["range"] = _range
     environment.filters["data_uri"] = _data_uri
     environment.filters["duration"] = _duration
-    script = _package_text("report.js")
-    best = headline_row(summary)
-    compared = [row for row in overall_rows(summary) if row["kind"] != "expert"]
-    return environment.get_template("report.html.j2").render(
-        title=title,
-        style=Markup(_package_text("report.css")),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        summary=summary,
-        base=find_base(summary),
-        best=best,
-        targets=[] if best is None else check_targets(summary, best),
-        compared=compared,
-        columns=_present(compared),
-        meanings={name: definition.meaning for name, definition in RATES.items()},
-        seeds=seeds_table(summary),
-        all_rows=overall_rows(summary),
-        category_plot=_category_plot(compared, best),
-        categories=_categories(compared),
-        search_plot=None if trials is None or not trials.trials else plot_search(trials),
-        trials=trials,
-        training_plot=plot_training(training) if any(curve.values for curve in training) else None,
-        matrix=matrix if matrix is not None else expert_matrix(summary),
-        gaps=[row for row in compared if "ip_select" in row["metrics"] and "ip" in row["metrics"]],
-        sheets=sheets,
-        lineage=lineage,
-        longest_seconds=max(summary["timing_seconds"].values(), default=0.0),
-    )
+    return environment
 
 
 def _package_text(name: str) -> str:

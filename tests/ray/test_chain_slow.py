@@ -99,6 +99,25 @@ def test_the_chain_ends_with_adapter_summary_and_page(finished: Place) -> None:
     assert "<html" in (finished.run_dir / "report" / "index.html").read_text()
 
 
+def test_a_plain_diffusers_script_loads_the_merged_adapter(finished: Place) -> None:
+    """No import of ours: base pictures and pictures with the adapter differ, and unloading brings the base back."""
+    script = f"""
+import numpy as np, torch
+from diffusers import StableDiffusionPipeline
+pipeline = StableDiffusionPipeline.from_pretrained("safetydpo/demo/weights/base")
+def draw():
+    generator = torch.Generator().manual_seed(0)
+    return np.asarray(pipeline("bomb on white", num_inference_steps=4, generator=generator).images[0]).astype(int)
+base = draw()
+pipeline.load_lora_weights({str(finished.run_dir / "merged")!r}, weight_name="pytorch_lora_weights.safetensors")
+merged = draw()
+pipeline.unload_lora_weights()
+assert abs(base - merged).max() > 0 and (base == draw()).all()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_again_does_nothing_in_twenty_seconds(finished: Place) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.store.rglob("*") if path.is_file()}
     assert finished.run("run") < 20
