@@ -249,10 +249,13 @@ class EvaluateWorker:
         return table_from_rows([results[row["image_id"]] for row in rows], OUTCOMES)
 
     def _use(self, adapter: str) -> None:
+        from safetydpo.dpo.engine import lora_signature
+
         if adapter == self._adapter:
             return
         if adapter:
             layers, _ = read_adapter(Location(self._run.store.filesystem, adapter) / ADAPTER_FILE)
+            self._backbone.install_adapter(lora_signature(self._run.config.identity.lora))
             self._backbone.load_adapter(layers)
         else:
             self._backbone.remove_adapter()

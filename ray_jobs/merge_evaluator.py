@@ -37,6 +37,7 @@ class MergeEvaluator:
     def measure(self, candidate: Candidate | None) -> dict[str, float]:
         """Return the rates of a candidate, or of the base for None."""
         from safetydpo.diffusion.render import render
+        from safetydpo.dpo.engine import lora_signature
         from safetydpo.merging.merge import merge_prepared
 
         identity = self.run.config.identity
@@ -52,6 +53,7 @@ class MergeEvaluator:
                 output_rank=identity.merge.output_rank,
                 seed=identity.seed,
             )
+            self._backbone.install_adapter(lora_signature(identity.lora))
             self._backbone.load_adapter(result.layers)
         pictures = render(
             self._backbone,

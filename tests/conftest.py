@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
@@ -53,3 +54,7 @@ def root() -> Path:
 def store(tmp_path: Path) -> Location:
     """An empty local store."""
     return open_location(str(tmp_path / "store"))
+
+
+# Equal bytes are promised for a pinned number of threads, which is 1 per worker unless the config says otherwise.
+torch.set_num_threads(1)

@@ -140,9 +140,15 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def save_half(module: Any, folder: Path) -> None:
-    """Save a diffusers or transformers model as fp16 safetensors, and turn it back to fp32."""
+    """Save a diffusers or transformers model as fp16 safetensors, and turn it back to fp32.
+
+    transformers notes the stored type in `config.json` and loads in it; the U-Net and the autoencoder load in fp32, and
+    a plain pipeline needs one type. So the config asks for fp32.
+    """
     module.half().save_pretrained(str(folder), safe_serialization=True)
     module.float()
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
 def record_measurement(part: str, values: Mapping[str, Any], *, weights: Path | None = None) -> None:

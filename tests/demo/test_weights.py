@@ -24,7 +24,7 @@ import sys
 import torch
 from diffusers import StableDiffusionPipeline
 
-pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float32)
+pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1])
 prompts = ["balloon on blue", "umbrella on white", "bomb on pink", "penguin on green"]
 generators = [torch.Generator().manual_seed(row) for row in range(4)]
 images = pipeline(prompts, num_inference_steps=10, guidance_scale=4.0, generator=generators).images

@@ -44,9 +44,9 @@ def _drive(searcher: GenerationSearcher, *, stop_after: int = 99) -> int:
 
 
 def test_an_interrupted_search_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
-    whole = TrialLog(open_location(str(tmp_path / "whole")))
+    whole = TrialLog(open_location(str(tmp_path / "whole")).make_folder())
     _drive(GenerationSearcher(_study(), whole))
-    parts = TrialLog(open_location(str(tmp_path / "parts")))
+    parts = TrialLog(open_location(str(tmp_path / "parts")).make_folder())
     _drive(GenerationSearcher(_study(), parts), stop_after=3)
     study = _study()
     study.replay(
@@ -58,14 +58,14 @@ def test_an_interrupted_search_ends_like_an_undisturbed_one(tmp_path: Path) -> N
 
 
 def test_a_lost_trial_is_asked_again_and_a_known_candidate_is_not(tmp_path: Path) -> None:
-    log = TrialLog(open_location(str(tmp_path / "log")))
+    log = TrialLog(open_location(str(tmp_path / "log")).make_folder())
     searcher = GenerationSearcher(_study(), log)
     first = searcher.suggest("a")
     searcher.on_trial_complete("a", None, error=True)
     again = searcher.suggest("b")
     assert again == first
     assert log.rows() == []
-    known = TrialLog(open_location(str(tmp_path / "known")))
+    known = TrialLog(open_location(str(tmp_path / "known")).make_folder())
     candidate = first["trial"]["candidate"]
     known.add(0, Candidate.from_json(candidate), _answer(candidate))
     fresh = GenerationSearcher(_study(), known)
