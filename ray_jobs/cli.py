@@ -106,7 +106,8 @@ def run_chain(config: Any, *, last: str) -> None:
     from ray_jobs.cluster import disconnect
     from ray_jobs.pipeline import run_stages
 
-    console = Console()
+    # A log file has no width of its own; 80 columns would fold every cell.
+    console = Console() if sys.stdout.isatty() else Console(width=170)
     try:
         chain = run_stages(config, last=last)
     finally:
