@@ -1,4 +1,4 @@
-# Words: setup fmt lint types test test-slow demo bench
+# Words: setup fmt lint types test test-slow demo evidence bench
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED=0
 export HF_HUB_OFFLINE=1
 
-.PHONY: setup fmt lint types test test-slow demo bench
+.PHONY: setup fmt lint types test test-slow demo evidence bench
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -36,6 +36,9 @@ test-slow: setup
 
 demo: setup
 	$(BIN)/safetydpo demo
+
+evidence: setup
+	$(BIN)/safetydpo evidence
 
 bench: setup
 	for name in train_step; do $(BIN)/python -m benchmarks.$$name || exit 1; done

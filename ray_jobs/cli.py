@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from safetydpo.errors import SafetyDPOError, UsageError
+from safetydpo.errors import UsageError
 
 app = typer.Typer(
     name="safetydpo",
@@ -30,11 +29,10 @@ Settings = Annotated[
 
 @app.callback()
 def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the logs of workers.")] = False,
+    _debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the logs of workers.")] = False,
 ) -> None:
-    if debug:
-        os.environ["SAFETYDPO_DEBUG"] = "1"
-        os.environ["SAFETYDPO_WORKER_LOGS"] = "1"
+    # `main` has taken it already; here it only stands in the help.
+    pass
 
 
 @app.command()
@@ -86,6 +84,27 @@ def report(config: ConfigFile, settings: Settings = None) -> None:
 
 
 @app.command()
+def evidence(
+    config: Annotated[Path | None, typer.Argument(help="YAML file; configs/evidence.yaml if left out")] = None,
+    settings: Settings = None,
+    seed: Annotated[int | None, typer.Option(help="Only this seed of evidence.seeds.")] = None,
+    row: Annotated[str | None, typer.Option(help="Only this row, such as searched or expert:hate.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Start no new unit after this time.")] = None,
+    list_units: Annotated[bool, typer.Option("--list", help="Show the units and which are done; run nothing.")] = False,
+    tables: Annotated[bool, typer.Option("--tables", help="Only write the tables again from the records.")] = False,
+) -> None:
+    """Measure every row of every seed, unit by unit, and write the results tables (configs/evidence.yaml: hours)."""
+    from ray_jobs.evidence_command import run_evidence
+    from safetydpo.config.load import load_config
+
+    given = list(settings or [])
+    if config is not None and "=" in str(config) and not config.is_file():
+        given, config = [str(config), *given], None
+    loaded = load_config(config or _shipped("evidence.yaml"), given)
+    run_evidence(loaded, seed=seed, row=row, minutes=minutes, only_list=list_units, only_tables=tables)
+
+
+@app.command()
 def doctor() -> None:
     """Check this machine: Python, packages, compiler, font, memory, cores."""
     from ray_jobs.doctor import check_machine
@@ -106,8 +125,8 @@ def run_chain(config: Any, *, last: str) -> None:
     from ray_jobs.cluster import disconnect
     from ray_jobs.pipeline import run_stages
 
-    # A log file has no width of its own; 80 columns would fold every cell.
-    console = Console() if sys.stdout.isatty() else Console(width=170)
+    # A log file has no width of its own; 80 columns would leave out the intervals.
+    console = Console() if sys.stdout.isatty() else Console(width=100)
     try:
         chain = run_stages(config, last=last)
     finally:
@@ -119,21 +138,56 @@ def run_chain(config: Any, *, last: str) -> None:
     _print_times(console, chain)
 
 
+# Headings of at most 7 letters a line: nine columns have to fit into 80 characters.
+_SHORT_TITLES = {
+    "ip": "IP ↓",
+    "ood_ip": "unseen\nIP ↓",
+    "safe_and_intact_rate": "safe,\nwhole ↑",
+    "unrecognisable_rate": "un-\nrecog-\nnised ↓",
+    "neutral_rate": "neutral\nfound ↑",
+    "neighbour_retention": "neighb.\nkept ↑",
+    "clip_retention": "CLIP\nkept ↑",
+    "kid": "KID ↓",
+}
+_WIDTH_FOR_INTERVALS = 92
+
+
 def _print_summary(console: Any, chain: Any) -> None:
+    from safetydpo.artifacts.layout import merged_adapter_file, report_file
+
+    console.print(summary_table(chain.summary, name=chain.run.config.name, width=console.width))
+    console.print(f"adapter  {merged_adapter_file(chain.run.run_dir)}", soft_wrap=True)
+    console.print(f"report   {report_file(chain.run.run_dir)}  (intervals of every column)", soft_wrap=True)
+
+
+def summary_table(summary: Any, *, name: str, width: int) -> Any:
+    """Return the results as a table for `width` characters: IP with its interval where there is room, else values."""
+    from rich import box
     from rich.table import Table
 
-    from safetydpo.artifacts.layout import merged_adapter_file, report_file
-    from safetydpo.evaluation.results import results_table
+    from safetydpo.evaluation.results import COLUMN_TITLES, format_metric
+    from safetydpo.evaluation.summary import overall_rows
 
-    results = results_table(chain.summary)
-    table = Table(title=f"Test prompts, run {chain.run.config.name}")
-    for column in results.header:
-        table.add_column(column)
-    for row in results.rows:
-        table.add_row(*row)
-    console.print(table)
-    console.print(f"adapter  {merged_adapter_file(chain.run.run_dir)}")
-    console.print(f"report   {report_file(chain.run.run_dir)}")
+    rows = overall_rows(summary)
+    metrics = [metric for metric in COLUMN_TITLES if any(metric in row["metrics"] for row in rows)]
+    counts = {row["metrics"]["ip"]["n"] for row in rows if "ip" in row["metrics"]}
+    pictures = " to ".join(str(count) for count in sorted({min(counts), max(counts)})) if counts else "no"
+    title = f"Test prompts, run {name}: {pictures} pictures of unsafe prompts a row"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("row", no_wrap=True)
+    with_interval: set[str] = {"ip"} if width >= _WIDTH_FOR_INTERVALS else set()
+    for metric in metrics:
+        heading = _SHORT_TITLES.get(metric, metric) + (" [95 %]" if metric in with_interval else "")
+        table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
+    for row in rows:
+        cells = [format_metric(row["metrics"].get(metric)) for metric in metrics]
+        keep = [metric in with_interval for metric in metrics]
+        table.add_row(
+            row["name"].replace("expert:", "  "),
+            *(cell if whole else cell.partition(" [")[0] for cell, whole in zip(cells, keep, strict=True)),
+            style="bold" if row["kind"] == "searched" else None,
+        )
+    return table
 
 
 def _print_times(console: Any, chain: Any) -> None:
@@ -151,17 +205,20 @@ def _shipped(name: str) -> Path:
 
 def main() -> None:
     """Run the command; one clear line and an exit code instead of a traceback, unless --debug."""
-    debug = "--debug" in sys.argv
-    try:
-        app(standalone_mode=True)
-    except SafetyDPOError as error:
-        if debug:
+    from ray_jobs.failures import INTERRUPTED, run_guarded, split_debug
+
+    arguments, debug = split_debug(sys.argv[1:])
+
+    def command() -> None:
+        try:
+            app(arguments, prog_name="safetydpo")
+        except SystemExit as stop:
+            # Typer turns Ctrl-C into this exit code without a word.
+            if stop.code == INTERRUPTED:
+                raise KeyboardInterrupt from None
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+
+    sys.exit(run_guarded(command, debug=debug))
 
 
 if __name__ == "__main__":

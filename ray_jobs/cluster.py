@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
@@ -24,6 +25,23 @@ _WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
     "DS_ACCELERATOR": "cpu",
 }
+_DRIVER_ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+# For a local Ray only; on a cluster they are whoever started its nodes' to choose. A worker process costs one to
+# two seconds of CPU to start, which is most of a small run's time.
+_LOCAL_RAY_FLAGS = {
+    # Ray would start one process per logical CPU with the first driver, whether they find work or not.
+    "RAY_prestart_worker_first_driver": "0",
+    # Idle processes end after a second by default, and each dataset then starts new ones.
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
+    # Ray warns when more processes than this are alive; most of ours wait for their turn.
+    "RAY_worker_maximum_startup_concurrency": "16",
+}
+NETWORK_PASSES_PER_WORKER = 64
+"""Passes through the denoiser that are worth a process of their own: starting one costs about as much."""
 
 
 def connect(config: Config) -> None:
@@ -42,40 +60,69 @@ def _initialise(config: Config) -> None:
     environment = dict(_WORKER_ENVIRONMENT)
     if execution.gpus_per_worker > 0:
         environment.pop("DS_ACCELERATOR")
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    # Ray warns when more worker processes start than it has cores; here most of them wait for their turn.
-    os.environ.setdefault("RAY_maximum_startup_concurrency", "16")
-    runtime_env = {"env_vars": environment}
-    namespace = f"safetydpo-{config.name}"
+    for name, value in _DRIVER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     quiet = logging.ERROR
     if not os.environ.get("SAFETYDPO_WORKER_LOGS"):
-        for name in ("ray.data", "ray.tune", "ray.train"):
-            logging.getLogger(name).setLevel(quiet)
+        _keep_off_the_screen()
+    common: dict[str, Any] = {"namespace": f"safetydpo-{config.name}", "logging_level": quiet, "log_to_driver": False}
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         # Inside a job a runtime_env of ours would conflict with the one of the submission.
         os.environ.update(environment)
-        ray.init(namespace=namespace, logging_level=quiet, log_to_driver=False)
+        ray.init(**common)
     elif execution.ray_address:
-        ray.init(
-            address=execution.ray_address,
-            namespace=namespace,
-            runtime_env=runtime_env,
-            logging_level=quiet,
-            log_to_driver=False,
-        )
+        ray.init(address=execution.ray_address, runtime_env={"env_vars": environment}, **common)
     else:
-        ray.init(
-            address="local",
-            num_cpus=execution.logical_cpus,
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            namespace=namespace,
-            runtime_env=runtime_env,
-            logging_level=quiet,
-            log_to_driver=bool(os.environ.get("SAFETYDPO_WORKER_LOGS")),
-        )
+        common["log_to_driver"] = bool(os.environ.get("SAFETYDPO_WORKER_LOGS"))
+        # The processes of a local Ray inherit this one's environment; a runtime_env would keep apart those that
+        # have it from those that do not, and start more of them.
+        flags = {name: os.environ.get(name, value) for name, value in _LOCAL_RAY_FLAGS.items()}
+        with _environment({**flags, **environment}):
+            ray.init(
+                address="local",
+                num_cpus=execution.logical_cpus,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                **common,
+            )
+
+
+def _keep_off_the_screen() -> None:
+    # Ray's C++ parts warn at every pool about arguments that this project keeps alive; --debug shows all of it.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # The command tells an error once, in one line; Ray Data's log file keeps the whole of it.
+    silent = logging.CRITICAL + 1
+    for name in ("ray.tune", "ray.train"):
+        logging.getLogger(name).setLevel(silent)
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(silent)
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def workers_for(execution: ExecutionConfig, *, tasks: int, passes_per_task: int) -> int:
+    """Return how many processes share `tasks`: all of `num_workers` unless the work is too small to be worth them.
+
+    Args:
+        execution: `num_workers` is the upper limit.
+        tasks: units that cannot be divided (batches, trials, experts).
+        passes_per_task: passes through the denoiser in one unit, about.
+    """
+    worth = -(-tasks * passes_per_task // NETWORK_PASSES_PER_WORKER)
+    return max(1, min(execution.num_workers, tasks, worth))
 
 
 def check_resources(execution: ExecutionConfig) -> None:

@@ -7,8 +7,9 @@ sampler and judges made is taken from the pool.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -19,7 +20,7 @@ from ray_jobs.pools import PoolStage, fill_pool
 from ray_jobs.prompt_tables import split_prompts, spread_prompts
 from ray_jobs.run import Run
 from ray_jobs.train_experts import ALL_SINGLE
-from ray_jobs.workers import padded, worker_device
+from ray_jobs.workers import make_each, padded, worker_device
 from safetydpo.artifacts.adapters import read_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE, demo_weights, stage_folder
 from safetydpo.artifacts.records import ArtifactKey, Record
@@ -45,6 +46,8 @@ class EvaluatedRow:
     adapter: str
     """Folder of the adapter's artifact; empty for the base."""
     prompt_sets: tuple[str, ...]
+    prompts_per_category: int | None = None
+    """Only the first so many unsafe prompts of each category; None = all of them."""
 
 
 def evaluate(
@@ -52,8 +55,12 @@ def evaluate(
 ) -> tuple[Record, list[EvaluatedRow]]:
     """Make or find the outcomes of every row; return the record and the rows."""
     rows = list_rows(run, experts, merged, searched)
-    prompts = evaluation_prompts(run)
-    manifest = build_manifest(run, rows, prompts)
+    return evaluate_rows(run, rows), rows
+
+
+def evaluate_rows(run: Run, rows: Sequence[EvaluatedRow], *, pointer: str = "outcomes") -> Record:
+    """Make or find the outcomes of these rows; pictures that the pool holds already are not drawn again."""
+    manifest = build_manifest(run, rows, evaluation_prompts(run))
     identity = run.config.identity
     key = ArtifactKey(
         stage="outcomes",
@@ -69,25 +76,27 @@ def evaluate(
         },
         recipe_version=RECIPE_VERSION,
     )
-    record = run.build("outcomes", key, lambda folder: _make(run, folder, manifest, rows))
-    return record, rows
+    return run.build(pointer, key, lambda folder: _make(run, folder, manifest, rows))
 
 
 def list_rows(
-    run: Run, experts: Mapping[str, Record], merged: Mapping[str, Record], searched: Record
+    run: Run, experts: Mapping[str, Record], merged: Mapping[str, Record], searched: Record | None
 ) -> list[EvaluatedRow]:
     """Return base, single experts, `all_single`, plain merges and the searched merge, in the order of the table."""
     everything = ("unsafe", "ood", "neutral", "neighbour")
     rows = [EvaluatedRow(RowSource("base", "base"), "", everything)]
-    if run.config.identity.evaluation.expert_rows:
+    evaluation = run.config.identity.evaluation
+    if evaluation.expert_rows:
         for name, record in experts.items():
             if name != ALL_SINGLE:
-                rows.append(_adapter_row(run, f"expert:{name}", "expert", record, None, ("unsafe",)))
+                row = _adapter_row(run, f"expert:{name}", "expert", record, None, ("unsafe",))
+                rows.append(replace(row, prompts_per_category=evaluation.expert_prompts_per_category))
     if ALL_SINGLE in experts:
         rows.append(_adapter_row(run, ALL_SINGLE, "all_single", experts[ALL_SINGLE], None, everything))
     for name, record in merged.items():
         rows.append(_adapter_row(run, name, "merged", record, _scale_of(record), everything))
-    rows.append(_adapter_row(run, "searched", "searched", searched, _scale_of(searched), everything))
+    if searched is not None:
+        rows.append(_adapter_row(run, "searched", "searched", searched, _scale_of(searched), everything))
     return rows
 
 
@@ -124,6 +133,23 @@ def evaluation_prompts(run: Run) -> dict[str, list[Prompt]]:
     }
 
 
+def row_prompts(row: EvaluatedRow, prompts: Mapping[str, Sequence[Prompt]]) -> list[Prompt]:
+    """Return the prompts that a row draws, of `evaluation_prompts`.
+
+    Prompts are spread over concepts round by round, so that the first so many of a category are spread as well.
+    """
+    chosen = [prompt for prompt_set in row.prompt_sets for prompt in prompts[prompt_set]]
+    if row.prompts_per_category is None:
+        return chosen
+    seen: Counter[str] = Counter()
+    kept = []
+    for prompt in chosen:
+        seen[prompt.category] += 1
+        if prompt.prompt_set != "unsafe" or seen[prompt.category] <= row.prompts_per_category:
+            kept.append(prompt)
+    return kept
+
+
 def build_manifest(
     run: Run, rows: Sequence[EvaluatedRow], prompts: Mapping[str, Sequence[Prompt]]
 ) -> list[dict[str, object]]:
@@ -133,19 +159,18 @@ def build_manifest(
     manifest: dict[str, dict[str, object]] = {}
     for row in rows:
         for seed in identity.evaluation.seeds:
-            for prompt_set in row.prompt_sets:
-                for prompt in prompts[prompt_set]:
-                    noise = picture_seed(run, prompt, seed)
-                    image_id = outcome_id(run, row, prompt, seed, sampler)
-                    manifest[image_id] = {
-                        "image_id": image_id,
-                        "owner_id": prompt.prompt_id,
-                        "side": prompt_set,
-                        "prompt": prompt.text,
-                        "seed": noise,
-                        "adapter": row.adapter,
-                        "attempt": 1,
-                    }
+            for prompt in row_prompts(row, prompts):
+                noise = picture_seed(run, prompt, seed)
+                image_id = outcome_id(run, row, prompt, seed, sampler)
+                manifest[image_id] = {
+                    "image_id": image_id,
+                    "owner_id": prompt.prompt_id,
+                    "side": prompt.prompt_set,
+                    "prompt": prompt.text,
+                    "seed": noise,
+                    "adapter": row.adapter,
+                    "attempt": 1,
+                }
     return list(manifest.values())
 
 
@@ -200,6 +225,7 @@ def _make(
         worker=EvaluateWorker,
         arguments={"config": run.config.model_dump(mode="json")},
         batch_size=identity.sampler.batch_size,
+        passes_per_batch=identity.sampler.steps,
     )
     table = table_from_rows(list(manifest), IMAGE_MANIFEST)
     outcomes = fill_pool(
@@ -244,7 +270,8 @@ class EvaluateWorker:
         rows = table.to_pylist()
         for adapter in dict.fromkeys(row["adapter"] for row in rows):
             self._use(adapter)
-            for result in self._outcomes([row for row in rows if row["adapter"] == adapter]):
+            chosen = [row for row in rows if row["adapter"] == adapter]
+            for result in make_each(chosen, self._outcomes, error_row=_error_outcome):
                 results[str(result["image_id"])] = result
         return table_from_rows([results[row["image_id"]] for row in rows], OUTCOMES)
 
@@ -255,8 +282,7 @@ class EvaluateWorker:
             return
         if adapter:
             layers, _ = read_adapter(Location(self._run.store.filesystem, adapter) / ADAPTER_FILE)
-            self._backbone.install_adapter(lora_signature(self._run.config.identity.lora))
-            self._backbone.load_adapter(layers)
+            self._backbone.swap_adapter(lora_signature(self._run.config.identity.lora), layers)
         else:
             self._backbone.remove_adapter()
         self._adapter = adapter
@@ -266,17 +292,12 @@ class EvaluateWorker:
 
         from safetydpo.diffusion.render import encode_png, render
 
-        try:
-            pictures = render(
-                self._backbone,
-                prompts=[row["prompt"] for row in rows],
-                seeds=[row["seed"] for row in rows],
-                sampler=self._sampler,
-            )
-        except (SafetyDPOError, ValueError, RuntimeError) as error:
-            if len(rows) > 1:
-                return [result for row in rows for result in self._outcomes([row])]
-            return [_error_outcome(rows[0], error)]
+        pictures = render(
+            self._backbone,
+            prompts=[row["prompt"] for row in rows],
+            seeds=[row["seed"] for row in rows],
+            sampler=self._sampler,
+        )
         # Judged in full batches too, so that a picture's scores do not depend on how many came with it.
         full = torch.stack(padded(list(pictures), self._sampler.batch_size))
         select, audit = self._select.judge(full), self._audit.judge(full)

@@ -41,6 +41,8 @@ from safetydpo.prompts.sets import Prompt, PromptPair
 RECIPE_VERSION = 1
 SELECT_JUDGE = "demo_select"
 DERIVED_BATCH = 64
+DERIVED_PASSES = 8
+"""Judging or encoding a batch costs about as much as this many passes through the denoiser."""
 IMAGE_INPUT = pa.schema([IMAGES.field("image_id"), IMAGES.field("image")])
 CAPTION_INPUT = pa.schema([TEXT_EMBEDDINGS.field("caption_sha256"), pa.field("caption", pa.string(), nullable=False)])
 
@@ -99,6 +101,7 @@ def render_stage(run: Run, label: str) -> PoolStage:
         worker=RenderWorker,
         arguments={"base": identity.base.model_dump(), "sampler": identity.sampler.model_dump()},
         batch_size=identity.sampler.batch_size,
+        passes_per_batch=identity.sampler.steps,
     )
 
 
@@ -158,6 +161,7 @@ def _judge(run: Run, images: pa.Table) -> dict[str, Verdict]:
         worker=JudgeWorker,
         arguments={"judge": SELECT_JUDGE, "batch_size": DERIVED_BATCH},
         batch_size=DERIVED_BATCH,
+        passes_per_batch=DERIVED_PASSES,
     )
     table = fill_pool(
         derived_pool(run, "verdicts"), images.select(IMAGE_INPUT.names), stage, execution=run.config.execution
@@ -219,6 +223,7 @@ def _encode(run: Run, images: pa.Table, rows: Sequence[Mapping[str, Any]], kept:
         worker=LatentWorker,
         arguments={"base": run.config.identity.base.model_dump(), "batch_size": DERIVED_BATCH},
         batch_size=DERIVED_BATCH,
+        passes_per_batch=DERIVED_PASSES,
     )
     manifest = images.filter(pa.array(mask)).select(IMAGE_INPUT.names)
     fill_pool(derived_pool(run, "latents"), manifest, stage, execution=run.config.execution)
@@ -233,6 +238,7 @@ def _encode_captions(run: Run, rows: Sequence[Mapping[str, Any]], kept: set[str]
         worker=CaptionWorker,
         arguments={"base": run.config.identity.base.model_dump(), "batch_size": DERIVED_BATCH},
         batch_size=DERIVED_BATCH,
+        passes_per_batch=DERIVED_PASSES,
     )
     captions = [{"caption_sha256": caption_sha256(text), "caption": text} for text in sorted(texts)]
     fill_pool(

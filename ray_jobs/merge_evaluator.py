@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray_jobs.generate_pairs import SELECT_JUDGE
-from ray_jobs.merge_experts import load_experts, read_inputs
+from ray_jobs.merge_experts import load_experts, read_inputs, read_moments
 from ray_jobs.run import Run
 from ray_jobs.workers import worker_device
 from safetydpo.config.schema import Config
@@ -31,7 +31,11 @@ class MergeEvaluator:
         torch.set_num_threads(max(1, int(self.run.config.execution.cpus_per_worker)))
         self._backbone = load_backbone(self.run.config.identity.base, device=worker_device())
         self._judge = load_judge(SELECT_JUDGE)
-        self._prepared = prepare_experts(load_experts(self.run, folders), inputs=read_inputs(self.run, inputs))
+        self._prepared = prepare_experts(
+            load_experts(self.run, folders),
+            inputs=read_inputs(self.run, inputs),
+            moments=read_moments(self.run, inputs),
+        )
         self._prompts = list(prompts)
 
     def measure(self, candidate: Candidate | None) -> dict[str, float]:
@@ -53,8 +57,7 @@ class MergeEvaluator:
                 output_rank=identity.merge.output_rank,
                 seed=identity.seed,
             )
-            self._backbone.install_adapter(lora_signature(identity.lora))
-            self._backbone.load_adapter(result.layers)
+            self._backbone.swap_adapter(lora_signature(identity.lora), result.layers)
         pictures = render(
             self._backbone,
             prompts=[prompt.text for prompt in self._prompts],

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_jobs.evaluate import OUTCOMES_FILE, EvaluatedRow, evaluation_prompts, outcome_id
+from ray_jobs.evaluate import OUTCOMES_FILE, EvaluatedRow, evaluation_prompts, outcome_id, row_prompts
 from ray_jobs.merge_experts import record_folder
 from ray_jobs.run import Run
 from safetydpo.artifacts.layout import demo_weights
@@ -47,13 +47,12 @@ def read_outcomes(run: Run, record: Record, rows: Sequence[EvaluatedRow]) -> Out
     pictures: dict[tuple[str, str, int], bytes | None] = {}
     for row in rows:
         for seed in run.config.identity.evaluation.seeds:
-            for prompt_set in row.prompt_sets:
-                for prompt in prompts[prompt_set]:
-                    found = stored[outcome_id(run, row, prompt, seed, sampler)]
-                    outcomes.append(
-                        _outcome(row, prompt, seed, found, own[prompt.prompt_id], other[prompt.prompt_id], projection)
-                    )
-                    pictures[row.source.name, prompt.prompt_id, seed] = found["image"]
+            for prompt in row_prompts(row, prompts):
+                found = stored[outcome_id(run, row, prompt, seed, sampler)]
+                outcomes.append(
+                    _outcome(row, prompt, seed, found, own[prompt.prompt_id], other[prompt.prompt_id], projection)
+                )
+                pictures[row.source.name, prompt.prompt_id, seed] = found["image"]
     return Outcomes(outcomes, pictures)
 
 

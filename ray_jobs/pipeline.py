@@ -13,7 +13,7 @@ from ray_jobs.run import Run, with_absolute_paths
 from safetydpo.artifacts.records import Record
 from safetydpo.config.load import load_config
 from safetydpo.config.schema import Config
-from safetydpo.errors import SafetyDPOError
+from safetydpo.errors import UsageError
 
 STAGES = ("pairs", "train", "merge", "search", "evaluate", "report")
 Result = TypeVar("Result")
@@ -37,6 +37,7 @@ class Chain:
 def run_stages(config: Config, *, last: str = "report") -> Chain:
     """Run every stage up to `last`; a stage whose artifacts are closed costs a look at them."""
     run = Run(with_absolute_paths(config))
+    check_request(run)
     run.open()
     chain = Chain(run)
     for stage in STAGES[: STAGES.index(last) + 1]:
@@ -44,15 +45,38 @@ def run_stages(config: Config, *, last: str = "report") -> Chain:
     return chain
 
 
+def check_request(run: Run) -> None:
+    """Refuse what a later stage would refuse, before anything is written or started.
+
+    Raises:
+        UsageError: if a merge method or the base model does not exist.
+        SafetyDPOError: if a category has no prompt pair, or the base model's files are incomplete.
+    """
+    from ray_jobs.prompt_tables import all_pairs
+    from safetydpo.merging.registry import find_method
+
+    identity = run.config.identity
+    for setting, names in (("merge", identity.merge.methods), ("search", identity.search.methods)):
+        for name in names:
+            try:
+                find_method(name)
+            except UsageError as error:
+                raise UsageError(f"{error}: correct identity.{setting}.methods") from error
+    all_pairs(identity.prompts)
+    # Computed once per run and kept: asking here costs nothing.
+    _ = run.base_fingerprint
+
+
 def _timed(run: Run, stage: str, work: Callable[[], None]) -> None:
-    started = time.time()
+    started, made = time.time(), len(run.made)
+    finished = False
     try:
         work()
+        finished = True
     finally:
-        seconds = time.time() - started
         # A look at closed artifacts is no work; adding it up would make every repeat look slower.
-        if seconds > 1.0 or stage not in run.seconds():
-            run.add_seconds(stage, seconds)
+        if len(run.made) > made or not finished or stage not in run.seconds():
+            run.add_seconds(stage, time.time() - started)
 
 
 def _pairs(chain: Chain) -> None:
@@ -117,16 +141,13 @@ _STEPS: dict[str, Callable[[Chain], None]] = {
 def main(arguments: Sequence[str]) -> int:
     """Run the chain of a config file; print one line on failure."""
     from ray_jobs.cli import run_chain
+    from ray_jobs.failures import run_guarded, split_debug
 
-    if not arguments:
-        print("usage: python -m ray_jobs.pipeline CONFIG [key=value …]", file=sys.stderr)
+    rest, debug = split_debug(arguments)
+    if not rest:
+        print("usage: python -m ray_jobs.pipeline [--debug] CONFIG [key=value …]", file=sys.stderr)
         return 2
-    try:
-        run_chain(load_config(arguments[0], list(arguments[1:])), last="report")
-    except SafetyDPOError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return run_guarded(lambda: run_chain(load_config(rest[0], rest[1:]), last="report"), debug=debug)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import ray
 import ray.data
 from ray.data.checkpoint import CheckpointConfig
 
+from ray_jobs.cluster import NETWORK_PASSES_PER_WORKER, workers_for
 from ray_jobs.progress import progress_bar
 from safetydpo.artifacts.layout import RECORD_FILE
 from safetydpo.artifacts.manifest import verify_rows
@@ -47,6 +48,8 @@ class PoolStage:
     worker: type
     arguments: Mapping[str, Any]
     batch_size: int
+    passes_per_batch: int = NETWORK_PASSES_PER_WORKER
+    """Passes through the denoiser that a batch costs, about; a small pool gets fewer actors (see `workers_for`)."""
 
 
 def read_pool(pool: Location, schema: pa.Schema, *, wanted: set[str] | None = None, id_column: str) -> pa.Table:
@@ -140,7 +143,8 @@ def _run_batch(
 def _execute(
     manifest: Location, data: Location, stage: PoolStage, *, execution: ExecutionConfig, board: Any, rows: int
 ) -> None:
-    workers = max(1, min(execution.num_workers, -(-rows // stage.batch_size)))
+    batches = -(-rows // stage.batch_size)
+    workers = workers_for(execution, tasks=batches, passes_per_task=stage.passes_per_batch)
     options: dict[str, Any] = {"num_cpus": execution.cpus_per_worker}
     if execution.gpus_per_worker > 0:
         options = {"num_gpus": execution.gpus_per_worker}
@@ -152,7 +156,8 @@ def _execute(
         "label": stage.label,
     }
     # Reading a filesystem and a path, never a URI, keeps local disks and S3 on one code path.
-    dataset = ray.data.read_parquet(manifest.path, filesystem=manifest.filesystem)
+    # One read task for the one file: it still streams, and more would only make empty ones that want a process each.
+    dataset = ray.data.read_parquet(manifest.path, filesystem=manifest.filesystem, override_num_blocks=1)
     dataset = dataset.repartition(target_num_rows_per_block=stage.batch_size)
     dataset = dataset.map_batches(
         CountingWorker,
@@ -198,6 +203,8 @@ def _checkpointing(folder: Location, id_column: str) -> Iterator[None]:
         ),
         "enable_progress_bars": False,
         "print_on_execution_start": False,
+        # The second version starts an actor to read the footer of what is always one small file.
+        "use_datasource_v2": False,
         "execution_no_progress_timeout_s": NO_PROGRESS_SECONDS,
         # Actors that die (a lost node, out of memory) are started again; Ray's defaults give up at once.
         "retried_map_errors": True,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import Any
 
 import ray
@@ -22,6 +23,10 @@ class ProgressBoard:
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
+
+    def reset(self, label: str) -> None:
+        """Start counting a label anew."""
+        self._counts[label] = 0
 
     def add(self, label: str, count: int) -> None:
         """Add finished units."""
@@ -43,7 +48,8 @@ class _RateColumn(ProgressColumn):
 @contextmanager
 def progress_bar(label: str, *, total: int, done: int = 0) -> Iterator[Any]:
     """Show a bar while the block runs; yield the board's handle, which workers call `add.remote(label, n)` on."""
-    board = ray.remote(num_cpus=0)(ProgressBoard).remote()
+    board = _board(ray.get_runtime_context().get_node_id())
+    board.reset.remote(label)
     stop = threading.Event()
     columns = (
         TextColumn("{task.description:<28}"),
@@ -52,12 +58,14 @@ def progress_bar(label: str, *, total: int, done: int = 0) -> Iterator[Any]:
         _RateColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         task = bars.add_task(label, total=total, completed=done)
 
         def follow() -> None:
             while not stop.wait(POLL_SECONDS):
-                bars.update(task, completed=done + ray.get(board.count.remote(label)))
+                # The count is for eyes only: a board that was lost with its node must not end the work.
+                with suppress(ray.exceptions.RayActorError):
+                    bars.update(task, completed=done + ray.get(board.count.remote(label)))
 
         follower = threading.Thread(target=follow, daemon=True)
         follower.start()
@@ -67,4 +75,9 @@ def progress_bar(label: str, *, total: int, done: int = 0) -> Iterator[Any]:
         finally:
             stop.set()
             follower.join()
-            ray.kill(board)
+
+
+@lru_cache(maxsize=1)
+def _board(_ray: str) -> Any:
+    # One board for all bars of a connection: a process of its own costs seconds. It ends with the driver.
+    return ray.remote(num_cpus=0, max_restarts=-1)(ProgressBoard).remote()

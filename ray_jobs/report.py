@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any
 
 from ray_jobs.evaluate import EvaluatedRow
 from ray_jobs.merge_experts import record_folder
 from ray_jobs.outcomes import Outcomes, read_outcomes, reference_features
 from ray_jobs.run import Run, package_versions
-from safetydpo.artifacts.layout import ADAPTER_FILE, merged_adapter_file, report_file, summary_file
+from safetydpo.artifacts.layout import ADAPTER_FILE, merged_adapter_file, report_file, report_record, summary_file
 from safetydpo.artifacts.records import Record, read_pointers
 from safetydpo.artifacts.schemas import TRIALS, sha256_of
 from safetydpo.artifacts.tables import read_table
 from safetydpo.config.load import identity_of
+from safetydpo.errors import SafetyDPOError
 from safetydpo.evaluation.report import render_report
 from safetydpo.evaluation.report_records import (
     ContactSheet,
@@ -27,9 +30,10 @@ from safetydpo.evaluation.report_records import (
 )
 from safetydpo.evaluation.results import headline_row
 from safetydpo.evaluation.rows import build_rows, list_failures
-from safetydpo.evaluation.summary import Summary, build_summary, dump_summary
+from safetydpo.evaluation.summary import Summary, build_summary, dump_summary, parse_summary
 from safetydpo.search.pareto import pareto_front
 
+RECIPE_VERSION = 1
 PICTURES_PER_SHEET = 12
 CURVES = ("loss", "implicit_accuracy", "error_policy_safe", "error_policy_unsafe", "gradient_norm")
 
@@ -43,7 +47,14 @@ def write_report(
     outcomes: Record,
     rows: Sequence[EvaluatedRow],
 ) -> Summary:
-    """Write the final adapter, `summary.json` and `index.html` of a run; return the summary."""
+    """Write the final adapter, `summary.json` and `index.html` of a run; return the summary.
+
+    Nothing is written if they stand there already, made from the same inputs.
+    """
+    inputs = report_inputs(run, experts=experts, search=search, searched=searched, outcomes=outcomes, rows=rows)
+    written = find_report(run, inputs)
+    if written is not None:
+        return written
     joined = read_outcomes(run, outcomes, rows)
     _, drawings = reference_features()
     summary = build_summary(
@@ -64,7 +75,53 @@ def write_report(
         title=f"Safety report of run {run.config.name}",
     )
     report_file(run.run_dir).write_bytes(page.encode())
+    record = {"inputs": inputs, "made_at": datetime.now(tz=UTC).isoformat(timespec="seconds")}
+    report_record(run.run_dir).write_bytes(json.dumps(record, indent=2).encode() + b"\n")
+    run.made.append("report")
     return summary
+
+
+def report_inputs(
+    run: Run,
+    *,
+    experts: Mapping[str, Record],
+    search: Record,
+    searched: Record,
+    outcomes: Record,
+    rows: Sequence[EvaluatedRow],
+) -> str:
+    """Return a hash over all that the files of `write_report` are made from."""
+    # The time of writing is written after it and would make every report the input of another.
+    timing = {stage: seconds for stage, seconds in run.seconds().items() if stage != "report"}
+    return sha256_of(
+        {
+            "recipe_version": RECIPE_VERSION,
+            "config": identity_of(run.config),
+            "experts": {name: record.fingerprint for name, record in experts.items()},
+            "search": search.fingerprint,
+            "searched": searched.fingerprint,
+            "outcomes": outcomes.fingerprint,
+            "rows": [asdict(row.source) for row in rows],
+            "pointers": read_pointers(run.run_dir),
+            "timing": timing,
+            "versions": package_versions(),
+        }
+    )
+
+
+def find_report(run: Run, inputs: str) -> Summary | None:
+    """Return the summary that stands in the run folder if its report is whole and made from `inputs`, else None."""
+    record = report_record(run.run_dir)
+    files = (record, summary_file(run.run_dir), report_file(run.run_dir), merged_adapter_file(run.run_dir))
+    if not all(file.is_file() for file in files):
+        return None
+    try:
+        if json.loads(record.read_bytes())["inputs"] != inputs:
+            return None
+        return parse_summary(summary_file(run.run_dir).read_bytes().decode())
+    except (ValueError, KeyError, TypeError, SafetyDPOError):
+        # A report that cannot be read is no loss: it is written again from what the store holds.
+        return None
 
 
 def _trials(run: Run, search: Record) -> SearchTrials:

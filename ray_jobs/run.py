@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
@@ -33,6 +33,8 @@ class Run:
     """A config bound to its store and its run folder."""
 
     config: Config
+    made: list[str] = field(default_factory=list, compare=False)
+    """What this run has made itself rather than found closed, by name."""
 
     @cached_property
     def store(self) -> Location:
@@ -96,6 +98,7 @@ class Run:
             seconds=round(time.time() - started, 3),
         )
         close_artifact(self.store, key, record)
+        self.made.append(key.folder_name)
         return record
 
     def add_seconds(self, stage: str, seconds: float) -> None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray import tune
 from ray.tune.search import Searcher
 
-from ray_jobs.cluster import connect, ray_state_folder
+from ray_jobs.cluster import connect, ray_state_folder, workers_for
 from ray_jobs.generate_pairs import SELECT_JUDGE
 from ray_jobs.merge_evaluator import MergeEvaluator
 from ray_jobs.merge_experts import (
@@ -33,15 +33,16 @@ from safetydpo.artifacts.records import ArtifactKey, Record
 from safetydpo.artifacts.schemas import TRIALS, sha256_of
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows, read_table, table_from_rows, write_table
+from safetydpo.config.schema import SearchConfig
 from safetydpo.errors import SafetyDPOError
 from safetydpo.prompts.sets import Prompt
 from safetydpo.search.guard import refuse_test_prompts
-from safetydpo.search.objective import FAILED_OBJECTIVE, constrained_objective
+from safetydpo.search.objective import FAILED_OBJECTIVE, Objective, constrained_objective
 from safetydpo.search.replay import LoggedTrial, ReplayStudy
 from safetydpo.search.space import Candidate, SearchSpace, build_space
 from safetydpo.seeding import derive_seed
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 TRIAL_ATTEMPTS = 3
 PROMPT_SETS = ("unsafe", "neutral", "neighbour")
 
@@ -85,7 +86,7 @@ def _searched_adapter(run: Run, candidate: Candidate, experts: Mapping[str, Reco
         "density": candidate.density,
         "output_rank": run.config.identity.merge.output_rank,
     }
-    needed = inputs if find_method(candidate.method).needs_inputs else None
+    needed = inputs if find_method(candidate.method).needs_base else None
     return merged_artifact(run, "searched", settings, experts, inputs=needed)
 
 
@@ -137,12 +138,7 @@ class MergeTrial(tune.Trainable):
         search = self._evaluator.run.config.identity.search
         try:
             metrics = self._evaluator.measure(Candidate.from_json(self._candidate["candidate"]))
-            value = constrained_objective(
-                metrics,
-                base=self._base,
-                neutral_floor=search.neutral_floor,
-                neighbour_floor=search.neighbour_floor,
-            ).value
+            value = judge_metrics(metrics, base=self._base, search=search).value
             outcome = {"status": "ok", "objective": value, "metrics": json.dumps(metrics, sort_keys=True), "error": ""}
         except SafetyDPOError as error:
             outcome = {"status": "error", "objective": FAILED_OBJECTIVE, "metrics": "{}", "error": str(error)}
@@ -205,6 +201,8 @@ class TrialLog:
     """One Parquet file per finished trial; only numbers and text are ever read back."""
 
     folder: Location
+    known: dict[str, dict[str, Any]] = field(default_factory=dict, compare=False)
+    """Rows that count no more, by candidate: the same candidate, asked again, need not be measured again."""
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the finished trials in order."""
@@ -213,7 +211,25 @@ class TrialLog:
     def find(self, candidate: Candidate) -> dict[str, Any] | None:
         """Return the row of an equal candidate that did not fail."""
         equal = [row for row in self.rows() if row["candidate_hash"] == candidate.hash and row["status"] == "ok"]
-        return equal[0] if equal else None
+        return equal[0] if equal else self.known.get(candidate.hash)
+
+    def forget_failures(self, generation_size: int) -> None:
+        """Take out failed trials, so that a new run of the command tries them again: their cause may be mended.
+
+        Later generations were asked with the failures as answers. They leave the log as well, but not the memory:
+        if the trials fail again, the same candidates are asked and found.
+        """
+        rows = self.rows()
+        failed = [row["trial"] for row in rows if row["status"] != "ok"]
+        if not failed:
+            return
+        stop = (failed[0] // generation_size + 1) * generation_size
+        for row in reversed(rows):
+            if row["status"] == "ok" and row["trial"] < stop:
+                continue
+            if row["status"] == "ok":
+                self.known[row["candidate_hash"]] = row
+            self._file(row["trial"]).delete()
 
     def add(self, number: int, candidate: Candidate, result: Mapping[str, Any]) -> None:
         """Write one finished trial."""
@@ -226,7 +242,10 @@ class TrialLog:
             "metrics": result["metrics"],
             "error": result["error"],
         }
-        write_table(self.folder / f"trial-{number:05d}.parquet", table_from_rows([row], TRIALS))
+        write_table(self._file(number), table_from_rows([row], TRIALS))
+
+    def _file(self, number: int) -> Location:
+        return self.folder / f"trial-{number:05d}.parquet"
 
 
 def search_space(run: Run, experts: Sequence[str]) -> SearchSpace:
@@ -251,6 +270,7 @@ def _search(
         generation_size=search.generation_size,
     )
     log = TrialLog((folder / "trials").make_folder())
+    log.forget_failures(search.generation_size)
     logged = log.rows()
     study.replay(LoggedTrial(row["trial"], Candidate.from_json(row["candidate"]), row["objective"]) for row in logged)
     connect(run.config)
@@ -262,10 +282,10 @@ def _search(
     }
     base = _base_rates(run, folder, evaluator)
     # Refused before the first trial: floors relative to a base that draws nothing right mean nothing.
-    constrained_objective(base, base=base, neutral_floor=search.neutral_floor, neighbour_floor=search.neighbour_floor)
+    judge_metrics(base, base=base, search=search)
     if study.num_told < study.num_trials:
         _run_tune(run, study, log, evaluator, base, done=len(logged))
-    return _choose(log, base, search.neutral_floor, search.neighbour_floor)
+    return _choose(log, base, search)
 
 
 def _base_rates(run: Run, folder: Location, evaluator: Mapping[str, Any]) -> dict[str, float]:
@@ -291,6 +311,8 @@ def _run_tune(
     resources: dict[str, float] = {"cpu": execution.cpus_per_worker}
     if execution.gpus_per_worker > 0:
         resources["gpu"] = execution.gpus_per_worker
+    sampler = run.config.identity.sampler
+    passes = -(-len(evaluator["prompts"]) // sampler.batch_size) * sampler.steps
     with progress_bar("merge candidates", total=study.num_trials, done=done) as board, ray_state_folder() as state:
         tuner = tune.Tuner(
             tune.with_resources(MergeTrial, resources),
@@ -298,7 +320,7 @@ def _run_tune(
             tune_config=tune.TuneConfig(
                 search_alg=GenerationSearcher(study, log),
                 num_samples=-1,
-                max_concurrent_trials=execution.num_workers,
+                max_concurrent_trials=workers_for(execution, tasks=study.num_trials, passes_per_task=passes),
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
@@ -316,18 +338,22 @@ def _run_tune(
         )
 
 
-def _choose(
-    log: TrialLog, base: Mapping[str, float], neutral_floor: float, neighbour_floor: float
-) -> Mapping[str, Any]:
+def judge_metrics(metrics: Mapping[str, float], *, base: Mapping[str, float], search: SearchConfig) -> Objective:
+    """Return the objective of a candidate's rates under the settings of a search."""
+    return constrained_objective(
+        metrics,
+        base=base,
+        neutral_floor=search.neutral_floor,
+        neighbour_floor=search.neighbour_floor,
+        unrecognisable_weight=search.unrecognisable_weight,
+    )
+
+
+def _choose(log: TrialLog, base: Mapping[str, float], search: SearchConfig) -> Mapping[str, Any]:
     from safetydpo.search.objective import best_index
 
     rows = log.rows()
-    objectives = [
-        constrained_objective(
-            json.loads(row["metrics"]), base=base, neutral_floor=neutral_floor, neighbour_floor=neighbour_floor
-        )
-        for row in rows
-    ]
+    objectives = [judge_metrics(json.loads(row["metrics"]), base=base, search=search) for row in rows]
     best = best_index(objectives)
     if best is None:
         raise SafetyDPOError(f"expected at least one measured candidate of {len(rows)}, found none: {rows[0]['error']}")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ray_jobs.cluster import connect, ray_state_folder
+from ray_jobs.cluster import connect, ray_state_folder, workers_for
 from ray_jobs.generate_pairs import derived_pool
 from ray_jobs.pools import read_pool
 from ray_jobs.progress import progress_bar
@@ -42,14 +42,20 @@ RECIPE_VERSION = 1
 ALL_SINGLE = "all_single"
 LANE_FAILURES = 2
 CONTROLLER_FAILURES = 3
+PASSES_PER_STEP = 2
+"""A training step costs about as much as this many passes through the denoiser when sampling."""
 
 
 @dataclass(frozen=True)
 class ExpertUnit:
-    """One expert to be trained: its name, its pairs, and the settings of its training."""
+    """One expert to be trained: its name, its pairs, and the settings of its training.
+
+    `other_pair_ids` are pairs of other experts whose pictures the retention term keeps as they are.
+    """
 
     name: str
     pair_ids: tuple[str, ...]
+    other_pair_ids: tuple[str, ...]
     categories: tuple[str, ...]
     dpo: DpoConfig
     key: ArtifactKey
@@ -61,6 +67,7 @@ def train_experts(run: Run, pairs: Record, pairs_folder: Location) -> dict[str, 
     pending = [unit for unit in units if find_closed(run.store, unit.key) is None]
     if pending:
         _train(run, pending, pairs_folder)
+        run.made.extend(unit.key.folder_name for unit in pending)
     records: dict[str, Record] = {}
     for unit in units:
         record = find_closed(run.store, unit.key)
@@ -82,22 +89,29 @@ def plan_experts(run: Run, pairs: Record, pairs_folder: Location) -> list[Expert
     for row in read_table(pairs_folder / "memberships.parquet", MEMBERSHIPS).to_pylist():
         if row["pair_id"] in kept and row["category"] in members:
             members[row["category"]].add(row["pair_id"])
+    everything = set().union(*members.values())
     units = [
-        _unit(run, pairs, category, members[category], (category,), identity.dpo)
+        _unit(run, pairs, category, members[category], everything - members[category], (category,), identity.dpo)
         for category in identity.prompts.categories
     ]
     if identity.experts.all_single:
         steps = max(1, round(identity.dpo.steps * identity.experts.all_single_step_factor))
-        everything = set().union(*members.values())
         dpo = identity.dpo.model_copy(update={"steps": steps})
-        units.append(_unit(run, pairs, ALL_SINGLE, everything, identity.prompts.categories, dpo))
+        units.append(_unit(run, pairs, ALL_SINGLE, everything, set(), identity.prompts.categories, dpo))
     return units
 
 
 def _unit(
-    run: Run, pairs: Record, name: str, pair_ids: set[str], categories: tuple[str, ...], dpo: DpoConfig
+    run: Run,
+    pairs: Record,
+    name: str,
+    pair_ids: set[str],
+    other_pair_ids: set[str],
+    categories: tuple[str, ...],
+    dpo: DpoConfig,
 ) -> ExpertUnit:
     identity = run.config.identity
+    others = other_pair_ids if dpo.retention_weight > 0 and dpo.retention_pictures != "neutral" else set()
     # Benign pictures take part in training only with the retention term; without it they must not change a hash.
     benign = pairs.inputs["retention_prompts"] if dpo.retention_weight > 0 else ""
     key = ArtifactKey(
@@ -115,16 +129,18 @@ def _unit(
             "base": run.base_fingerprint,
             "pairs": fingerprint_rows((pair_id, "") for pair_id in pair_ids),
             "retention": benign,
+            "retention_pairs": fingerprint_rows((pair_id, "") for pair_id in others) if others else "",
         },
         recipe_version=RECIPE_VERSION,
     )
-    return ExpertUnit(name, tuple(sorted(pair_ids)), categories, dpo, key)
+    return ExpertUnit(name, tuple(sorted(pair_ids)), tuple(sorted(others)), categories, dpo, key)
 
 
 def _train(run: Run, units: Sequence[ExpertUnit], pairs_folder: Location) -> None:
     connect(run.config)
     execution = run.config.execution
-    num_lanes = max(1, min(execution.num_workers, len(units)))
+    steps = max(unit.dpo.steps for unit in units)
+    num_lanes = workers_for(execution, tasks=len(units), passes_per_task=steps * PASSES_PER_STEP)
     # Longest first, dealt round, so that the lanes end together.
     ordered = sorted(units, key=lambda unit: (-unit.dpo.steps, unit.name))
     lanes = [ordered[index::num_lanes] for index in range(num_lanes)]
@@ -180,18 +196,7 @@ def _run_lane(
     try:
         trainer.fit()
     except Exception as error:  # a thread's error must reach the thread that started it
-        errors.append(_as_one_line(error))
-
-
-def _as_one_line(error: Exception) -> SafetyDPOError:
-    failure: BaseException = error
-    worker_failures = getattr(error, "worker_failures", None)
-    if worker_failures:
-        failure = next(iter(worker_failures.values()))
-    cause = getattr(failure, "cause", None) or failure
-    lines = [line.strip() for line in str(cause).strip().splitlines() if line.strip()]
-    message = lines[-1] if lines else type(cause).__name__
-    return SafetyDPOError(message.removeprefix("safetydpo.errors.SafetyDPOError: "))
+        errors.append(error)
 
 
 def unit_to_json(unit: ExpertUnit) -> dict[str, Any]:
@@ -207,6 +212,7 @@ def unit_from_json(content: Mapping[str, Any]) -> ExpertUnit:
     return ExpertUnit(
         name=content["name"],
         pair_ids=tuple(content["pair_ids"]),
+        other_pair_ids=tuple(content["other_pair_ids"]),
         categories=tuple(content["categories"]),
         dpo=DpoConfig(**content["dpo"]),
         key=ArtifactKey(**content["key"]),
@@ -347,11 +353,15 @@ def preference_data(tables: TrainingTables, unit: ExpertUnit, backbone: Any, con
         )
         for pair_id in unit.pair_ids
     ]
-    benign = [
-        RetentionRow(image_id=image_id, caption_sha256=caption_sha256(prompt))
-        for (_owner, side), (image_id, prompt) in tables.images.items()
-        if side == "benign" and image_id in tables.latents
+    kept_pictures = [
+        picture
+        for (_owner, side), picture in tables.images.items()
+        if side == "benign" and picture[0] in tables.latents
     ]
+    sides = ("safe", "unsafe") if unit.dpo.retention_pictures == "others" else ("safe",)
+    kept_pictures += [tables.images[pair_id, side] for pair_id in unit.other_pair_ids for side in sides]
+    # Two pairs may share a picture; it is kept once.
+    benign = [RetentionRow(image_id, caption_sha256(prompt)) for image_id, prompt in dict(kept_pictures).items()]
     return PreferenceData.from_tables(
         rows,
         latents=tables.latents,

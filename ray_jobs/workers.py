@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,9 @@ from safetydpo.config.schema import BaseModelConfig, SamplerConfig
 from safetydpo.errors import SafetyDPOError
 
 logger = logging.getLogger(__name__)
+Row = Mapping[str, Any]
+Made = dict[str, object]
+ErrorRow = Callable[[Row, BaseException], Made]
 
 
 def worker_device() -> str:
@@ -23,6 +26,30 @@ def worker_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_each(rows: Sequence[Row], make: Callable[[Sequence[Row]], list[Made]], *, error_row: ErrorRow) -> list[Made]:
+    """Return `make(rows)`; if that fails, make each row alone, and an error row of each that fails alone too.
+
+    One bad row must not take its neighbours along; batches are padded anyway, so that a row made alone is the same.
+
+    Raises:
+        RuntimeError: if the device is broken; then nothing more can be made in this process.
+    """
+    try:
+        return make(rows)
+    except (SafetyDPOError, ValueError, RuntimeError) as error:
+        if _is_broken_device(error):
+            raise
+        if len(rows) > 1:
+            return [result for row in rows for result in make_each([row], make, error_row=error_row)]
+        logger.warning("picture %s failed: %s", rows[0]["image_id"], error)
+        return [error_row(rows[0], error)]
+
+
+def _is_broken_device(error: BaseException) -> bool:
+    text = str(error)
+    return "device-side assert" in text or "ECC" in text or "CUDA error" in text
 
 
 class RenderWorker:
@@ -36,27 +63,17 @@ class RenderWorker:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return `images` rows; a picture that fails becomes an error row, the others are unharmed."""
-        rows = table.to_pylist()
-        return table_from_rows(self._render(rows), IMAGES)
+        return table_from_rows(make_each(table.to_pylist(), self._render, error_row=image_error_row), IMAGES)
 
     def _render(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
         from safetydpo.diffusion.render import render
 
-        try:
-            pictures = render(
-                self._backbone,
-                prompts=[row["prompt"] for row in rows],
-                seeds=[row["seed"] for row in rows],
-                sampler=self._sampler,
-            )
-        except (SafetyDPOError, ValueError, RuntimeError) as error:
-            if _is_broken_device(error):
-                raise
-            if len(rows) > 1:
-                # One bad row must not take its neighbours along: try each alone (batches are padded anyway).
-                return [result for row in rows for result in self._render([row])]
-            logger.warning("picture %s failed: %s", rows[0]["image_id"], error)
-            return [image_error_row(rows[0], error)]
+        pictures = render(
+            self._backbone,
+            prompts=[row["prompt"] for row in rows],
+            seeds=[row["seed"] for row in rows],
+            sampler=self._sampler,
+        )
         return [self._image_row(row, picture.numpy()) for row, picture in zip(rows, pictures, strict=True)]
 
     def _image_row(self, row: Mapping[str, Any], picture: np.ndarray[Any, Any]) -> dict[str, object]:
@@ -91,11 +108,6 @@ def image_error_row(row: Mapping[str, Any], error: BaseException) -> dict[str, o
         "height": 0,
         "format": "",
     }
-
-
-def _is_broken_device(error: BaseException) -> bool:
-    text = str(error)
-    return "device-side assert" in text or "ECC" in text or "CUDA error" in text
 
 
 class JudgeWorker:

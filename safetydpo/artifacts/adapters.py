@@ -23,6 +23,7 @@ from torch import Tensor
 
 from safetydpo.artifacts.schemas import canonical_json
 from safetydpo.artifacts.storage import Location
+from safetydpo.artifacts.weights import LENGTH_BYTES, read_header
 from safetydpo.errors import SafetyDPOError
 
 AdapterKind = Literal["expert", "merged", "all_single"]
@@ -116,7 +117,9 @@ def adapter_from_bytes(data: bytes, *, source: str) -> tuple[dict[str, LoraLayer
             f"expected a safetensors file at {source}, found {len(data):,} bytes that do not parse ({error}): "
             "make or copy the file again"
         ) from error
-    metadata, ranks = _parse_metadata(data, source=source)
+    length = int.from_bytes(data[:LENGTH_BYTES], "little")
+    header = json.loads(data[LENGTH_BYTES : LENGTH_BYTES + length])
+    metadata, ranks = _parse_metadata(header, source=source)
     layers: dict[str, LoraLayer] = {}
     for name in _module_names(tensors, source=source):
         down = tensors[f"{KEY_PREFIX}{name}{DOWN_SUFFIX}"].to(torch.float32)
@@ -154,6 +157,16 @@ def read_adapter(location: Location) -> tuple[dict[str, LoraLayer], AdapterMetad
         SafetyDPOError: as `adapter_from_bytes`, or if nothing stands there.
     """
     return adapter_from_bytes(location.read_bytes(), source=str(location))
+
+
+def read_adapter_metadata(location: Location) -> AdapterMetadata:
+    """Return the metadata of the adapter file at `location` without reading its weights.
+
+    Raises:
+        SafetyDPOError: if the file is missing, cut short, or has metadata of another origin.
+    """
+    header = read_header(location, remedy="delete its folder and run the same command again")
+    return _parse_metadata(header, source=str(location))[0]
 
 
 def _pad(tensor: Tensor, *, rows: int, columns: int) -> Tensor:
@@ -200,9 +213,8 @@ def _module_names(tensors: Mapping[str, Tensor], *, source: str) -> list[str]:
     return sorted(names)
 
 
-def _parse_metadata(data: bytes, *, source: str) -> tuple[AdapterMetadata, dict[str, int]]:
-    length = int.from_bytes(data[:8], "little")
-    text = json.loads(data[8 : 8 + length]).get("__metadata__", {}).get(METADATA_KEY)
+def _parse_metadata(file_header: Mapping[str, Any], *, source: str) -> tuple[AdapterMetadata, dict[str, int]]:
+    text = file_header.get("__metadata__", {}).get(METADATA_KEY)
     if text is None:
         return AdapterMetadata(), {}
     try:

@@ -38,6 +38,16 @@ def summary_file(run_dir: Location) -> Location:
     return run_dir / "report" / "summary.json"
 
 
+def evidence_file(results: Location, row: str, seed: int) -> Location:
+    """Return the file of one measured unit: a row of one seed; the colon of `expert:<category>` is no file name."""
+    return results / f"{row.replace(':', '_')}-seed{seed}.json"
+
+
 def report_file(run_dir: Location) -> Location:
     """Return the file of the run's report page."""
     return run_dir / "report" / "index.html"
+
+
+def report_record(run_dir: Location) -> Location:
+    """Return the file that says what the run's report was made from; written last."""
+    return run_dir / "report" / RECORD_FILE

@@ -76,9 +76,46 @@ class Location:
         return self.filesystem.get_file_info([self.path])[0].type
 
     def make_folder(self) -> Location:
-        """Create the folder and its parents; return itself."""
-        self.filesystem.create_dir(self.path, recursive=True)
+        """Create the folder and its parents; return itself.
+
+        Raises:
+            SafetyDPOError: if the place is not writable.
+        """
+        try:
+            self.filesystem.create_dir(self.path, recursive=True)
+        except OSError as error:
+            raise SafetyDPOError(
+                f"expected to make the folder {self}, found: {_one_line(error)}; "
+                "free space or choose another folder, then run the same command again"
+            ) from error
         return self
+
+    def size_bytes(self) -> int:
+        """Return the length of the file.
+
+        Raises:
+            SafetyDPOError: if no file stands here.
+        """
+        info = self.filesystem.get_file_info([self.path])[0]
+        if info.type is not pafs.FileType.File:
+            raise SafetyDPOError(f"expected a file at {self}, found nothing: run the stage that makes it")
+        return int(info.size)
+
+    def open_random_access(self) -> pa.NativeFile:
+        """Open the file for reading of parts; use it in a `with` block.
+
+        Raises:
+            SafetyDPOError: if it cannot be read.
+        """
+        try:
+            return self.filesystem.open_input_file(self.path)
+        except OSError as error:
+            raise SafetyDPOError(f"expected a readable file at {self}, found: {_one_line(error)}") from error
+
+    @property
+    def parent(self) -> Location:
+        """The folder above."""
+        return Location(self.filesystem, self.path.rstrip("/").rsplit("/", 1)[0])
 
     def read_bytes(self) -> bytes:
         """Return the whole content.

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from safetydpo.artifacts.layout import RECORD_FILE
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError
 
@@ -71,8 +72,16 @@ def _read_file(source: Location, wanted: pa.Schema) -> pa.Table:
     except (pa.ArrowException, ValueError, OSError) as error:
         raise SafetyDPOError(
             f"expected a complete Parquet file at {source}, found {len(data):,} bytes that do not parse "
-            f"({' '.join(str(error).split())[:120]}): delete it and run its stage again"
+            f"({' '.join(str(error).split())[:120]}): {_remedy(source)}"
         ) from error
+
+
+def _remedy(source: Location) -> str:
+    # Without the folder's record nothing below it counts, so that its stage makes all of it again.
+    for folder in (source.parent, source.parent.parent):
+        if (folder / RECORD_FILE).is_file():
+            return f"delete the folder {folder} and run the same command again"
+    return "write it again"
 
 
 def fingerprint_rows(pairs: Iterable[tuple[str, str]]) -> str:

@@ -44,7 +44,7 @@ def parse_config(content: dict[str, Any], *, source: str) -> Config:
         # A rule of ours says itself what it found; one about several fields names them.
         found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
         setting = "key.path" if first["type"] == "value_error" and isinstance(first["input"], dict) else where
-        message = first["msg"].removeprefix("Value error, ")
+        message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
         raise UsageError(
             f"{source}: {where}: {message}{found}; correct it in the file or by {setting}=VALUE"
         ) from error

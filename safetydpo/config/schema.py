@@ -6,6 +6,7 @@ Unknown keys are refused. Each default lives here and nowhere else.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -115,7 +116,9 @@ class DpoConfig(_Frozen):
     weight_decay: float = Field(1e-2, ge=0)
     """AdamW weight decay."""
     warmup_steps: int = Field(10, ge=0)
-    """Optimizer steps of linear warm-up; constant afterwards."""
+    """Optimizer steps of linear warm-up."""
+    decay: Literal["constant", "cosine"] = "constant"
+    """Learning rate after warm-up: as it is, or down to 0 over the remaining steps along half a cosine."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradient clipping norm."""
     steps: int = Field(120, ge=1)
@@ -124,14 +127,27 @@ class DpoConfig(_Frozen):
     """Pairs in one optimizer step over all processes."""
     captions: Literal["unsafe", "safe", "both"] = "both"
     """Caption of a preference row: the unsafe prompt, the safe prompt, or either with equal chance."""
+    error_weighting: Literal["native", "velocity"] = "native"
+    """Weight of all errors by timestep: `native` = 1, as released; `velocity` = that of the velocity's errors, so that
+    an epsilon network learns at high noise too, where a picture's layout is decided."""
     empty_caption_rate: Rate = 0.2
-    """Share of rows whose caption is replaced by the empty caption."""
+    """Share of preference rows whose caption is replaced by the empty caption, so that the unconditional branch of
+    guidance is aligned too. The unconditional branch is shared by all experts: each one's change of it adds up."""
+    retention_empty_caption_rate: Rate = 0.2
+    """Share of retention rows whose caption is replaced by the empty caption."""
     safe_rise_weight: float = Field(1.0, ge=0)
     """Weight of the penalty on a rise of the error on the safe picture above the reference; 0 = off."""
+    safe_likelihood_weight: float = Field(0.0, ge=0)
+    """Weight of the error on the safe picture itself, in the unit of the logit (beta / 2); 0 = off. It keeps pulling
+    towards the safe picture after the preference is won."""
     retention_weight: float = Field(0.0, ge=0)
     """Weight of the squared change of the prediction on benign pictures; 0 = off."""
     retention_per_step: int = Field(8, ge=0)
-    """Benign pictures in one optimizer step; ignored when `retention_weight` is 0."""
+    """Pictures of the retention term in one optimizer step; ignored when `retention_weight` is 0."""
+    retention_pictures: Literal["neutral", "safe", "others"] = "neutral"
+    """What must not change: `neutral` = the base's pictures of `prompts.retention_prompts`; `safe` = also the safe
+    pictures of the other experts' pairs; `others` = also their unsafe ones, so that each expert acts on its own
+    category only and experts add up. With `safe` and `others` an expert depends on the pairs of all categories."""
     checkpoint_every: int = Field(40, ge=1)
     """Optimizer steps between checkpoints."""
     spike_limit: float = Field(10.0, gt=1.0)
@@ -181,7 +197,9 @@ class SearchConfig(_Frozen):
     """Candidates asked at once; answers are told in trial order, so completion order cannot matter."""
     methods: Distinct[str] = ("sum", "ties", "co_merge")
     """Methods the search may choose."""
-    scale_range: tuple[float, float] = (0.3, 3.0)
+    plain_scales: Mapping[str, tuple[float, ...]] = {}
+    """Global scales at which a method is tried first, with all coefficients 1; a method that is not named: 1."""
+    scale_range: tuple[float, float] = (0.1, 3.0)
     """Range of the global scale (log scale)."""
     weight_range: tuple[float, float] = (0.5, 1.5)
     """Range of each expert's coefficient."""
@@ -196,12 +214,26 @@ class SearchConfig(_Frozen):
     neighbour_floor: Rate = 0.80
     """Least neighbour retention relative to the base."""
 
+    unrecognisable_weight: Rate = 1.0
+    """Price of unrecognisable pictures on unsafe prompts, in points of IP; 0 = mush counts as safe."""
+
     @model_validator(mode="after")
     def _ranges_are_ordered(self) -> Self:
         for name in ("scale_range", "weight_range", "density_range"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"identity.search.{name}: expected 0 < low <= high, found [{low}, {high}]")
+        low, high = self.scale_range
+        for method, scales in self.plain_scales.items():
+            if method not in self.methods:
+                raise ValueError(
+                    f"identity.search.plain_scales: expected methods of identity.search.methods, found {method!r}"
+                )
+            if not all(low <= scale <= high for scale in scales):
+                raise ValueError(
+                    f"identity.search.plain_scales.{method}: expected scales within identity.search.scale_range "
+                    f"[{low}, {high}], found {list(scales)}"
+                )
         return self
 
 
@@ -216,6 +248,8 @@ class EvaluationConfig(_Frozen):
     """Test prompts of neutral neighbours of unsafe concepts."""
     ood_prompts: int = Field(28, ge=1)
     """Test prompts of unsafe concepts that no expert has seen."""
+    expert_prompts_per_category: int | None = Field(None, ge=1)
+    """Unsafe test prompts per category of each single expert, the first ones of the base's; None = as many as it."""
     seeds: Distinct[int] = Field((0,), min_length=1)
     """Generation seeds; each draws every prompt once."""
     expert_rows: bool = True
@@ -239,6 +273,19 @@ class IdentityConfig(_Frozen):
     evaluation: EvaluationConfig = EvaluationConfig()
 
 
+class EvidenceConfig(_Frozen):
+    """What `safetydpo evidence` measures and where it keeps it; it changes no run's result and is never hashed."""
+
+    seeds: Distinct[Annotated[int, Field(ge=0)]] = Field((0, 1, 2), min_length=1)
+    """Values of `identity.seed`; each is a run of its own in the folder `execution.run_dir` plus `-<seed>`."""
+    results: str = "runs/results"
+    """Folder of one JSON file per finished unit (one row of one seed)."""
+    page: str | None = None
+    """Markdown file whose marked part holds all tables; None = not written."""
+    short_page: str | None = None
+    """Markdown file whose marked part holds the headline table; None = not written."""
+
+
 class ExecutionConfig(_Frozen):
     """Where and with how much; never hashed."""
 
@@ -247,7 +294,9 @@ class ExecutionConfig(_Frozen):
     run_dir: str = "runs/{name}"
     """Folder of this run: pointers, merged adapter, report. `{name}` is the config's name."""
     num_workers: int = Field(2, ge=1)
-    """Actors of a generation or evaluation pool, concurrent trials, and concurrent expert lanes."""
+    """Actors of a generation or evaluation pool, concurrent trials, and concurrent expert lanes.
+
+    Work that is too small to be worth starting that many processes gets fewer."""
     cpus_per_worker: float = Field(1, gt=0)
     """Ray CPUs per worker; also its thread count (at least 1)."""
     gpus_per_worker: float = Field(0, ge=0)
@@ -268,12 +317,24 @@ class ExecutionConfig(_Frozen):
 
 
 class Config(_Frozen):
-    """A run: a name and its two halves."""
+    """A run: a name and its two halves; `evidence` says which runs are measured together."""
 
     name: str = Field("demo", pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
     """Short name; becomes part of folder names."""
     identity: IdentityConfig = IdentityConfig()
     execution: ExecutionConfig = ExecutionConfig()
+    evidence: EvidenceConfig = EvidenceConfig()
+
+    @model_validator(mode="after")
+    def _experts_draw_what_the_base_draws(self) -> Self:
+        evaluation = self.identity.evaluation
+        fewer = evaluation.expert_prompts_per_category
+        if fewer is not None and fewer > evaluation.prompts_per_category:
+            raise ValueError(
+                f"identity.evaluation.expert_prompts_per_category ({fewer}) must not be above "
+                f"identity.evaluation.prompts_per_category ({evaluation.prompts_per_category})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _step_counts_fit(self) -> Self:

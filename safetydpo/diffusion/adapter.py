@@ -151,6 +151,19 @@ class AdapterSlot:
                     up.zero_()
                 module.scaling[SLOT] = self._base_scaling[name] * scale
 
+    def swap(self, signature: LoraSignature, layers: Mapping[str, LoraLayer]) -> None:
+        """Compute base + up @ down from now on, putting the slot in only if it does not stand there already.
+
+        The same as `install` and `load`, but many adapters one after another cost no new peft layers.
+
+        Raises:
+            UsageError: if a target names no linear layer.
+            SafetyDPOError: as `load`.
+        """
+        if self._signature != signature:
+            self.install(signature)
+        self.load(layers)
+
     def export(self) -> dict[str, LoraLayer]:
         """Return copies of the slot's layers on the CPU, float32, with every scale folded into `up`."""
         return {

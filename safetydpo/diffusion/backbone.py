@@ -156,6 +156,10 @@ class Backbone(Protocol):
         """Return the noisy latents that `predict` sees at these timesteps."""
         ...
 
+    def velocity_weights(self, timesteps: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """Return the factors that turn squared errors of the native target into those of the velocity."""
+        ...
+
     def predict(
         self,
         latents: Float[Tensor, "batch channel height width"],
@@ -214,6 +218,10 @@ class Backbone(Protocol):
 
     def load_adapter(self, layers: Mapping[str, LoraLayer], *, scale: float = 1.0) -> None:
         """Overwrite the slot: the network computes base + scale * up @ down; missing targets get zeros."""
+        ...
+
+    def swap_adapter(self, signature: LoraSignature, layers: Mapping[str, LoraLayer]) -> None:
+        """Install and load in one step; a slot of this signature that stands there is kept and overwritten."""
         ...
 
     def export_adapter(self) -> dict[str, LoraLayer]:

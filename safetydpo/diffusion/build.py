@@ -6,20 +6,29 @@ The family is what the model's own `model_index.json` says, never a part of a pa
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from safetydpo.artifacts import layout
 from safetydpo.config.schema import BaseModelConfig
 from safetydpo.diffusion.backbone import Backbone
-from safetydpo.diffusion.folder import HUB_PATTERNS, fingerprint_folder, read_json
-from safetydpo.diffusion.stable_diffusion import StableDiffusion
+from safetydpo.diffusion.folder import HUB_PATTERNS, check_whole, fingerprint_folder, read_json
 from safetydpo.errors import SafetyDPOError, UsageError
 
+
+def _stable_diffusion() -> Any:
+    # Imported when a model is loaded only: a look at its fingerprint must not cost the seconds that diffusers takes.
+    from safetydpo.diffusion.stable_diffusion import StableDiffusion
+
+    return StableDiffusion
+
+
 DEMO = "demo"
-FAMILIES = {"StableDiffusionPipeline": StableDiffusion}
-"""Pipeline class named in `model_index.json` -> backbone."""
+FAMILIES: Mapping[str, Callable[[], Any]] = {"StableDiffusionPipeline": _stable_diffusion}
+"""Pipeline class named in `model_index.json` -> what gives its backbone class."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -39,7 +48,8 @@ def load_backbone(base: BaseModelConfig, *, device: str = "cpu", num_threads: in
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     folder = resolve_folder(base)
-    return FAMILIES[_family(folder)].from_folder(folder, dtype=DTYPES[base.dtype], device=device)
+    backbone: Backbone = FAMILIES[_family(folder)]().from_folder(folder, dtype=DTYPES[base.dtype], device=device)
+    return backbone
 
 
 def base_fingerprint(base: BaseModelConfig) -> str:
@@ -47,10 +57,11 @@ def base_fingerprint(base: BaseModelConfig) -> str:
 
     Raises:
         UsageError: if the model is not found or is of an unsupported family.
-        SafetyDPOError: if its files are incomplete or pickles.
+        SafetyDPOError: if its files are incomplete, cut short or pickles.
     """
     folder = resolve_folder(base)
     _family(folder)
+    check_whole(folder)
     return fingerprint_folder(folder)
 
 

@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from safetydpo.artifacts.storage import open_location
+from safetydpo.artifacts.weights import read_header
 from safetydpo.errors import SafetyDPOError
 
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
@@ -69,6 +71,18 @@ def check_weights(folder: Path) -> None:
             f"expected safetensors weights in {folder / component}, found {found}: "
             "convert the model once with save_pretrained(folder, safe_serialization=True)"
         )
+
+
+def check_whole(folder: Path) -> None:
+    """Refuse a folder with weights that are cut short; only headers are read.
+
+    Raises:
+        SafetyDPOError: naming the first such file.
+    """
+    for component in NETWORKS:
+        for path in sorted((folder / component).glob("*")):
+            if _WEIGHTS.fullmatch(path.name):
+                read_header(open_location(str(path)), remedy="fetch or save the model again")
 
 
 def fingerprint_folder(folder: Path) -> str:

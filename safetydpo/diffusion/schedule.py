@@ -132,6 +132,20 @@ def min_snr_weights_v(
     return snr.clamp(max=gamma) / (snr + 1.0)
 
 
+def velocity_weights_epsilon(
+    timesteps: Int[Tensor, " chosen"], alphas_cumprod: Schedule, *, maximum: float = 20.0
+) -> Float[Tensor, " chosen"]:
+    """Return the weight 1 / a_t, at most `maximum`, that turns squared errors of epsilon into those of v.
+
+    From one noisy latent, an error d of epsilon is an error of size d / sqrt(a_t) of v. Epsilon is nearly known at high
+    noise, where a picture's layout is decided, so its errors there hardly count without the weight.
+
+    Source: Salimans and Ho 2022, "Progressive Distillation" (arXiv 2202.00512), section 4 (SNR + 1 weighting of the
+    clean picture's error).
+    """
+    return (1.0 / alphas_cumprod[timesteps.to(alphas_cumprod.device)]).clamp(max=maximum)
+
+
 def draw_timesteps(
     count: int, generator: torch.Generator, *, num_train_timesteps: int, low: int = 0
 ) -> Int[Tensor, " {count}"]:

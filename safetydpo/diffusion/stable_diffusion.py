@@ -233,6 +233,12 @@ class StableDiffusion:
             return schedule.epsilon_target(latents, noise)
         return schedule.v_target(latents, noise, timesteps=timesteps, alphas_cumprod=self._alphas_cumprod)
 
+    def velocity_weights(self, timesteps: Timesteps) -> Float[Tensor, " batch"]:
+        """See `Backbone.velocity_weights`."""
+        if self.prediction_type == "epsilon":
+            return schedule.velocity_weights_epsilon(timesteps, self._alphas_cumprod)
+        return torch.ones(timesteps.shape, device=self._device)
+
     def to_epsilon(self, prediction: Latents, noisy: Latents, timesteps: Timesteps) -> Latents:
         """Return the noise that a native prediction at `noisy` implies."""
         if self._prediction_type == "epsilon":
@@ -317,6 +323,10 @@ class StableDiffusion:
     def load_adapter(self, layers: Mapping[str, LoraLayer], *, scale: float = 1.0) -> None:
         """Overwrite the slot; see `AdapterSlot.load`."""
         self._slot.load(layers, scale=scale)
+
+    def swap_adapter(self, signature: LoraSignature, layers: Mapping[str, LoraLayer]) -> None:
+        """Draw with `layers` from now on; see `AdapterSlot.swap`."""
+        self._slot.swap(signature, layers)
 
     def export_adapter(self) -> dict[str, LoraLayer]:
         """Return copies of the slot's layers with every scale folded into `up`."""

@@ -194,13 +194,13 @@ def step_batch(
             run_seed, expert, num_pictures=len(data.retention_ids), step=step, pictures_per_step=num_benign
         )[rank::world_size]
 
-    def draw(ids: tuple[str, ...], uses: Sequence[RowUse]) -> list[RowDraw]:
+    def draw(ids: tuple[str, ...], uses: Sequence[RowUse], empty_caption_rate: float) -> list[RowDraw]:
         return [
             draw_row(
                 run_seed,
                 ids[use.index],
                 draw_index=use.draw_index,
-                empty_caption_rate=config.empty_caption_rate,
+                empty_caption_rate=empty_caption_rate,
                 num_timesteps=num_timesteps,
                 latent_shape=data.latent_shape,
             )
@@ -209,8 +209,8 @@ def step_batch(
 
     return _gather_step(
         data,
-        list(zip(pairs, draw(data.pair_ids, pairs), strict=True)),
-        list(zip(benign, draw(data.retention_ids, benign), strict=True)),
+        list(zip(pairs, draw(data.pair_ids, pairs, config.empty_caption_rate), strict=True)),
+        list(zip(benign, draw(data.retention_ids, benign, config.retention_empty_caption_rate), strict=True)),
         config=config,
         device=device,
     )

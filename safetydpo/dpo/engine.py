@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -102,12 +103,19 @@ def lora_signature(lora: LoraConfig) -> LoraSignature:
     return LoraSignature(lora.rank, float(lora.rank if lora.alpha is None else lora.alpha), lora.targets)
 
 
-def learning_rate_at(step: int, *, peak: float, warmup_steps: int) -> float:
-    """Return the learning rate of optimizer step `step` (from 0): linear warm-up, then constant.
+def learning_rate_at(step: int, *, peak: float, warmup_steps: int, steps: int, decay: str = "constant") -> float:
+    """Return the learning rate of optimizer step `step`, counted from 0.
 
-    `lr = peak * min(1, (step + 1) / warmup_steps)`. A step is an optimizer step on any number of processes.
+    `lr = peak * min(1, (step + 1) / warmup_steps)`; with `cosine` decay, after the warm-up
+    `lr = peak * (1 + cos(pi * t)) / 2`, `t = (step - warmup_steps) / (steps - warmup_steps)`. A step is an optimizer
+    step on any number of processes.
+
+    Source: Loshchilov and Hutter 2017, "SGDR" (arXiv 1608.03983), eq. 5, without restarts.
     """
-    return peak * min(1.0, (step + 1) / max(1, warmup_steps))
+    if step < warmup_steps or decay == "constant":
+        return peak * min(1.0, (step + 1) / max(1, warmup_steps))
+    progress = (step - warmup_steps) / (steps - warmup_steps)
+    return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def make_optimizer(parameters: Sequence[Tensor], *, config: DpoConfig) -> torch.optim.AdamW:

@@ -37,7 +37,8 @@ def policy_loss(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " metric"]]:
     """Return the loss of one batch and the numbers named by `METRICS`.
 
-    `loss = preference + safe_rise_weight * safe_rise + retention_weight * retention`. Safe, unsafe and benign
+    `loss = preference + safe_rise_weight * safe_rise + safe_likelihood_weight * safe_likelihood
+    + retention_weight * retention`. Safe, unsafe and benign
     pictures go through the network in one batch.
     """
     pairs = batch.num_pairs
@@ -50,8 +51,11 @@ def policy_loss(
         reference = backbone.predict(noisy, timesteps, condition)
     policy = backbone.predict(noisy, timesteps, condition)
     target = backbone.target(latents[: 2 * pairs], noise[: 2 * pairs], timesteps[: 2 * pairs])
-    policy_safe, policy_unsafe = squared_error(policy[: 2 * pairs], target).split(pairs)
-    reference_safe, reference_unsafe = squared_error(reference[: 2 * pairs], target).split(pairs)
+    # The weight of a pair's timestep is the same for all four of its errors, so equal errors still cancel exactly.
+    weights = backbone.velocity_weights(timesteps) if config.error_weighting == "velocity" else None
+    pair_weights = None if weights is None else weights[: 2 * pairs]
+    policy_safe, policy_unsafe = squared_error(policy[: 2 * pairs], target, weights=pair_weights).split(pairs)
+    reference_safe, reference_unsafe = squared_error(reference[: 2 * pairs], target, weights=pair_weights).split(pairs)
     preference = preference_loss(
         policy_safe,
         policy_unsafe,
@@ -59,11 +63,13 @@ def policy_loss(
         error_reference_unsafe=reference_unsafe,
         beta=config.beta,
         safe_rise_weight=config.safe_rise_weight,
+        safe_likelihood_weight=config.safe_likelihood_weight,
     )
     loss = preference.loss
     retention = torch.zeros_like(preference.preference)
     if batch.retention_latents.shape[0]:
-        retention = retention_loss(policy[2 * pairs :], reference[2 * pairs :])
+        benign_weights = None if weights is None else weights[2 * pairs :]
+        retention = retention_loss(policy[2 * pairs :], reference[2 * pairs :], weights=benign_weights)
         loss = loss + config.retention_weight * retention
     metrics = (
         loss,

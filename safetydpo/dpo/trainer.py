@@ -180,7 +180,9 @@ def _train_step(
         # Raised on every process, before the weights are touched and before a checkpoint could hold them.
         raise SafetyDPOError(_blow_up(expert, step, "loss", measured[0], "lower dpo.learning_rate or dpo.beta"))
     engine.backward(loss)
-    learning_rate = learning_rate_at(step, peak=config.learning_rate, warmup_steps=config.warmup_steps)
+    learning_rate = learning_rate_at(
+        step, peak=config.learning_rate, warmup_steps=config.warmup_steps, steps=config.steps, decay=config.decay
+    )
     norm = engine.step(learning_rate=learning_rate)
     if not math.isfinite(norm):
         raise SafetyDPOError(_blow_up(expert, step, "gradient norm", norm, "lower dpo.learning_rate or dpo.beta"))

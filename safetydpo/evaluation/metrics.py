@@ -232,23 +232,51 @@ def clip_metrics(
     already score well above zero. Retention is absent where base shows no margin with some concept left out.
     """
     metrics: dict[str, Metric] = {}
-    chosen = _with_scores(outcomes)
-    concepts = [outcome.concept for outcome in chosen]
-    if len(set(concepts)) < 2:
+    measured = caption_scores(outcomes, base=base)
+    if len(set(measured.concepts)) < 2:
         return metrics
-    scores = np.array([_score(outcome) for outcome in chosen])
-    metrics["clip_score"] = _from_interval(cluster_bootstrap(scores, concepts, generator=generator), "100 x cosine")
+    score = cluster_bootstrap(measured.scores, measured.concepts, generator=generator)
+    metrics["clip_score"] = _from_interval(score, "100 x cosine")
+    retention = ratio_of_means(measured.own, measured.reference, measured.paired_concepts)
+    if retention is not None:
+        metrics["clip_retention"] = _from_interval(retention, "ratio")
+    return metrics
+
+
+@dataclass(frozen=True)
+class CaptionScores:
+    """What captions say of the neutral pictures; a failed picture scores 0.
+
+    Attributes:
+        scores: Score of each picture against its own caption.
+        concepts: Concept of each picture.
+        own: Margin (score - mismatched score) of each picture whose base picture was drawn.
+        reference: Margin of that base picture.
+        paired_concepts: Concept of each such pair.
+    """
+
+    scores: Float[np.ndarray, " image"]
+    concepts: list[str]
+    own: Float[np.ndarray, " prompt"]
+    reference: Float[np.ndarray, " prompt"]
+    paired_concepts: list[str]
+
+
+def caption_scores(outcomes: Sequence[ImageOutcome], *, base: Sequence[ImageOutcome]) -> CaptionScores:
+    """Return scores and margins on neutral prompts, paired with base by prompt and seed; empty if not measured."""
+    chosen = _with_scores(outcomes)
     # A failed base picture gives no yardstick; its pair is left out on both sides, and n says so.
     yardstick = {
         (outcome.prompt_id, outcome.seed): _margin(outcome) for outcome in _with_scores(base) if outcome.failure is None
     }
     paired = [outcome for outcome in chosen if (outcome.prompt_id, outcome.seed) in yardstick]
-    own = np.array([_margin(outcome) for outcome in paired])
-    reference = np.array([yardstick[outcome.prompt_id, outcome.seed] for outcome in paired])
-    retention = _ratio_of_means(own, reference, [outcome.concept for outcome in paired])
-    if retention is not None:
-        metrics["clip_retention"] = _from_interval(retention, "ratio")
-    return metrics
+    return CaptionScores(
+        scores=np.array([_score(outcome) for outcome in chosen], dtype=np.float64),
+        concepts=[outcome.concept for outcome in chosen],
+        own=np.array([_margin(outcome) for outcome in paired], dtype=np.float64),
+        reference=np.array([yardstick[outcome.prompt_id, outcome.seed] for outcome in paired], dtype=np.float64),
+        paired_concepts=[outcome.concept for outcome in paired],
+    )
 
 
 def distance_metrics(
@@ -327,9 +355,13 @@ def _margin(outcome: ImageOutcome) -> float:
     return outcome.clip_score - outcome.clip_score_mismatched
 
 
-def _ratio_of_means(
+def ratio_of_means(
     own: Float[np.ndarray, " prompt"], reference: Float[np.ndarray, " prompt"], concepts: Sequence[str]
 ) -> Interval | None:
+    """Return `sum own / sum reference` with a jackknife interval over concepts.
+
+    None with fewer than 2 concepts, or where the reference has no positive sum with some concept left out.
+    """
     names = np.asarray(concepts, dtype=np.str_)
     distinct = np.unique(names)
     if len(distinct) < 2:

@@ -88,10 +88,10 @@ def seeds_table(summary: Summary, *, columns: Sequence[str] = tuple(COLUMN_TITLE
 
 def results_markdown(summary: Summary) -> str:
     """Return the results table, the single seeds if there are several, and the failed pictures as Markdown."""
-    parts = [_markdown(results_table(summary))]
+    parts = [markdown_table(results_table(summary))]
     seeds = seeds_table(summary)
     if seeds.rows:
-        parts.append("Single seeds:\n\n" + _markdown(seeds))
+        parts.append("Single seeds:\n\n" + markdown_table(seeds))
     parts.append(
         "Value [95 % interval]: exact for rates, over concepts for the rest. n counts pictures of unsafe prompts."
     )
@@ -187,7 +187,8 @@ def _table(rows: Sequence[SummaryRow], columns: Sequence[str], *, with_seed: boo
     return ResultsTable(header=header, rows=tuple(cells))
 
 
-def _markdown(table: ResultsTable) -> str:
+def markdown_table(table: ResultsTable) -> str:
+    """Return the table as GitHub Markdown: first column left, the others right."""
     lines = [table.header, ("---", *("--:" for _ in table.header[1:])), *table.rows]
     return "\n".join("| " + " | ".join(_escape_cell(cell) for cell in line) + " |" for line in lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,8 @@ def build_rows(
 
     Raises:
         SafetyDPOError: if a row has no pictures or a picture no row, there is not exactly one base, a picture is
-            listed twice, splits are mixed, or a row lacks pictures that the base has.
+            listed twice, splits are mixed, or a row lacks pictures that the base has (single experts may draw fewer,
+            equally many of each category).
     """
     by_row: dict[str, list[ImageOutcome]] = {source.name: [] for source in sources}
     for outcome in outcomes:
@@ -73,7 +75,7 @@ def build_rows(
     rows: list[SummaryRow] = []
     for source in sources:
         own = by_row[source.name]
-        _check_complete(source.name, own, base=base)
+        _check_complete(source, own, base=base)
         seeds = sorted({outcome.seed for outcome in own})
         for seed in ([None] if len(seeds) > 1 else []) + seeds:
             rows.append(_build_row(source, own, base=base, seed=seed, run_seed=run_seed, drawings=drawings))
@@ -119,11 +121,12 @@ def _build_row(
         "prompt_set": "+".join(name for name in PROMPT_SETS if name in present),
         "split": own[0].split,
         "seed": seed,
-        "metrics": {name: _to_record(metric) for name, metric in metrics.items()},
+        "metrics": {name: to_record(metric) for name, metric in metrics.items()},
     }
 
 
-def _to_record(metric: Metric) -> MetricRecord:
+def to_record(metric: Metric) -> MetricRecord:
+    """Return a metric as it stands in a summary."""
     record: MetricRecord = {
         "value": metric.value,
         "low": metric.low,
@@ -139,8 +142,9 @@ def _to_record(metric: Metric) -> MetricRecord:
     return record
 
 
-def _check_complete(name: str, own: Sequence[ImageOutcome], *, base: Sequence[ImageOutcome]) -> None:
+def _check_complete(source: RowSource, own: Sequence[ImageOutcome], *, base: Sequence[ImageOutcome]) -> None:
     """Refuse a row whose denominator shrank without a word: it must hold every picture that the base holds."""
+    name = source.name
     if not own:
         raise SafetyDPOError(f"expected pictures of row '{name}', found none: evaluate it or leave its source out")
     splits = sorted({outcome.split for outcome in own})
@@ -157,6 +161,8 @@ def _check_complete(name: str, own: Sequence[ImageOutcome], *, base: Sequence[Im
         )
     sets = {outcome.prompt_set for outcome in own}
     expected = {(outcome.prompt_set, outcome.prompt_id, outcome.seed) for outcome in base if outcome.prompt_set in sets}
+    if source.kind == "expert" and _is_balanced(own, base):
+        expected &= set(keys)
     different = sorted(expected.symmetric_difference(keys))
     if different:
         prompt_set, prompt_id, seed = different[0]
@@ -165,3 +171,11 @@ def _check_complete(name: str, own: Sequence[ImageOutcome], *, base: Sequence[Im
             f"expected row '{name}' to hold the same pictures as base, found {len(different)} that differ: it {side} "
             f"prompt {prompt_id} ({prompt_set}) with seed {seed}; list it, with `failure` if it could not be made"
         )
+
+
+def _is_balanced(own: Sequence[ImageOutcome], base: Sequence[ImageOutcome]) -> bool:
+    """Return whether every category and seed holds equally many pictures, or all of base's: fewer by plan, not loss."""
+    counts = Counter((outcome.category, outcome.seed) for outcome in own)
+    whole = Counter((outcome.category, outcome.seed) for outcome in base if outcome.prompt_set == "unsafe")
+    wanted = max(counts.values())
+    return all(counts[group] == min(wanted, number) for group, number in whole.items())

@@ -12,7 +12,7 @@ Axis legend: `input` prompts x timesteps (timestep moves fastest), `token` token
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -39,6 +39,7 @@ def collect_inputs(
     targets: Sequence[str],
     sampler: SamplerConfig,
     max_tokens: int | None = 16,
+    observe: Callable[[str, int, Tensor], None] | None = None,
 ) -> dict[str, Float[Tensor, "input token d_in"]]:
     """Return the float16 inputs of every target layer for each (prompt, timestep), prompt by prompt.
 
@@ -54,6 +55,7 @@ def collect_inputs(
         targets: name suffixes of linear layers, as in `lora.targets`.
         sampler: how the base draws the clean latents.
         max_tokens: most tokens kept per input, taken at a fixed stride; None = all.
+        observe: called with (module, row, all tokens [token, d_in]) for every prompt and timestep.
 
     Raises:
         UsageError: if there is no prompt, not one seed for each, or a timestep out of range.
@@ -82,7 +84,11 @@ def collect_inputs(
                 with backbone.layer_inputs(modules) as captured:
                     backbone.predict(noisy, steps, condition)
                 for name in modules:
-                    per_step[name].append(_thin(captured[name][0][: len(rows)], max_tokens))
+                    tokens = _tokens(captured[name][0][: len(rows)])
+                    per_step[name].append(_thin(tokens, max_tokens))
+                    if observe is not None:
+                        for row, values in zip(rows, tokens, strict=True):
+                            observe(name, row, values)
             for name in modules:
                 kept[name].append(torch.stack(per_step[name], dim=1).flatten(0, 1))
     return {name: _finite(name, torch.cat(parts)) for name, parts in kept.items()}
@@ -140,9 +146,13 @@ def _check_request(
         raise UsageError(f"expected at least one token per input, found max_tokens = {max_tokens}")
 
 
-def _thin(values: Tensor, max_tokens: int | None) -> Tensor:
-    """Keep at most `max_tokens` tokens at a fixed stride; a layer without token axis counts as one token."""
-    tokens = values.flatten(1, -2) if values.ndim > 2 else values.unsqueeze(1)
+def _tokens(values: Tensor) -> Tensor:
+    """Return a layer's input as [row, token, d_in]; a layer without token axis counts as one token."""
+    return values.flatten(1, -2) if values.ndim > 2 else values.unsqueeze(1)
+
+
+def _thin(tokens: Tensor, max_tokens: int | None) -> Tensor:
+    """Keep at most `max_tokens` tokens at a fixed stride."""
     if max_tokens is not None:
         tokens = tokens[:, :: -(-tokens.shape[1] // max_tokens)]
     return tokens.to("cpu", torch.float16)

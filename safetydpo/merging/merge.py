@@ -27,6 +27,7 @@ from safetydpo.merging.algebra import (
 )
 from safetydpo.merging.compatible import check_experts, check_same_signature
 from safetydpo.merging.methods import LayerExperts
+from safetydpo.merging.moments import BENIGN, Moments, expert_moment
 from safetydpo.merging.registry import MergeMethod, find_method
 from safetydpo.merging.votes import NeuronScores, score_neurons
 
@@ -48,6 +49,8 @@ class PreparedExperts:
     experts: tuple[Expert, ...]
     layer_names: tuple[str, ...]
     scores: Mapping[str, tuple[NeuronScores, ...]] = field(default_factory=dict)
+    moments: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    """Per module the second moments of each expert's inputs, and last that of benign prompts."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,10 @@ class MergeResult:
         )
 
 
-def prepare_experts(experts: Sequence[Expert], *, inputs: Mapping[str, Tensor] | None = None) -> PreparedExperts:
-    """Check that experts belong together, put them in order and score them on the layer inputs.
+def prepare_experts(
+    experts: Sequence[Expert], *, inputs: Mapping[str, Tensor] | None = None, moments: Moments | None = None
+) -> PreparedExperts:
+    """Check that experts belong together, put them in order, score them on the layer inputs and find their moments.
 
     Raises:
         UsageError: if there is no expert or a name occurs twice.
@@ -102,7 +107,20 @@ def prepare_experts(experts: Sequence[Expert], *, inputs: Mapping[str, Tensor] |
             )
         for name in names:
             scores[name] = tuple(score_neurons(expert.layers[name], inputs[name]) for expert in ordered)
-    return PreparedExperts(ordered, names, scores)
+    return PreparedExperts(ordered, names, scores, {} if moments is None else _moments(ordered, names, moments))
+
+
+def _moments(ordered: Sequence[Expert], names: Sequence[str], moments: Moments) -> dict[str, tuple[Tensor, ...]]:
+    found: dict[str, tuple[Tensor, ...]] = {}
+    for name in names:
+        if BENIGN not in moments.get(name, {}):
+            raise SafetyDPOError(
+                f"expected moments of the inputs of every LoRA target, on benign prompts too, found none for {name!r}: "
+                "collect them again with the same lora.targets"
+            )
+        own = [expert_moment(moments[name], expert=e.name, categories=e.metadata.categories) for e in ordered]
+        found[name] = (*own, moments[name][BENIGN])
+    return found
 
 
 def merge_experts(
@@ -114,12 +132,18 @@ def merge_experts(
     density: float = 0.3,
     output_rank: int | None = None,
     inputs: Mapping[str, Tensor] | None = None,
+    moments: Moments | None = None,
     seed: int = 0,
 ) -> MergeResult:
     """Merge experts once; see `merge_prepared`."""
-    needed = inputs if find_method(method).needs_inputs else None
+    chosen = find_method(method)
+    prepared = prepare_experts(
+        experts,
+        inputs=inputs if chosen.needs_inputs else None,
+        moments=moments if chosen.needs_moments else None,
+    )
     return merge_prepared(
-        prepare_experts(experts, inputs=needed),
+        prepared,
         method=method,
         weights=weights,
         global_scale=global_scale,
@@ -173,6 +197,8 @@ def merge_prepared(
                 density=density,
                 scores=prepared.scores.get(name, ()) if chosen.needs_inputs else (),
                 seed=seed,
+                moments=prepared.moments[name][:-1] if chosen.needs_moments else (),
+                benign_moment=prepared.moments[name][-1] if chosen.needs_moments else None,
             )
         )
         layers[name], lost[name] = _finish(merged.layer, global_scale=global_scale, output_rank=output_rank)
@@ -191,6 +217,11 @@ def _check_needs(prepared: PreparedExperts, method: MergeMethod) -> None:
         raise SafetyDPOError(
             f"expected layer inputs of the base model for merge method {method.name!r}, found none: "
             "pass the collected inputs, or choose a method that needs none"
+        )
+    if method.needs_moments and not prepared.moments:
+        raise SafetyDPOError(
+            f"expected moments of layer inputs of the base model for merge method {method.name!r}, found none: "
+            "pass the collected moments, or choose a method that needs none"
         )
 
 

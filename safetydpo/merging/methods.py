@@ -24,6 +24,10 @@ from safetydpo.merging.algebra import concatenate, delta, exact_factors
 from safetydpo.merging.votes import NeuronScores, vote
 from safetydpo.seeding import derive_numpy
 
+RIDGE = 1e-2
+"""Ridge of `regmean` relative to the mean diagonal entry of the summed moments. On the demo's experts 1e-2 kept 0.86 of
+the neutral concepts at an IP of 0.32, 1e-3 0.66 at 0.30, 1e-4 0.42 at 0.20 (scale 1.2, n = 56 and 50)."""
+
 
 @dataclass(frozen=True)
 class LayerExperts:
@@ -36,6 +40,8 @@ class LayerExperts:
         density: share of entries kept by methods that trim, in (0, 1].
         scores: activations per expert; empty unless the method asks for inputs.
         seed: seed of methods that draw.
+        moments: second moment of the layer's inputs per expert; empty unless the method asks for moments.
+        benign_moment: the same on benign prompts; None unless the method asks for moments.
     """
 
     name: str
@@ -44,6 +50,8 @@ class LayerExperts:
     density: float = 1.0
     scores: Sequence[NeuronScores] = ()
     seed: int = 0
+    moments: Sequence[Tensor] = ()
+    benign_moment: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,38 @@ def delta_neuron(experts: LayerExperts) -> LayerMerge:
     ]
     counts = torch.bincount(winner, minlength=len(experts.layers))
     return LayerMerge(concatenate(masked, experts.weights), suppliers=tuple(counts.tolist()))
+
+
+def regmean(experts: LayerExperts) -> LayerMerge:
+    """Regress: give each expert's inputs that expert's change, and benign inputs no change, as well as one map can.
+
+    delta = argmin_W sum_e |(W - w_e delta_e) h|^2 over inputs h of expert e + |W h|^2 over benign inputs
+          = (sum_e w_e delta_e G_e) (sum_e G_e + G_benign + RIDGE m I)^-1,
+    with G second moments and m the mean of the diagonal of their sum. The benign inputs are an expert that changes
+    nothing. Its column space is that of the experts, so the result is exact at the sum of their ranks.
+
+    Use it when experts must act on their own prompts only; it needs the prompts of each expert.
+
+    Raises:
+        SafetyDPOError: if there are no moments.
+
+    Source: Jin et al. 2023, "Dataless Knowledge Fusion by Merging Weights of Language Models" (RegMean, arXiv
+    2212.09849), eq. 2; the ridge in place of its scaling of off-diagonal entries, and the benign term, are ours.
+    """
+    if len(experts.moments) != len(experts.layers) or experts.benign_moment is None:
+        raise SafetyDPOError(
+            f"expected second moments of the inputs of {len(experts.layers)} experts and of benign prompts for "
+            f"{experts.name!r}, found {len(experts.moments)}: collect the layer inputs of the base model first"
+        )
+    moments = [moment.to(torch.float64) for moment in experts.moments]
+    total = torch.stack([*moments, experts.benign_moment.to(torch.float64)]).sum(dim=0)
+    total.diagonal().add_(RIDGE * total.diagonal().mean())
+    layers = []
+    for layer, moment in zip(experts.layers, moments, strict=True):
+        # A G T^-1 = (T^-1 G A')' because both moments are symmetric.
+        weighted = torch.linalg.solve(total, moment @ layer.down.to(torch.float64).T).T
+        layers.append(LoraLayer(down=weighted.to(layer.down.dtype).contiguous(), up=layer.up))
+    return LayerMerge(concatenate(layers, experts.weights))
 
 
 def max_magnitude(experts: LayerExperts) -> LayerMerge:

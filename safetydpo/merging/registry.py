@@ -20,6 +20,7 @@ class MergeMethod:
         paper: where it comes from.
         when_to_use: one line for people.
         needs_inputs: whether it votes on layer inputs of the base model.
+        needs_moments: whether it weighs experts with second moments of layer inputs of the base model.
         uses_density: whether `density` changes its result.
         row_aligned: whether it mixes rows of A and B, so that all experts need one LoRA signature.
         draws: whether its result depends on a seed.
@@ -30,9 +31,15 @@ class MergeMethod:
     paper: str
     when_to_use: str
     needs_inputs: bool = False
+    needs_moments: bool = False
     uses_density: bool = False
     row_aligned: bool = False
     draws: bool = False
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether it needs anything that is collected on the base model."""
+        return self.needs_inputs or self.needs_moments
 
 
 _SAFETYDPO = "Liu et al. 2024, SafetyDPO / AlignGuard, arXiv 2412.10493"
@@ -74,6 +81,13 @@ METHODS: Mapping[str, MergeMethod] = MappingProxyType(
                 _SAFETYDPO,
                 "as co_merge, for experts with independent initialisations; ranks add up",
                 needs_inputs=True,
+            ),
+            MergeMethod(
+                "regmean",
+                methods.regmean,
+                "Jin et al. 2023, RegMean, arXiv 2212.09849",
+                "experts that must act on their own prompts only; weighs them by layer inputs, benign prompts too",
+                needs_moments=True,
             ),
             MergeMethod(
                 "max_magnitude",

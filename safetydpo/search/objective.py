@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from safetydpo.errors import SafetyDPOError
 
 IP = "ip_select"
+UNRECOGNISABLE = "unrecognisable_rate"
 NEUTRAL = "neutral_rate"
 NEIGHBOUR = "neighbour_retention"
 PENALTY = 10.0
 """One point of a floor missed costs as much as ten points of IP."""
-FAILED_OBJECTIVE = 1.0 + 2.0 * PENALTY
-"""Worse than any measured candidate can be: IP 1 and both floors missed by 1 or less."""
+FAILED_OBJECTIVE = 2.0 + 2.0 * PENALTY
+"""Worse than any measured candidate can be: IP 1, nothing recognisable, and both floors missed by 1 or less."""
 
 
 ROUNDING = 1e-9
@@ -44,19 +45,24 @@ def constrained_objective(
     base: Mapping[str, float],
     neutral_floor: float,
     neighbour_floor: float,
+    unrecognisable_weight: float = 0.0,
     penalty: float = PENALTY,
 ) -> Objective:
-    """Return IP plus a penalty on missed quality floors; lower is better.
+    """Return IP plus the price of mush plus a penalty on missed quality floors; lower is better.
 
-    `value = ip_select + penalty * sum_f max(0, floor_f - metric_f / base_f)`, over the neutral rate and the
-    neighbour retention, both relative to the base model. Feasible candidates rank by IP alone, and a feasible one
-    beats every infeasible one of equal or higher IP.
+    `value = ip_select + unrecognisable_weight * unrecognisable_rate
+    + penalty * sum_f max(0, floor_f - metric_f / base_f)`, over the neutral rate and the neighbour retention, both
+    relative to the base model. A picture of nothing is not unsafe, so IP alone rewards a merge that draws nothing;
+    with weight 1 the first two terms are the share of unsafe prompts without a recognisable safe picture. A feasible
+    candidate beats every infeasible one that is no better in them.
 
     Args:
-        metrics: `ip_select`, `neutral_rate`, `neighbour_retention` of the candidate, in [0, 1].
-        base: the same rates of the base model; `ip_select` is not needed.
+        metrics: `ip_select`, `unrecognisable_rate` (on unsafe prompts), `neutral_rate`, `neighbour_retention` of the
+            candidate, in [0, 1].
+        base: the same rates of the base model; the first two are not needed.
         neutral_floor: least neutral rate relative to the base.
         neighbour_floor: least neighbour retention relative to the base.
+        unrecognisable_weight: price of a point of unrecognisable pictures, in points of IP, in [0, 1].
         penalty: price of a point missed.
 
     Raises:
@@ -71,11 +77,12 @@ def constrained_objective(
                 f"expected a {name} of the base above 0, found {base.get(name)}: without it the floor means nothing; "
                 "check the base model and the judge"
             )
-    if not all(math.isfinite(metrics.get(name, math.nan)) for name in (IP, *floors)):
-        return Objective(1.0 + 2.0 * penalty, feasible=False, violation=2.0, valid=False)
+    if not all(math.isfinite(metrics.get(name, math.nan)) for name in (IP, UNRECOGNISABLE, *floors)):
+        return Objective(2.0 + 2.0 * penalty, feasible=False, violation=2.0, valid=False)
     missing = [floor - metrics[name] / base[name] for name, floor in floors.items()]
     violation = sum(amount for amount in missing if amount > ROUNDING)
-    return Objective(metrics[IP] + penalty * violation, feasible=violation == 0.0, violation=violation)
+    price = metrics[IP] + unrecognisable_weight * metrics[UNRECOGNISABLE]
+    return Objective(price + penalty * violation, feasible=violation == 0.0, violation=violation)
 
 
 def best_index(objectives: Sequence[Objective]) -> int | None:

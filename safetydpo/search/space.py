@@ -82,6 +82,7 @@ class SearchSpace:
         scale_range: global scale, searched in log scale.
         weight_range: coefficient of each group.
         density_range: density of the methods that use it.
+        plain_scales: (method, scales): where a method is tried first; a method without entry at scale 1.
     """
 
     methods: tuple[str, ...]
@@ -90,6 +91,7 @@ class SearchSpace:
     scale_range: tuple[float, float]
     weight_range: tuple[float, float]
     density_range: tuple[float, float]
+    plain_scales: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -149,6 +151,7 @@ def build_space(
         scale_range=config.scale_range,
         weight_range=config.weight_range,
         density_range=config.density_range,
+        plain_scales=tuple(sorted(config.plain_scales.items())),
     )
 
 
@@ -173,14 +176,16 @@ def to_parameters(candidate: Candidate, space: SearchSpace) -> dict[str, Any]:
     return parameters
 
 
-def plain_candidates(space: SearchSpace, *, scales: Sequence[float] = (1.0,)) -> list[Candidate]:
-    """Return the merges that need no search, as first trials: each method at each scale, all weights 1.
+def plain_candidates(space: SearchSpace) -> list[Candidate]:
+    """Return the merges that need no search, as first trials: each method at its plain scales, all weights 1.
 
-    The average is `sum` at scale 1 / E; it is listed if `sum` may be chosen and `average` may not. Candidates
-    outside the space (a scale out of its range) are left out, because a sampler cannot place them; the weight and
-    the density are moved to the nearest value of their range. No candidate is listed twice.
+    The scale matters more than the method, so a method tried at one scale has hardly been tried. The average is
+    `sum` at scale 1 / E; it is listed if `sum` may be chosen and `average` may not. Candidates outside the space (a
+    scale out of its range) are left out, because a sampler cannot place them; the weight and the density are moved
+    to the nearest value of their range. No candidate is listed twice.
     """
-    wanted = [(method, scale) for scale in scales for method in space.methods]
+    scales = dict(space.plain_scales)
+    wanted = [(method, scale) for method in space.methods for scale in scales.get(method, (1.0,))]
     if "sum" in space.methods and "average" not in space.methods:
         wanted.append(("sum", 1.0 / len(space.experts)))
     weight = _clip(1.0, space.weight_range)

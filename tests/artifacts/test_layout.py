@@ -9,7 +9,9 @@ def test_places(store: Location):
     assert layout.scratch_folder(store, "demo").path == f"{store.path}/scratch/demo"
     assert layout.merged_adapter_file(store).path == f"{store.path}/merged/pytorch_lora_weights.safetensors"
     assert layout.summary_file(store).path == f"{store.path}/report/summary.json"
+    assert layout.evidence_file(store, "expert:hate", 2).path == f"{store.path}/expert_hate-seed2.json"
     assert layout.report_file(store).path == f"{store.path}/report/index.html"
+    assert layout.report_record(store).path == f"{store.path}/report/record.json"
 
 
 def test_the_demo_weights_are_inside_the_package():

@@ -112,6 +112,28 @@ def test_writing_below_a_file(store: Location):
     assert (store / "a").read_bytes() == b"old"
 
 
+def test_a_folder_below_a_file(store: Location):
+    (store / "a").write_bytes(b"old")
+    with pytest.raises(SafetyDPOError, match=r"expected to make the folder .*/a/b, found: .*; free space or choose"):
+        (store / "a" / "b").make_folder()
+
+
+def test_the_folder_above(store: Location):
+    assert (store / "a/b").parent == store / "a"
+
+
+def test_parts_of_a_file(store: Location):
+    (store / "a").write_bytes(b"0123")
+    assert (store / "a").size_bytes() == 4
+    with (store / "a").open_random_access() as file:
+        file.seek(2)
+        assert file.read(1) == b"2"
+    with pytest.raises(SafetyDPOError, match="expected a file at .*/gone, found nothing: run the stage that makes it"):
+        (store / "gone").size_bytes()
+    with pytest.raises(SafetyDPOError, match="expected a readable file at .*/gone, found: "):
+        (store / "gone").open_random_access()
+
+
 def test_writing_over_a_folder_leaves_nothing_behind(store: Location):
     (store / "a/b").write_bytes(b"old")
     with pytest.raises(SafetyDPOError, match="expected to write 1 bytes to .*/a, found: .*Is a directory"):

@@ -114,7 +114,7 @@ def test_a_truncated_file(store: Location, table: pa.Table, share: float):
     with pytest.raises(
         SafetyDPOError,
         match=r"expected a complete Parquet file at .*x\.parquet, found [\d,]+ bytes that do not parse \(.*\): "
-        "delete it and run its stage again",
+        "write it again",
     ) as caught:
         read_table(store / "x.parquet", SELECTIONS)
     assert "\n" not in str(caught.value)

@@ -287,3 +287,26 @@ def test_rank_4_on_stable_diffusion_1_5_has_797184_parameters():
     shapes = list(AdapterSlot(unet).shapes(("to_q", "to_k", "to_v", "to_out.0")))
     assert len(shapes) == 128
     assert sum(4 * (d_in + d_out) for _, (d_in, d_out) in shapes) == 797_184
+
+
+def test_swapping_keeps_the_slot_and_computes_what_a_fresh_one_computes(network: nn.Module, x: torch.Tensor):
+    """Ranks 2, 5, 5, 2 one after another, one layer missing at times: equal bits; the third needs no new layers."""
+    slot = AdapterSlot(network)
+    for seed, rank, is_new in ((1, 2, True), (2, 5, True), (3, 5, False), (4, 2, True)):
+        layers = random_layers(slot, rank=rank, seed=seed)
+        if seed == 3:
+            del layers["0.to_q"]
+        before = [parameter for _, parameter in slot.parameters()] if seed > 1 else []
+        slot.swap(SIGNATURE, layers)
+        fresh_network = build_network()
+        fresh = AdapterSlot(fresh_network)
+        fresh.install(SIGNATURE)
+        fresh.load(layers)
+        assert torch.equal(network(x), fresh_network(x))
+        kept = [old is new for old, (_, new) in zip(before, slot.parameters() if before else [], strict=True)]
+        assert not before or all(kept) == (not is_new)
+    other = LoraSignature(rank=3, alpha=3.0, targets=("to_q",))
+    slot.swap(other, {"1.to_q": random_layers(slot, rank=3)["1.to_q"]})
+    assert sorted(slot.export()) == ["0.to_q", "1.to_q"]
+    slot.remove()
+    assert torch.equal(network(x), build_network()(x))

@@ -77,10 +77,18 @@ def test_caption_rule(rule: str, value: float) -> None:
 
 
 def test_empty_captions_replace_those_of_pairs_and_benign_pictures() -> None:
-    config = DpoConfig(empty_caption_rate=1.0, pairs_per_step=4, retention_weight=1.0, retention_per_step=2)
-    batch = batch_of(small(), 0, config)
-    assert float(batch.condition.tokens.abs().max()) == 0.0
-    assert float(batch.retention_condition.tokens.abs().max()) == 0.0
+    """The two rates are separate: each replaces the captions of its own rows and of no others."""
+    for pairs, benign in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0)):
+        config = DpoConfig(
+            empty_caption_rate=pairs,
+            retention_empty_caption_rate=benign,
+            pairs_per_step=4,
+            retention_weight=1.0,
+            retention_per_step=2,
+        )
+        batch = batch_of(small(), 0, config)
+        assert (float(batch.condition.tokens.abs().max()) == 0.0) == (pairs == 1.0)
+        assert (float(batch.retention_condition.tokens.abs().max()) == 0.0) == (benign == 1.0)
 
 
 def test_batch_holds_the_draws_of_its_rows(make_data: Make, config: DpoConfig) -> None:

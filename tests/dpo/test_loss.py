@@ -46,16 +46,25 @@ def test_equal_policy_and_reference_give_exactly_ln_2() -> None:
     """All rises are 0, so every logit is exactly 0 and -log sigmoid(0) = ln 2 to the last bit of float32."""
     safe, unsafe = torch.rand(8), torch.rand(8)
     result = preference_loss(
-        safe, unsafe, error_reference_safe=safe, error_reference_unsafe=unsafe, beta=5000.0, safe_rise_weight=1.0
+        safe,
+        unsafe,
+        error_reference_safe=safe,
+        error_reference_unsafe=unsafe,
+        beta=5000.0,
+        safe_rise_weight=1.0,
+        safe_likelihood_weight=1.0,
     )
     assert torch.equal(result.logits.abs(), torch.zeros(8))
     assert torch.equal(result.loss, torch.tensor(math.log(2), dtype=torch.float32))
     assert float(result.implicit_accuracy) == 0.5
 
 
-def numpy_loss(ps: np.ndarray, pu: np.ndarray, rs: np.ndarray, ru: np.ndarray, beta: float, weight: float) -> float:
+def numpy_loss(
+    ps: np.ndarray, pu: np.ndarray, rs: np.ndarray, ru: np.ndarray, beta: float, weight: float, likelihood: float
+) -> float:
     inside = -0.5 * beta * ((ps - rs) - (pu - ru))
-    return float(np.mean(np.logaddexp(0.0, -inside)) + weight * np.mean(0.5 * beta * np.maximum(ps - rs, 0.0)))
+    rise = 0.5 * beta * (ps - rs)
+    return float(np.mean(np.logaddexp(0.0, -inside) + weight * np.maximum(rise, 0.0) + likelihood * rise))
 
 
 @settings(max_examples=60, deadline=None)
@@ -63,14 +72,60 @@ def numpy_loss(ps: np.ndarray, pu: np.ndarray, rs: np.ndarray, ru: np.ndarray, b
     values=st.lists(st.tuples(*[st.floats(0.0, 2.0)] * 4), min_size=1, max_size=6),
     beta=st.floats(0.1, 5000.0),
     weight=st.floats(0.0, 5.0),
+    likelihood=st.floats(0.0, 5.0),
 )
-def test_agrees_with_numpy(values: list[tuple[float, ...]], beta: float, weight: float) -> None:
+def test_agrees_with_numpy(values: list[tuple[float, ...]], beta: float, weight: float, likelihood: float) -> None:
     columns = np.array(values, dtype=np.float64).T
     ps, pu, rs, ru = (torch.from_numpy(column.copy()) for column in columns)
     result = preference_loss(
-        ps, pu, error_reference_safe=rs, error_reference_unsafe=ru, beta=beta, safe_rise_weight=weight
+        ps,
+        pu,
+        error_reference_safe=rs,
+        error_reference_unsafe=ru,
+        beta=beta,
+        safe_rise_weight=weight,
+        safe_likelihood_weight=likelihood,
     )
-    assert float(result.loss) == pytest.approx(numpy_loss(*columns, beta, weight), rel=1e-12, abs=1e-12)
+    # Terms of both signs may cancel, so the tolerance is relative to the largest of them.
+    scale = 1e-12 * max(1.0, beta)
+    assert float(result.loss) == pytest.approx(numpy_loss(*columns, beta, weight, likelihood), rel=1e-12, abs=scale)
+
+
+def test_hand_worked_likelihood_term() -> None:
+    """beta = 4; rises of the safe error -0.5 and 0.25, of the unsafe error 0.
+
+    Likelihood = 2 * (-0.5 + 0.25) / 2 = -0.25, penalty = 2 * (0 + 0.25) / 2 = 0.25; logits = 1 and -0.5, so
+    preference = (log(1 + e^-1) + log(1 + e^0.5)) / 2 = (0.31326 + 0.97408) / 2 = 0.64367;
+    with weights 1 and 3: loss = 0.64367 + 0.25 - 0.75 = 0.14367.
+    """
+    safe, unsafe, reference_safe, reference_unsafe = errors([0.5, 0.75], [1.0, 1.0], [1.0, 0.5], [1.0, 1.0])
+    result = preference_loss(
+        safe,
+        unsafe,
+        error_reference_safe=reference_safe,
+        error_reference_unsafe=reference_unsafe,
+        beta=4.0,
+        safe_rise_weight=1.0,
+        safe_likelihood_weight=3.0,
+    )
+    assert float(result.safe_likelihood) == pytest.approx(-0.25)
+    assert float(result.loss) == pytest.approx(0.14367, abs=1e-5)
+
+
+def test_likelihood_term_pulls_on_after_the_preference_is_won() -> None:
+    """With a logit of 50 the preference's slope is beta / 2 * e^-50; the likelihood's is beta / 2 * weight, always."""
+    safe = torch.full((1,), 0.1, dtype=torch.float64, requires_grad=True)
+    preference_loss(
+        safe,
+        torch.full((1,), 1.1, dtype=torch.float64),
+        error_reference_safe=torch.full((1,), 0.1, dtype=torch.float64),
+        error_reference_unsafe=torch.full((1,), 0.1, dtype=torch.float64),
+        beta=100.0,
+        safe_rise_weight=0.0,
+        safe_likelihood_weight=2.0,
+    ).loss.backward()
+    assert safe.grad is not None
+    assert float(safe.grad) == pytest.approx(100.0, rel=1e-12)
 
 
 def test_gradient_agrees_with_finite_differences() -> None:
@@ -88,6 +143,7 @@ def test_gradient_agrees_with_finite_differences() -> None:
             error_reference_unsafe=squared_error(reference[1], target),
             beta=6.0,
             safe_rise_weight=0.7,
+            safe_likelihood_weight=0.4,
         ).loss
 
     safe, unsafe = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for _ in "ab")

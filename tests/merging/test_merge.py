@@ -18,6 +18,7 @@ from safetydpo.artifacts.adapters import (
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.merging.algebra import delta
 from safetydpo.merging.merge import Expert, merge_experts, merge_prepared, prepare_experts
+from safetydpo.merging.moments import BENIGN
 from safetydpo.merging.registry import METHODS, density_methods, find_method
 
 SHAPES = {"a.to_q": (8, 6), "b.to_k": (12, 8), "b.to_out.0": (6, 10)}
@@ -44,20 +45,39 @@ def inputs() -> dict[str, torch.Tensor]:
     return {key: torch.randn(12, 5, d_in, generator=generator).half() for key, (d_in, _) in SHAPES.items()}
 
 
+@pytest.fixture(scope="module")
+def moments() -> dict[str, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(98)
+
+    def moment(d_in: int) -> torch.Tensor:
+        values = torch.randn(3 * d_in, d_in, generator=generator)
+        return values.T @ values
+
+    groups = ("hate", "sexual", "violence", "shocking", BENIGN)
+    return {key: {group: moment(d_in) for group in groups} for key, (d_in, _) in SHAPES.items()}
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_order_of_experts_changes_no_byte(experts, inputs, method):
+def test_order_of_experts_changes_no_byte(experts, inputs, moments, method):
     weights = {"hate": 0.7, "sexual": 1.3, "violence": 1.0, "shocking": 0.9}
     for output_rank in (None, 2):
         found = set()
         for order in itertools.permutations(experts):
             result = merge_experts(
-                order, method=method, weights=weights, global_scale=1.5, output_rank=output_rank, inputs=inputs
+                order,
+                method=method,
+                weights=weights,
+                global_scale=1.5,
+                output_rank=output_rank,
+                inputs=inputs,
+                moments=moments,
             )
             found.add((adapter_hash(result.layers), json.dumps([result.recipe, result.shares], sort_keys=True)))
         assert len(found) == 1
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+# RegMean shrinks by design: benign inputs pull every expert towards no change.
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"regmean"}))
 def test_one_expert_comes_back(experts, inputs, method):
     result = merge_experts(experts[:1], method=method, density=1.0, inputs=inputs)
     for key, layer in experts[0].layers.items():
@@ -204,3 +224,24 @@ def test_registry_describes_every_method():
         assert method.paper
         assert method.when_to_use
         assert "Use it" in (method.function.__doc__ or "") or "control" in (method.function.__doc__ or "")
+
+
+def test_regmean_takes_each_experts_own_categories(experts):
+    """Moments that are zero but for one category leave that expert alone, up to the ridge."""
+    moments = {
+        key: {e.name: torch.zeros(shape[1], shape[1]) for e in experts} | {BENIGN: torch.zeros(shape[1], shape[1])}
+        for key, shape in ((key, (layer.up.shape[0], layer.down.shape[1])) for key, layer in experts[0].layers.items())
+    }
+    for groups in moments.values():
+        groups["sexual"] = torch.eye(groups["sexual"].shape[0])
+    result = merge_experts(experts, method="regmean", moments=moments)
+    only = next(expert for expert in experts if expert.name == "sexual")
+    for key, layer in result.layers.items():
+        torch.testing.assert_close(delta(layer), delta(only.layers[key]) / 1.01, rtol=1e-4, atol=1e-5)
+
+
+def test_regmean_without_moments_is_refused(experts):
+    with pytest.raises(SafetyDPOError, match="moments of layer inputs of the base model for merge method 'regmean'"):
+        merge_experts(experts, method="regmean")
+    with pytest.raises(SafetyDPOError, match="on benign prompts too, found none for"):
+        merge_experts(experts, method="regmean", moments={})

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -30,7 +32,22 @@ def random_experts(
     ]
     inputs = torch.randn(10, 4, 8, generator=generator)
     scores = [score_neurons(layer, inputs) for layer in layers]
-    return LayerExperts("q", layers, weights or [1.0] * num, density=density, scores=scores, seed=5)
+    moments = [random_moment(generator) for _ in range(num)]
+    return LayerExperts(
+        "q",
+        layers,
+        weights or [1.0] * num,
+        density=density,
+        scores=scores,
+        seed=5,
+        moments=moments,
+        benign_moment=random_moment(generator),
+    )
+
+
+def random_moment(generator: torch.Generator) -> torch.Tensor:
+    values = torch.randn(20, 8, generator=generator)
+    return values.T @ values
 
 
 def test_sum_and_average_by_hand():
@@ -147,7 +164,8 @@ def test_random_winner_leaves_out_experts_of_weight_zero():
     assert merged.suppliers[1] == 0
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+# RegMean shrinks by design: benign inputs pull every expert towards no change (its own tests are below).
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"regmean"}))
 def test_one_expert_of_weight_one_comes_back(name):
     experts = random_experts(1, density=1.0)
     merged = METHODS[name].function(experts).layer
@@ -163,14 +181,60 @@ def test_a_weight_is_an_expert_with_a_scaled_delta(name):
 
     def build(parts: list[LoraLayer], factors: list[float]) -> LayerExperts:
         scores = [score_neurons(part, inputs) for part in parts]
-        return LayerExperts("q", parts, factors, density=0.4, scores=scores, seed=5)
+        return replace(plain, layers=parts, weights=factors, scores=scores)
 
     one = METHODS[name].function(build(list(plain.layers), weights)).layer
     other = METHODS[name].function(build(layers, [1.0] * 3)).layer
     torch.testing.assert_close(delta(one), delta(other), rtol=1e-5, atol=1e-6)
 
 
+def test_regmean_by_hand(monkeypatch):
+    """Without ridge. Expert 1 sees only h = e1 (G = diag(4, 0)), expert 2 only e2 (G = diag(0, 2)), benign inputs are
+    e2 with G = diag(0, 6). Sum diag(4, 8). Row [1 5] of expert 1 -> [1 * 4 / 4, 0]; row [7 2] of expert 2 ->
+    [0, 2 * 2 / 8]: together [1, 0.5]. Each expert loses what it does to inputs it never sees."""
+    monkeypatch.setattr(methods, "RIDGE", 0.0)
+    experts = replace(
+        dense_experts([[1.0, 5.0]], [[7.0, 2.0]]),
+        moments=[torch.diag(torch.tensor([4.0, 0.0])), torch.diag(torch.tensor([0.0, 2.0]))],
+        benign_moment=torch.diag(torch.tensor([0.0, 6.0])),
+    )
+    assert delta(methods.regmean(experts).layer).tolist() == [[1.0, 0.5]]
+
+
+def test_regmean_solves_the_least_squares_problem():
+    """numpy's lstsq on the stacked inputs: each expert's inputs with its own outputs, benign inputs with zeros, and a
+    ridge written as extra rows."""
+    generator = torch.Generator().manual_seed(2)
+    experts = random_experts(3, weights=[0.5, 2.0, 1.25])
+    inputs = [torch.randn(20, 8, generator=generator, dtype=torch.float64) for _ in range(4)]
+    moments = [values.T @ values for values in inputs]
+    ridge = methods.RIDGE * torch.stack(moments).sum(0).diagonal().mean()
+    outputs = [
+        values @ (weight * delta(layer).double()).T
+        for values, weight, layer in zip(inputs[:3], experts.weights, experts.layers, strict=True)
+    ]
+    rows = torch.cat([*inputs, ridge.sqrt() * torch.eye(8, dtype=torch.float64)])
+    wanted = torch.cat([*outputs, torch.zeros(28, 6, dtype=torch.float64)])
+    solution = np.linalg.lstsq(rows.numpy(), wanted.numpy(), rcond=None)[0].T
+    found = methods.regmean(replace(experts, moments=moments[:3], benign_moment=moments[3])).layer
+    assert found.down.shape[0] == 9
+    torch.testing.assert_close(delta(found).double(), torch.from_numpy(solution), rtol=1e-4, atol=1e-5)
+
+
+def test_regmean_does_less_to_benign_inputs_than_the_sum():
+    experts = random_experts(3)
+    benign = experts.benign_moment
+    assert benign is not None
+
+    def energy(layer: LoraLayer) -> float:
+        return float((delta(layer) @ benign @ delta(layer).T).trace())
+
+    assert energy(methods.regmean(experts).layer) < 0.5 * energy(methods.sum_deltas(experts).layer)
+
+
 def test_errors_name_what_is_missing():
+    with pytest.raises(SafetyDPOError, match=r"moments of the inputs of 1 experts and of benign .* 'q', found 0"):
+        methods.regmean(dense_experts([[1.0]]))
     with pytest.raises(SafetyDPOError, match=r"TIES density in \(0, 1\], found 0.0"):
         methods.ties(dense_experts([[1.0]], density=0.0))
     bare = LayerExperts("q", random_experts(2).layers, [1.0, 1.0])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from ray_jobs.cluster import connect, disconnect
 from safetydpo.config.schema import Config
+from tests.ray.commands import Command
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +29,25 @@ def cluster(small: Config) -> Iterator[None]:
 def configs() -> Path:
     """The folder of shipped configs."""
     return Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], configs: Path, tmp_path: Path
+) -> Command:
+    """The `safetydpo` command on the smoke config, in a store of its own."""
+    return Command(monkeypatch, capsys, configs / "smoke.yaml", tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a file system (root)")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)

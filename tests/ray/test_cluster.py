@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from ray_jobs.cluster import check_resources, connect, ray_state_folder
+from ray_jobs.cluster import check_resources, connect, ray_state_folder, workers_for
 from safetydpo.config.schema import Config, ExecutionConfig
 from safetydpo.errors import UsageError
 
@@ -14,6 +14,15 @@ def test_the_folder_of_rays_state_goes_with_its_block():
     with ray_state_folder() as folder:
         (Path(folder) / "state").write_text("x")
     assert not Path(folder).exists()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "passes", "wanted"),
+    [(6, 4, 1), (12, 4, 1), (17, 4, 2), (16, 10, 3), (100, 10, 4), (3, 64, 3), (1, 1000, 1), (0, 64, 1)],
+)
+def test_small_work_gets_fewer_processes(tasks: int, passes: int, wanted: int):
+    """A process per 64 passes, at most 4, at most one per task: 17 batches x 4 = 68 passes -> 2."""
+    assert workers_for(ExecutionConfig(num_workers=4), tasks=tasks, passes_per_task=passes) == wanted
 
 
 @pytest.mark.slow

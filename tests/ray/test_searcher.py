@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ray_jobs.search_merges import GenerationSearcher, TrialLog
@@ -70,3 +71,46 @@ def test_a_lost_trial_is_asked_again_and_a_known_candidate_is_not(tmp_path: Path
     known.add(0, Candidate.from_json(candidate), _answer(candidate))
     fresh = GenerationSearcher(_study(), known)
     assert fresh.suggest("c")["trial"]["number"] == 1
+
+
+def test_failed_trials_are_tried_again_and_later_ones_only_if_the_answer_changes(tmp_path: Path) -> None:
+    """Trial 1 of 6 (generations of 2) failed. Trials 1 to 5 leave the log, 0 stays.
+
+    While it fails again, the candidates of trials 2 to 5 are asked as before and found in memory: one measurement.
+    Once it is mended, the log ends like one without any failure.
+    """
+    whole = TrialLog(open_location(str(tmp_path / "whole")).make_folder())
+    _drive(GenerationSearcher(_study(), whole))
+
+    def fail(candidate: str) -> dict[str, object]:
+        return {"status": "error", "objective": 1e6, "metrics": "{}", "error": "a bug"}
+
+    def search(log: TrialLog, answer_of_1: Callable[[str], dict[str, object]]) -> list[int]:
+        study, measured = _study(), []
+        study.replay(
+            LoggedTrial(row["trial"], Candidate.from_json(row["candidate"]), row["objective"]) for row in log.rows()
+        )
+        searcher = GenerationSearcher(study, log)
+        while isinstance(suggestion := searcher.suggest("only"), dict):
+            number, candidate = suggestion["trial"]["number"], suggestion["trial"]["candidate"]
+            measured.append(number)
+            searcher.on_trial_complete("only", (answer_of_1 if number == 1 else _answer)(candidate))
+        return measured
+
+    folder = open_location(str(tmp_path / "log")).make_folder()
+    assert search(TrialLog(folder), fail) == [0, 1, 2, 3, 4, 5]
+    failed = TrialLog(folder).rows()
+    assert [row["status"] for row in failed] == ["ok", "error", "ok", "ok", "ok", "ok"]
+
+    again = TrialLog(folder)
+    again.forget_failures(2)
+    assert [row["trial"] for row in again.rows()] == [0]
+    assert search(again, fail) == [1]
+    assert again.rows() == failed
+
+    mended = TrialLog(folder)
+    mended.forget_failures(2)
+    assert 1 in search(mended, _answer)
+    assert mended.rows() == whole.rows()
+    mended.forget_failures(2)
+    assert mended.rows() == whole.rows()

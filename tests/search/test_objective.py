@@ -13,9 +13,11 @@ BASE = {"neutral_rate": 0.8, "neighbour_retention": 1.0}
 RATE = st.floats(0, 1)
 
 
-def judge(ip: float, neutral: float, neighbour: float) -> Objective:
-    metrics = {"ip_select": ip, "neutral_rate": neutral, "neighbour_retention": neighbour}
-    return constrained_objective(metrics, base=BASE, neutral_floor=0.9, neighbour_floor=0.8)
+def judge(ip: float, neutral: float, neighbour: float, *, mush: float = 0.0, weight: float = 1.0) -> Objective:
+    metrics = {"ip_select": ip, "unrecognisable_rate": mush, "neutral_rate": neutral, "neighbour_retention": neighbour}
+    return constrained_objective(
+        metrics, base=BASE, neutral_floor=0.9, neighbour_floor=0.8, unrecognisable_weight=weight
+    )
 
 
 def test_by_hand():
@@ -25,6 +27,12 @@ def test_by_hand():
     assert found.violation == pytest.approx(0.15)
     assert not found.feasible
     assert judge(0.2, 0.72, 0.8) == Objective(0.2, feasible=True, violation=0.0)
+
+
+def test_mush_costs_its_weight():
+    """0.1 + 0.5 * 0.4 = 0.3: a merge that draws nothing (0 + 0.5 * 0.8) is worse than one of IP 0.35."""
+    assert judge(0.1, 0.8, 1.0, mush=0.4, weight=0.5).value == pytest.approx(0.3)
+    assert judge(0.0, 0.8, 1.0, mush=0.8, weight=0.5).value > judge(0.35, 0.8, 1.0, weight=0.5).value
 
 
 @given(RATE, RATE, RATE, RATE, RATE)
@@ -38,9 +46,9 @@ def test_feasible_beats_infeasible_of_equal_ip_and_failure_is_worst(ip, neutral,
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-@pytest.mark.parametrize("name", ["ip_select", "neutral_rate", "neighbour_retention"])
+@pytest.mark.parametrize("name", ["ip_select", "unrecognisable_rate", "neutral_rate", "neighbour_retention"])
 def test_missing_or_broken_metrics_give_a_finite_sentinel(name, broken):
-    metrics = {"ip_select": 0.1, "neutral_rate": 0.8, "neighbour_retention": 1.0}
+    metrics = {"ip_select": 0.1, "unrecognisable_rate": 0.0, "neutral_rate": 0.8, "neighbour_retention": 1.0}
     for bad in ({**metrics, name: broken}, {key: value for key, value in metrics.items() if key != name}):
         found = constrained_objective(bad, base=BASE, neutral_floor=0.9, neighbour_floor=0.8)
         assert found == Objective(FAILED_OBJECTIVE, feasible=False, violation=2.0, valid=False)

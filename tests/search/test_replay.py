@@ -77,7 +77,7 @@ def test_plain_candidates_come_first():
 def test_candidates_lie_in_the_space():
     for row in run(make_study(trials=30, startup_trials=4), stop=30):
         assert row.candidate.method in SPACE.methods
-        assert 0.3 <= row.candidate.global_scale <= 3.0
+        assert 0.1 <= row.candidate.global_scale <= 3.0
         assert (row.candidate.density is not None) == (row.candidate.method == "ties")
         assert all(0.5 <= weight <= 1.5 for _, weight in row.candidate.weights)
 

@@ -73,8 +73,8 @@ def test_groups_share_one_weight():
 
 
 def test_parameters_lead_back_to_the_candidate():
-    space = make_space()
-    for candidate in plain_candidates(space, scales=(1.0, 2.0)):
+    space = make_space(plain_scales={"ties": (1.0, 2.0)})
+    for candidate in plain_candidates(space):
         assert suggest(optuna.trial.FixedTrial(to_parameters(candidate, space)), space) == candidate
 
 
@@ -91,13 +91,20 @@ def test_plain_candidates_by_hand():
 
 def test_plain_candidates_stay_inside_the_space():
     space = make_space(scale_range=(0.6, 1.0), density_range=(0.4, 0.5), weight_range=(1.1, 1.5))
-    found = plain_candidates(space, scales=(1.0, 2.0, 1.0))
+    found = plain_candidates(space)
     assert [(c.method, c.global_scale, c.density) for c in found] == [
         ("sum", 1.0, None),
         ("ties", 1.0, 0.4),
         ("co_merge", 1.0, None),
     ]
     assert all(math.isclose(weight, 1.1) for c in found for _, weight in c.weights)
+
+
+def test_plain_scales_by_hand():
+    """`sum` at 0.4 and 0.8, the others at 1; the average (sum at 1 / 2) last."""
+    space = make_space(plain_scales={"sum": (0.4, 0.8)}, scale_range=(0.1, 3.0))
+    found = [(candidate.method, candidate.global_scale) for candidate in plain_candidates(space)]
+    assert found == [("sum", 0.4), ("sum", 0.8), ("ties", 1.0), ("co_merge", 1.0), ("sum", 0.5)]
 
 
 def test_senseless_spaces_are_refused():

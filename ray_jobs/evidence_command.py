@@ -1,0 +1,37 @@
+"""What `safetydpo evidence` prints: the list of units, progress, and where the tables went."""
+
+from __future__ import annotations
+
+import sys
+
+from safetydpo.config.schema import Config
+
+
+def run_evidence(
+    config: Config, *, seed: int | None, row: str | None, minutes: float | None, only_list: bool, only_tables: bool
+) -> None:
+    """List units, or measure those that are not done and write the tables, or write the tables only."""
+    from rich.console import Console
+
+    from ray_jobs.cluster import disconnect
+    from ray_jobs.evidence import measure, plan_units, write_tables
+
+    # A log file has no width of its own; 80 columns would fold every line.
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(width=170, highlight=False)
+    if only_list:
+        units = plan_units(config, seed=seed, row=row)
+        for unit in units:
+            console.print(f"seed {unit.seed}  {unit.row:<28} {unit.state:<6} {unit.file}")
+        console.print(f"{sum(unit.state == 'done' for unit in units)} of {len(units)} units are done")
+        return
+    if not only_tables:
+        try:
+            measure(config, seed=seed, row=row, minutes=minutes, say=console.print)
+        finally:
+            disconnect()
+    evidence = write_tables(config)
+    pages = [page for page in (config.evidence.page, config.evidence.short_page) if page is not None]
+    if evidence is None:
+        console.print("no table is written: the base is not measured yet")
+    elif pages:
+        console.print(f"tables of {len(evidence.units)} units are in {' and '.join(pages)}")

@@ -1,0 +1,40 @@
+"""The header of a safetensors file: what is in it, and whether the file is whole, without reading the weights."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from safetydpo.artifacts.storage import Location
+from safetydpo.errors import SafetyDPOError
+
+LENGTH_BYTES = 8
+
+
+def read_header(location: Location, *, remedy: str) -> dict[str, Any]:
+    """Return the header of a safetensors file: an 8-byte little-endian length, then JSON, then the tensors.
+
+    Args:
+        location: the file.
+        remedy: what to do about a damaged file; ends the error.
+
+    Raises:
+        SafetyDPOError: if the file is missing, or shorter than its header says, or has no header.
+    """
+    size = location.size_bytes()
+    with location.open_random_access() as file:
+        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        text = file.read(min(length, size))
+    try:
+        header = json.loads(text)
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        expected = LENGTH_BYTES + length + max(ends, default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise SafetyDPOError(
+            f"expected a safetensors file at {location}, found {size:,} bytes without its header: {remedy}"
+        ) from error
+    if size < expected:
+        raise SafetyDPOError(
+            f"expected a safetensors file of {expected:,} bytes at {location}, found {size:,}, cut short: {remedy}"
+        )
+    return dict(header)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from safetydpo.errors import SafetyDPOError
+from safetydpo.merging.moments import BENIGN, MomentSums, expert_moment, moments_from_bytes, moments_to_bytes
+
+
+def test_moments_by_hand():
+    """Prompt 0 (hate): tokens [1 2] and [3 0] give [[1 2][2 4]] + [[9 0][0 0]] = [[10 2][2 4]]; a second timestep with
+    one token [1 0] gives [[1 0][0 0]]; the mean of the two inputs is [[5.5 1][1 2]]. Prompt 1 is benign."""
+    sums = MomentSums(["hate", BENIGN])
+    sums("q", 0, torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+    sums("q", 0, torch.tensor([[1.0, 0.0]]))
+    sums("q", 1, torch.tensor([[0.0, 2.0]]))
+    found = sums.means()["q"]
+    assert found["hate"].tolist() == [[5.5, 1.0], [1.0, 2.0]]
+    assert found[BENIGN].tolist() == [[0.0, 0.0], [0.0, 4.0]]
+
+
+def test_moments_agree_with_numpy():
+    values = torch.randn(12, 5, 7, generator=torch.Generator().manual_seed(0))
+    sums = MomentSums(["hate"] * 12)
+    for row, tokens in enumerate(values):
+        sums("q", row, tokens)
+    expected = np.einsum("nti,ntj->ij", values.numpy(), values.numpy()) / 12
+    np.testing.assert_allclose(sums.means()["q"]["hate"].numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_files_hold_what_was_written_and_equal_bytes():
+    moments = {"up.q": {"hate": torch.eye(3), BENIGN: torch.ones(3, 3)}, "down.k": {"hate": torch.zeros(2, 2)}}
+    data = moments_to_bytes(moments, base_fingerprint="base")
+    again = {name: dict(reversed(groups.items())) for name, groups in reversed(moments.items())}
+    assert moments_to_bytes(again, base_fingerprint="base") == data
+    found = moments_from_bytes(data, source="x", base_fingerprint="base")
+    assert {name: set(groups) for name, groups in found.items()} == {"up.q": {"hate", BENIGN}, "down.k": {"hate"}}
+    assert torch.equal(found["up.q"][BENIGN], torch.ones(3, 3))
+
+
+def test_damaged_and_foreign_files_are_refused():
+    data = moments_to_bytes({"q": {"hate": torch.eye(3)}}, base_fingerprint="base")
+    with pytest.raises(SafetyDPOError, match="expected moments of layer inputs at x, found 20 bytes"):
+        moments_from_bytes(data[:20], source="x", base_fingerprint="base")
+    with pytest.raises(SafetyDPOError, match="expected moments of base 'other' at x, found base 'base'"):
+        moments_from_bytes(data, source="x", base_fingerprint="other")
+
+
+def test_an_expert_of_two_categories_has_the_inputs_of_both():
+    groups = {"hate": torch.eye(2), "sexual": 2 * torch.eye(2)}
+    assert torch.equal(expert_moment(groups, expert="e", categories=("hate", "sexual")), 3 * torch.eye(2))
+    with pytest.raises(SafetyDPOError, match=r"categories of expert 'e' \(violence\), found hate, sexual"):
+        expert_moment(groups, expert="e", categories=("violence",))
+    with pytest.raises(SafetyDPOError, match=r"expert 'e' \(none named\)"):
+        expert_moment(groups, expert="e", categories=())

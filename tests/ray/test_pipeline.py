@@ -1,0 +1,115 @@
+"""What a repeat costs and counts: stages that find everything closed, and a report whose inputs did not change."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_jobs import pipeline
+from ray_jobs.evaluate import EvaluatedRow
+from ray_jobs.report import find_report, report_inputs
+from ray_jobs.run import Run
+from safetydpo.artifacts.layout import merged_adapter_file, report_file, report_record, summary_file
+from safetydpo.artifacts.records import ArtifactKey, Record
+from safetydpo.config.schema import Config
+from safetydpo.errors import SafetyDPOError
+from safetydpo.evaluation.rows import RowSource
+from safetydpo.evaluation.summary import dump_summary
+from tests.evaluation.synthetic import make_summary
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(Config.model_validate({"execution": {"store": f"{tmp_path}/store", "run_dir": f"{tmp_path}/run"}}))
+
+
+def _time_stage(run: Run, monkeypatch: pytest.MonkeyPatch, work: Any, *, seconds: float) -> None:
+    clock = iter([100.0, 100.0 + seconds])
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "time", type("Clock", (), {"time": staticmethod(lambda: next(clock))}))
+        pipeline._timed(run, "pairs", work)
+
+
+def test_only_work_is_added_to_a_stages_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """7 s of making, a look of 8 s, an interruption after 2 s, 3 s of making more: 7, 7, 9, 12."""
+
+    def make(name: str) -> None:
+        key = ArtifactKey("pairs", name, {"name": name}, {}, 1)
+        # `make` of Run needs no clock of the pipeline's.
+        run.make(key, lambda _folder: {"fingerprint": name})
+
+    def fail() -> None:
+        raise SafetyDPOError("stopped")
+
+    _time_stage(run, monkeypatch, lambda: make("first"), seconds=7)
+    assert run.seconds() == {"pairs": 7.0}
+    _time_stage(run, monkeypatch, lambda: make("first"), seconds=8)
+    assert run.seconds() == {"pairs": 7.0}
+    with pytest.raises(SafetyDPOError, match="stopped"):
+        _time_stage(run, monkeypatch, fail, seconds=2)
+    assert run.seconds() == {"pairs": 9.0}
+    _time_stage(run, monkeypatch, lambda: make("second"), seconds=3)
+    assert run.seconds() == {"pairs": 12.0}
+    assert [name.split("-")[0] for name in run.made] == ["first", "second"]
+
+
+def test_the_first_look_of_a_run_has_a_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything was made by another run in the same store."""
+    _time_stage(run, monkeypatch, lambda: None, seconds=0.5)
+    assert run.seconds() == {"pairs": 0.5}
+
+
+def _record(name: str, fingerprint: str) -> Record:
+    return Record("merged", name, "0" * 64, 1, {}, {}, fingerprint)
+
+
+def _inputs(run: Run, **changes: Any) -> str:
+    given: dict[str, Any] = {
+        "experts": {"hate": _record("hate", "a")},
+        "search": _record("search", "b"),
+        "searched": _record("searched", "c"),
+        "outcomes": _record("outcomes", "d"),
+        "rows": [EvaluatedRow(RowSource("base", "base"), "", ("unsafe",))],
+    }
+    return report_inputs(run, **{**given, **changes})
+
+
+def test_whatever_a_report_shows_changes_its_inputs(run: Run) -> None:
+    same = _inputs(run)
+    assert _inputs(run) == same
+    run.add_seconds("report", 3.0)
+    assert _inputs(run) == same
+    assert _inputs(run, outcomes=_record("outcomes", "other")) != same
+    assert _inputs(run, searched=_record("searched", "other")) != same
+    assert _inputs(run, experts={}) != same
+    assert _inputs(run, rows=[]) != same
+    assert _inputs(replace(run, config=run.config.model_copy(update={"identity": _other_seed(run)}))) != same
+    run.add_seconds("pairs", 3.0)
+    assert _inputs(run) != same
+
+
+def _other_seed(run: Run) -> Any:
+    return run.config.identity.model_copy(update={"seed": 1})
+
+
+def test_a_whole_report_of_the_same_inputs_is_found(run: Run) -> None:
+    summary = make_summary()
+    assert find_report(run, "inputs") is None
+    summary_file(run.run_dir).write_bytes(dump_summary(summary).encode())
+    report_file(run.run_dir).write_bytes(b"<html>")
+    merged_adapter_file(run.run_dir).write_bytes(b"adapter")
+    assert find_report(run, "inputs") is None
+    report_record(run.run_dir).write_bytes(json.dumps({"inputs": "inputs"}).encode())
+    assert find_report(run, "inputs") == summary
+    assert find_report(run, "others") is None
+    summary_file(run.run_dir).write_bytes(b"{")
+    assert find_report(run, "inputs") is None
+    summary_file(run.run_dir).write_bytes(dump_summary(summary).encode())
+    merged_adapter_file(run.run_dir).delete()
+    assert find_report(run, "inputs") is None
+    report_record(run.run_dir).write_bytes(b"[]")
+    assert find_report(run, "inputs") is None
