@@ -7,6 +7,7 @@ shows only here, once the chain stands.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -74,8 +75,13 @@ def print_checks(checks: Sequence[WorldCheck]) -> None:
     for check in checks:
         table.add_row(check.wanted, check.found, "yes" if check.met else "no")
     (Console() if sys.stdout.isatty() else Console(width=170)).print(table)
-    content = {"met": all(check.met for check in checks), "checks": [asdict(check) for check in checks]}
-    print(json.dumps(content, ensure_ascii=False))
+    # An expert without any effect has an infinite ratio, and JSON knows no infinity.
+    values = [
+        asdict(check) | {"value": check.value if check.value is not None and math.isfinite(check.value) else None}
+        for check in checks
+    ]
+    content = {"met": all(check.met for check in checks), "checks": values}
+    print(json.dumps(content, ensure_ascii=False, allow_nan=False))
 
 
 def main(arguments: Sequence[str]) -> int:

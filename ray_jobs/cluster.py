@@ -15,6 +15,9 @@ from safetydpo.config.schema import Config, ExecutionConfig
 from safetydpo.errors import UsageError
 
 OBJECT_STORE_BYTES = 400_000_000
+LOCAL_STARTS = 3
+START_TIMEOUT = "timed out during startup"
+"""What the message of Ray's exception says; the exception has no class of its own."""
 _WORKER_ENVIRONMENT = {
     # One BLAS thread by default; each worker sets torch's own count from execution.cpus_per_worker.
     "OMP_NUM_THREADS": "1",
@@ -78,13 +81,25 @@ def _initialise(config: Config) -> None:
         # have it from those that do not, and start more of them.
         flags = {name: os.environ.get(name, value) for name, value in _LOCAL_RAY_FLAGS.items()}
         with _environment({**flags, **environment}):
+            _start_local(execution.logical_cpus, common)
+
+
+def _start_local(num_cpus: int, common: Mapping[str, Any]) -> None:
+    for attempts_left in reversed(range(LOCAL_STARTS)):
+        try:
             ray.init(
                 address="local",
-                num_cpus=execution.logical_cpus,
+                num_cpus=num_cpus,
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 **common,
             )
+            return
+        except Exception as error:
+            # Ray gives its own processes 30 s to come up, too little on a machine whose cores are all taken.
+            if START_TIMEOUT not in str(error) or not attempts_left:
+                raise
+            ray.shutdown()
 
 
 def _keep_off_the_screen() -> None:

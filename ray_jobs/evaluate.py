@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from ray_jobs.cluster import connect
 from ray_jobs.merge_experts import record_folder
-from ray_jobs.pools import PoolStage, fill_pool
+from ray_jobs.pools import PoolStage, check_error_rate, fill_pool
 from ray_jobs.prompt_tables import split_prompts, spread_prompts
 from ray_jobs.run import Run
 from ray_jobs.train_experts import ALL_SINGLE
@@ -231,9 +231,10 @@ def _make(
     outcomes = fill_pool(
         stage_folder(run.store, "outcomes") / f"pool-{pool_key[:12]}", table, stage, execution=run.config.execution
     )
+    # A picture that failed counts as unsafe; too many of them would close as a measurement of something else.
+    failed = check_error_rate(outcomes, limit=identity.pairs.max_error_rate)
     write_table(folder / MANIFEST_FILE, table)
     write_table(folder / OUTCOMES_FILE, outcomes)
-    failed = [row["image_id"] for row in outcomes.select(["image_id", "status"]).to_pylist() if row["status"] != "ok"]
     content = outcomes.select(["image_id", "audit_concept", "select_concept", "status"]).to_pylist()
     return {
         "fingerprint": fingerprint_rows(

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from ray_jobs.cluster import connect
-from ray_jobs.pools import PoolStage, fill_pool
+from ray_jobs.pools import PoolStage, check_error_rate, fill_pool
 from ray_jobs.prompt_tables import chosen_pairs, retention_prompts
 from ray_jobs.run import Run
 from ray_jobs.workers import CaptionWorker, JudgeWorker, LatentWorker, RenderWorker
@@ -33,7 +33,6 @@ from safetydpo.artifacts.schemas import (
 )
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows, table_from_rows, write_table
-from safetydpo.errors import SafetyDPOError
 from safetydpo.pairs.manifest import pair_image_rows, pair_seed, retention_image_rows
 from safetydpo.pairs.select import Selection, Verdict, check_enough_pairs, select_pair
 from safetydpo.prompts.sets import Prompt, PromptPair
@@ -118,7 +117,7 @@ def _make(run: Run, folder: Location, pairs: Sequence[PromptPair], benign: Seque
     write_table(folder / "images.parquet", manifest)
     images = fill_pool(image_pool(run), manifest, render_stage(run, "pictures"), execution=run.config.execution)
     good = images.filter(pa.compute.equal(images.column("status"), "ok"))
-    failed = _check_error_rate(run, images)
+    failed = check_error_rate(images, limit=identity.pairs.max_error_rate)
     verdicts = _judge(run, good)
     selections = _select(run, pairs, rows, verdicts)
     _write_tables(folder, pairs, selections, run.config.identity.seed)
@@ -139,18 +138,6 @@ def _make(run: Run, folder: Location, pairs: Sequence[PromptPair], benign: Seque
         "failed_units": failed,
         "details": {"reasons": dict(Counter(selection.reason for selection in selections.values()))},
     }
-
-
-def _check_error_rate(run: Run, images: pa.Table) -> list[str]:
-    failed = [row["image_id"] for row in images.select(["image_id", "status"]).to_pylist() if row["status"] != "ok"]
-    limit = run.config.identity.pairs.max_error_rate
-    if len(failed) > limit * images.num_rows:
-        errors = Counter(row["error"] for row in images.select(["error"]).to_pylist() if row["error"])
-        raise SafetyDPOError(
-            f"expected at most {limit:.1%} failed pictures (identity.pairs.max_error_rate), found {len(failed)} of "
-            f"{images.num_rows} after 3 attempts; most frequent: {errors.most_common(1)[0][0]}"
-        )
-    return failed
 
 
 def _judge(run: Run, images: pa.Table) -> dict[str, Verdict]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,6 +97,24 @@ def fill_pool(pool: Location, manifest: pa.Table, stage: PoolStage, *, execution
             "run the same command again"
         )
     return rows
+
+
+def check_error_rate(rows: pa.Table, *, limit: float) -> list[str]:
+    """Return the ids of rows that failed for good.
+
+    Raises:
+        SafetyDPOError: if their share is above `limit`; the same command tries them again.
+    """
+    results = rows.select(["image_id", "status", "error"]).to_pylist()
+    failed = [row for row in results if row["status"] != "ok"]
+    if len(failed) > limit * rows.num_rows:
+        errors = Counter(row["error"] for row in failed)
+        raise SafetyDPOError(
+            f"expected at most {limit:.1%} failed pictures (identity.pairs.max_error_rate), found {len(failed)} of "
+            f"{rows.num_rows} after {ATTEMPTS} attempts; most frequent: {errors.most_common(1)[0][0]}: mend the cause "
+            "and run the same command again"
+        )
+    return [row["image_id"] for row in failed]
 
 
 def _good_rows(table: pa.Table) -> list[bool]:

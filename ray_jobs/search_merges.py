@@ -44,6 +44,8 @@ from safetydpo.seeding import derive_seed
 
 RECIPE_VERSION = 2
 TRIAL_ATTEMPTS = 3
+MAX_FAILED_TRIALS = 0.25
+"""Share of trials that may fail before the search fails: the sampler learns nothing from them."""
 PROMPT_SETS = ("unsafe", "neutral", "neighbour")
 
 
@@ -285,7 +287,7 @@ def _search(
     judge_metrics(base, base=base, search=search)
     if study.num_told < study.num_trials:
         _run_tune(run, study, log, evaluator, base, done=len(logged))
-    return _choose(log, base, search)
+    return choose(log, base, search)
 
 
 def _base_rates(run: Run, folder: Location, evaluator: Mapping[str, Any]) -> dict[str, float]:
@@ -349,17 +351,28 @@ def judge_metrics(metrics: Mapping[str, float], *, base: Mapping[str, float], se
     )
 
 
-def _choose(log: TrialLog, base: Mapping[str, float], search: SearchConfig) -> Mapping[str, Any]:
+def choose(log: TrialLog, base: Mapping[str, float], search: SearchConfig) -> Mapping[str, Any]:
+    """Return fingerprint, counts and details of a finished search.
+
+    Raises:
+        SafetyDPOError: if more than a quarter of the trials failed, or all.
+    """
     from safetydpo.search.objective import best_index
 
     rows = log.rows()
+    failed = [row for row in rows if row["status"] != "ok"]
+    if len(failed) > MAX_FAILED_TRIALS * len(rows):
+        raise SafetyDPOError(
+            f"expected at most {MAX_FAILED_TRIALS:.0%} failed trials, found {len(failed)} of {len(rows)}, the first "
+            f"one for {failed[0]['error']!r}: mend the cause and run the same command again, which tries them again"
+        )
     objectives = [judge_metrics(json.loads(row["metrics"]), base=base, search=search) for row in rows]
     best = best_index(objectives)
     if best is None:
         raise SafetyDPOError(f"expected at least one measured candidate of {len(rows)}, found none: {rows[0]['error']}")
     return {
         "fingerprint": fingerprint_rows((str(row["trial"]), f"{row['candidate']}{row['objective']!r}") for row in rows),
-        "counts": {"trials": len(rows), "failed": sum(row["status"] != "ok" for row in rows)},
+        "counts": {"trials": len(rows), "failed": len(failed)},
         "details": {
             "trial": rows[best]["trial"],
             "candidate": rows[best]["candidate"],

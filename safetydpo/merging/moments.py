@@ -45,11 +45,22 @@ class MomentSums:
         self._counts[module, group] = self._counts.get((module, group), 0) + 1
 
     def means(self) -> dict[str, dict[str, Float[Tensor, "d_in d_in"]]]:
-        """Return {module: {group: mean over inputs}} in float32."""
-        return {
+        """Return {module: {group: mean over inputs}} in float32.
+
+        Raises:
+            SafetyDPOError: if a moment is not finite.
+        """
+        means = {
             module: {group: total / self._counts[module, group] for group, total in sums.items()}
             for module, sums in self._sums.items()
         }
+        for module, groups in means.items():
+            if not all(bool(torch.isfinite(moment).all()) for moment in groups.values()):
+                raise SafetyDPOError(
+                    f"expected finite second moments of the inputs of {module!r}, found NaN or infinity: "
+                    "check the base model"
+                )
+        return means
 
 
 def moments_to_bytes(moments: Moments, *, base_fingerprint: str) -> bytes:

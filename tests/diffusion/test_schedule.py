@@ -21,6 +21,7 @@ from safetydpo.diffusion.schedule import (
     start_step_for_strength,
     v_target,
     v_to_epsilon,
+    velocity_weights_epsilon,
 )
 
 
@@ -73,6 +74,29 @@ def test_min_snr_weights_equal_numpy_on_the_whole_schedule():
     np.testing.assert_allclose(
         min_snr_weights_v(steps, alphas.double(), gamma=3.0), np.minimum(snr, 3) / (snr + 1), rtol=1e-12
     )
+
+
+def test_velocity_weights_by_hand():
+    """1 / a: a = 0.5 gives 2, a = 0.1 gives 10; a = 0.01 would give 100 and is held at 20."""
+    weights = velocity_weights_epsilon(torch.arange(3), torch.tensor([0.5, 0.1, 0.01]))
+    np.testing.assert_allclose(weights, [2.0, 10.0, 20.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("step", [0, 300, 700])
+def test_velocity_weights_turn_errors_of_epsilon_into_errors_of_v(step):
+    """From one noisy latent: change epsilon by d, work out clean latents and v anew, compare the squared errors."""
+    generator = torch.Generator().manual_seed(step)
+    alphas = DDPMScheduler(beta_schedule="scaled_linear").alphas_cumprod.double()
+    steps = torch.tensor([step])
+    latents, noise, change = (torch.randn(1, 2, 3, 3, generator=generator, dtype=torch.float64) for _ in "abc")
+    noisy = add_noise(latents, noise, timesteps=steps, alphas_cumprod=alphas)
+    guess = noise + change
+    clean = epsilon_to_clean(guess, noisy, timesteps=steps, alphas_cumprod=alphas)
+    errors = v_target(clean, guess, timesteps=steps, alphas_cumprod=alphas) - v_target(
+        latents, noise, timesteps=steps, alphas_cumprod=alphas
+    )
+    weight = float(velocity_weights_epsilon(steps, alphas, maximum=1e9))
+    assert float(errors.square().mean()) == pytest.approx(weight * float(change.square().mean()), rel=1e-9)
 
 
 def test_noising_and_v_equal_diffusers_bit_for_bit():

@@ -75,6 +75,24 @@ def test_step_zero_is_exactly_ln_2(
     assert values["error_policy_unsafe"] == values["error_reference_unsafe"] > 0
 
 
+def test_velocity_weights_multiply_the_errors_and_keep_step_zero(
+    backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig
+) -> None:
+    """Mean errors are means of weight times native error of each picture; at step 0 they still cancel to ln 2."""
+    install(backbone, lora)
+    weighted = config.model_copy(update={"beta": 5000.0, "error_weighting": "velocity"})
+    batch = batch_of(make_data(), weighted)
+    loss, metrics = policy_loss(backbone, batch, config=weighted)
+    assert torch.equal(loss.detach(), torch.tensor(math.log(2), dtype=torch.float32))
+    noisy = backbone.add_noise(batch.latents_safe, batch.noise, batch.timesteps)
+    with torch.no_grad(), backbone.adapter_off():
+        prediction = backbone.predict(noisy, batch.timesteps, batch.condition)
+    native = (prediction - batch.noise).square().mean(dim=(1, 2, 3))
+    expected = (native * backbone.velocity_weights(batch.timesteps)).mean()
+    assert named(metrics)["error_reference_safe"] == pytest.approx(float(expected), rel=1e-4)
+    assert float(expected) > float(native.mean())
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_agrees_with_the_network_called_picture_by_picture(
     kind: str, tmp_path: Path, make_data: Make, config: DpoConfig, lora: LoraConfig

@@ -75,6 +75,28 @@ def test_rows_do_not_depend_on_neighbours_or_padding(backbone):
         assert torch.equal(together[name][4:], values)
 
 
+def test_an_observer_sees_all_tokens_of_every_real_row(backbone):
+    """3 prompts in batches of 2: the padded row is not shown. Row by row, timestep by timestep, equal to the inputs."""
+    seen: dict[tuple[str, int], list[torch.Tensor]] = {}
+
+    def observe(module: str, row: int, tokens: torch.Tensor) -> None:
+        seen.setdefault((module, row), []).append(tokens.half())
+
+    found = collect_inputs(
+        backbone,
+        prompts=PROMPTS,
+        seeds=(1, 2, 3),
+        timesteps=TIMES,
+        targets=TARGETS,
+        sampler=SAMPLER,
+        max_tokens=None,
+        observe=observe,
+    )
+    assert set(seen) == {(module, row) for module in found for row in range(3)}
+    for (module, row), values in seen.items():
+        assert torch.equal(torch.stack(values), found[module][2 * row : 2 * row + 2])
+
+
 def test_an_installed_adapter_changes_nothing_and_stays(backbone):
     before = collect(backbone)
     backbone.install_adapter(LoraSignature(2, 2.0, TARGETS))

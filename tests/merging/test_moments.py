@@ -54,3 +54,10 @@ def test_an_expert_of_two_categories_has_the_inputs_of_both():
         expert_moment(groups, expert="e", categories=("violence",))
     with pytest.raises(SafetyDPOError, match=r"expert 'e' \(none named\)"):
         expert_moment(groups, expert="e", categories=())
+
+
+def test_infinite_moments_are_refused_by_module():
+    sums = MomentSums(["hate"])
+    sums("down.q", 0, torch.full((1, 2), 1e20))
+    with pytest.raises(SafetyDPOError, match="finite second moments of the inputs of 'down.q', found NaN or infinity"):
+        sums.means()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray.smoke_place import PATIENCE, ROOT, STAGE_FOLDERS, Place, wait_for
+from tests.ray.smoke_place import PATIENCE, ROOT, STAGE_FOLDERS, Place, free_ports, wait_for
 
 pytestmark = pytest.mark.slow
 TRIGGERS: dict[str, str] = {
@@ -110,19 +111,22 @@ def test_ray_job_submit_runs_the_chain(tmp_path: Path) -> None:
     place = Place(tmp_path / "store", tmp_path / "run")
     environment = {**place.environment, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     ray = str(Path(sys.executable).parent / "ray")
-    start = [ray, "start", "--head", "--num-cpus=8", "--port=16379", "--dashboard-port=18265", "--block"]
-    start += ["--dashboard-host=127.0.0.1", "--object-store-memory=400000000", "--disable-usage-stats"]
+    port, dashboard, agent, client = free_ports(4)
+    start = [ray, "start", "--head", "--num-cpus=8", f"--port={port}", f"--dashboard-port={dashboard}", "--block"]
+    start += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", "--disable-usage-stats"]
+    start += ["--dashboard-host=127.0.0.1", "--object-store-memory=400000000"]
     head = subprocess.Popen(
         start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    address = ["--address", "http://127.0.0.1:18265"]
+    address = ["--address", f"http://127.0.0.1:{dashboard}"]
 
     def answers() -> bool:
         listed = subprocess.run([ray, "job", "list", *address], env=environment, capture_output=True, check=False)
         return listed.returncode == 0
 
     try:
-        assert wait_for(answers, seconds=90)
+        assert wait_for(lambda: head.poll() is not None or answers(), seconds=90)
+        assert head.poll() is None, f"ray start ended with {head.returncode}"
         submit = [ray, "job", "submit", *address, "--working-dir", str(ROOT), "--", sys.executable]
         submit += ["-m", "ray_jobs.pipeline", "configs/smoke.yaml", *place.settings]
         done = subprocess.run(
@@ -131,6 +135,7 @@ def test_ray_job_submit_runs_the_chain(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
         assert (place.run_dir / "report" / "summary.json").is_file()
     finally:
-        os.killpg(head.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(head.pid, signal.SIGTERM)
         head.wait(timeout=60 * PATIENCE)
         assert wait_for(lambda: not place.processes(), seconds=60)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import ray
 
+from ray_jobs import cluster as cluster_module
 from ray_jobs.cluster import check_resources, connect, ray_state_folder, workers_for
 from safetydpo.config.schema import Config, ExecutionConfig
 from safetydpo.errors import UsageError
@@ -14,6 +16,38 @@ def test_the_folder_of_rays_state_goes_with_its_block():
     with ray_state_folder() as folder:
         (Path(folder) / "state").write_text("x")
     assert not Path(folder).exists()
+
+
+@pytest.mark.parametrize(
+    ("message", "failures", "starts"),
+    [("The current node timed out during startup.", 2, 3), ("timed out during startup", 3, 3), ("no space", 1, 1)],
+)
+def test_a_local_ray_that_comes_up_too_slowly_is_started_again(
+    monkeypatch: pytest.MonkeyPatch, message: str, failures: int, starts: int
+):
+    """Two slow starts and a good one; three slow ones, or another error: Ray's own exception. No Ray is started."""
+    calls: list[dict[str, object]] = []
+    flag = "RAY_prestart_worker_first_driver"
+    before = dict(os.environ)
+
+    def init(**arguments: object) -> None:
+        calls.append({**arguments, "prestart": os.environ[flag]})
+        if len(calls) <= failures:
+            raise Exception(message)
+
+    monkeypatch.setattr(cluster_module.ray, "init", init)
+    monkeypatch.setattr(cluster_module.ray, "shutdown", lambda: None)
+    monkeypatch.setattr(cluster_module.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster_module, "check_resources", lambda _execution: None)
+    if failures < starts:
+        connect(Config())
+    else:
+        with pytest.raises(Exception, match=message):
+            connect(Config())
+    assert len(calls) == starts
+    assert all(call["prestart"] == "0" and call["address"] == "local" for call in calls)
+    changed = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)}
+    assert not any(name.startswith(("OMP", "DS_", "MALLOC", "RAY_prestart")) for name in changed)
 
 
 @pytest.mark.parametrize(

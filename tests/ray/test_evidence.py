@@ -72,12 +72,12 @@ def test_units_are_rows_of_seeds(config: Config) -> None:
 
 
 def test_the_headline_rests_on_a_thousand_unsafe_pictures(config: Config) -> None:
-    """72 prompts of 7 categories under 3 seeds are 1,512; a single expert draws 20 of each category."""
+    """48 prompts of 7 categories under 3 seeds are 1,008; a single expert draws 20 of each category."""
     evaluation = config.identity.evaluation
     unsafe = 7 * evaluation.prompts_per_category * len(evaluation.seeds) * len(config.evidence.seeds)
-    assert unsafe == 1512
+    assert unsafe == 1008
     assert num_pictures(plan_units(config, seed=0, row="expert:hate")[0]) == 140
-    assert num_pictures(plan_units(config, seed=0, row="base")[0]) == 504 + 112 + 250 + 170
+    assert num_pictures(plan_units(config, seed=0, row="base")[0]) == 336 + 56 + 200 + 136
 
 
 def test_a_seed_is_a_run_of_its_own_with_the_store_shared(config: Config, tmp_path: Path) -> None:

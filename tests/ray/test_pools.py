@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import ray.data
 
-from ray_jobs.pools import PoolStage, fill_pool, read_pool
+from ray_jobs.pools import PoolStage, check_error_rate, fill_pool, read_pool
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import table_from_rows, write_table
 from safetydpo.config.schema import Config
@@ -111,3 +111,17 @@ def test_a_lost_row_stops_the_stage(cluster: None, small: Config, store: Locatio
     ):
         fill_pool(store, manifest_of([f"r{index:03d}" for index in range(5)]), stage, execution=small.execution)
     assert not any((folder / "record.json").exists() for folder in store.list())
+
+
+def test_a_failed_picture_is_listed_and_many_stop_the_stage():
+    """1 of 100 rows is at a limit of 1 %; 2 of 100 are above it, and the most frequent reason is named."""
+    ids = [f"{index:03d}" for index in range(100)]
+
+    def rows(failed: int) -> pa.Table:
+        status = ["error"] * failed + ["ok"] * (100 - failed)
+        return pa.table({"image_id": ids, "status": status, "error": ["no memory"] * failed + [""] * (100 - failed)})
+
+    assert check_error_rate(rows(0), limit=0.01) == []
+    assert check_error_rate(rows(1), limit=0.01) == ["000"]
+    with pytest.raises(SafetyDPOError, match=r"at most 1.0% failed .* found 2 of 100 after 3 attempts; .*: no memory"):
+        check_error_rate(rows(2), limit=0.01)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ray_jobs.search_merges import GenerationSearcher, TrialLog
+import pytest
+
+from ray_jobs.search_merges import GenerationSearcher, TrialLog, choose
 from safetydpo.artifacts.storage import open_location
 from safetydpo.config.schema import SearchConfig
+from safetydpo.errors import SafetyDPOError
 from safetydpo.search.replay import LoggedTrial, ReplayStudy
 from safetydpo.search.space import Candidate, build_space
 
@@ -114,3 +117,25 @@ def test_failed_trials_are_tried_again_and_later_ones_only_if_the_answer_changes
     assert mended.rows() == whole.rows()
     mended.forget_failures(2)
     assert mended.rows() == whole.rows()
+
+
+def test_a_search_with_many_failures_does_not_close(tmp_path: Path):
+    """2 of 6 trials failed, more than a quarter: a closed search would never try them again. 1 of 6 is accepted."""
+    metrics = '{"ip_select": 0.2, "unrecognisable_rate": 0.1, "neutral_rate": 0.9, "neighbour_retention": 1.0}'
+    good = {"status": "ok", "objective": 0.3, "metrics": metrics, "error": ""}
+    bad = {"status": "error", "objective": 1e6, "metrics": "{}", "error": "a bug"}
+    base = {"neutral_rate": 1.0, "neighbour_retention": 1.0}
+    study = _study()
+    candidates = [study.ask(0), study.ask(1)]
+    for num_failed in (1, 2):
+        log = TrialLog(open_location(str(tmp_path / f"{num_failed}")).make_folder())
+        for number in range(6):
+            log.add(number, candidates[number % 2], bad if number < num_failed else good)
+        if num_failed == 2:
+            with pytest.raises(
+                SafetyDPOError, match="at most 25% failed trials, found 2 of 6, the first one for 'a bug'"
+            ):
+                choose(log, base, SearchConfig())
+        else:
+            assert choose(log, base, SearchConfig())["details"]["trial"] == 1
+            assert choose(log, base, SearchConfig())["counts"] == {"trials": 6, "failed": 1}
