@@ -86,9 +86,7 @@ def collect_inputs(
                 for name in modules:
                     tokens = _tokens(captured[name][0][: len(rows)])
                     per_step[name].append(_thin(tokens, max_tokens))
-                    if observe is not None:
-                        for row, values in zip(rows, tokens, strict=True):
-                            observe(name, row, values)
+                    _show(observe, name, rows, tokens)
             for name in modules:
                 kept[name].append(torch.stack(per_step[name], dim=1).flatten(0, 1))
     return {name: _finite(name, torch.cat(parts)) for name, parts in kept.items()}
@@ -144,6 +142,12 @@ def _check_request(
         )
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"expected at least one token per input, found max_tokens = {max_tokens}")
+
+
+def _show(observe: Callable[[str, int, Tensor], None] | None, module: str, rows: Sequence[int], tokens: Tensor) -> None:
+    if observe is not None:
+        for row, values in zip(rows, tokens, strict=True):
+            observe(module, row, values)
 
 
 def _tokens(values: Tensor) -> Tensor:
