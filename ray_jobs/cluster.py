@@ -16,6 +16,9 @@ from safetydpo.errors import UsageError
 
 OBJECT_STORE_BYTES = 400_000_000
 LOCAL_STARTS = 3
+NO_API_SERVER = "http://127.0.0.1:9"
+"""An address that refuses at once. A local Ray has no dashboard, and Ray Train's helper process, looking for one for
+40 s, would hold up the end of a short training by 12 s."""
 START_TIMEOUT = "timed out during startup"
 """What the message of Ray's exception says; the exception has no class of its own."""
 _WORKER_ENVIRONMENT = {
@@ -80,7 +83,7 @@ def _initialise(config: Config) -> None:
         # The processes of a local Ray inherit this one's environment; a runtime_env would keep apart those that
         # have it from those that do not, and start more of them.
         flags = {name: os.environ.get(name, value) for name, value in _LOCAL_RAY_FLAGS.items()}
-        with _environment({**flags, **environment}):
+        with _environment({**flags, **environment, "RAY_API_SERVER_ADDRESS": NO_API_SERVER}):
             _start_local(execution.logical_cpus, common)
 
 

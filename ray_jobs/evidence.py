@@ -172,7 +172,7 @@ def measure(
 
     After `minutes` no new unit is started. The same command goes on where this one ended or was killed.
     """
-    started = time.monotonic()
+    started, version = time.monotonic(), code_version()
     planned = plan_units(config, seed=seed, row=row)
     # Looked at before hours of work, not after.
     _pages(config)
@@ -190,11 +190,11 @@ def measure(
             if _is_over(started, minutes):
                 break
             begun = time.monotonic()
-            measure_unit(unit, chain, rows)
+            measure_unit(unit, chain, rows, version=version)
             progress.finished(unit, time.monotonic() - begun)
     left = sum(unit.read() is None for unit in planned)
     if left:
-        say(f"stopped after {minutes:g} minutes, {left} units to do: the same command goes on")
+        say(f"{left} units are still to do: the same command goes on")
 
 
 def _is_over(started: float, minutes: float | None) -> bool:
@@ -223,8 +223,13 @@ def _rows_of(chain: Chain) -> list[EvaluatedRow]:
     return list_rows(chain.run, chain.experts, chain.merged, chain.searched)
 
 
-def measure_unit(unit: PlannedUnit, chain: Chain, rows: Mapping[str, EvaluatedRow]) -> Unit:
-    """Draw and judge one row beside the base, and write its record."""
+def measure_unit(
+    unit: PlannedUnit, chain: Chain, rows: Mapping[str, EvaluatedRow], *, version: tuple[str | None, bool]
+) -> Unit:
+    """Draw and judge one row beside the base, and write its record.
+
+    `version` is the code as it was when the measurement began; if it is another one by now, the unit is dirty.
+    """
     started = time.monotonic()
     run = unit.run
     pair = [rows[name] for name in dict.fromkeys(("base", unit.row))]
@@ -234,7 +239,7 @@ def measure_unit(unit: PlannedUnit, chain: Chain, rows: Mapping[str, EvaluatedRo
     built = build_rows(joined.outcomes, [row.source for row in pair], run_seed=unit.seed, drawings=drawings)
     own = [outcome for outcome in joined.outcomes if outcome.row_name == unit.row]
     base = [outcome for outcome in joined.outcomes if outcome.row_name == "base"]
-    commit, dirty = code_version()
+    commit, dirty = version[0], version[1] or code_version() != version
     measured = Unit(
         seed=unit.seed,
         row=unit.row,

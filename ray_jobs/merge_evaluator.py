@@ -26,15 +26,18 @@ class MergeEvaluator:
         from safetydpo.diffusion.build import load_backbone
         from safetydpo.judges.build import load_judge
         from safetydpo.merging.merge import prepare_experts
+        from safetydpo.merging.registry import find_method
 
         self.run = Run(Config.model_validate(config))
         torch.set_num_threads(max(1, int(self.run.config.execution.cpus_per_worker)))
         self._backbone = load_backbone(self.run.config.identity.base, device=worker_device())
         self._judge = load_judge(SELECT_JUDGE)
+        # A method that is not searched must not ask for what it would need: moments need benign prompts.
+        methods = [find_method(name) for name in self.run.config.identity.search.methods]
         self._prepared = prepare_experts(
             load_experts(self.run, folders),
-            inputs=read_inputs(self.run, inputs),
-            moments=read_moments(self.run, inputs),
+            inputs=read_inputs(self.run, inputs if any(method.needs_inputs for method in methods) else None),
+            moments=read_moments(self.run, inputs if any(method.needs_moments for method in methods) else None),
         )
         self._prompts = list(prompts)
 

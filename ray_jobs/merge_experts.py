@@ -159,11 +159,15 @@ def _merge_task(
     import torch
 
     from safetydpo.merging.merge import merge_prepared, prepare_experts
+    from safetydpo.merging.registry import find_method
 
     run = Run(Config.model_validate(config))
     torch.set_num_threads(max(1, int(run.config.execution.cpus_per_worker)))
+    method = find_method(settings["method"])
     prepared = prepare_experts(
-        load_experts(run, folders), inputs=read_inputs(run, inputs), moments=read_moments(run, inputs)
+        load_experts(run, folders),
+        inputs=read_inputs(run, inputs if method.needs_inputs else None),
+        moments=read_moments(run, inputs if method.needs_moments else None),
     )
     result = merge_prepared(
         prepared,

@@ -12,6 +12,7 @@ from ray_jobs.evaluate import EvaluatedRow
 from ray_jobs.merge_experts import record_folder
 from ray_jobs.outcomes import Outcomes, read_outcomes, reference_features
 from ray_jobs.run import Run, package_versions
+from ray_jobs.search_merges import judge_metrics
 from safetydpo.artifacts.layout import ADAPTER_FILE, merged_adapter_file, report_file, report_record, summary_file
 from safetydpo.artifacts.records import Record, read_pointers
 from safetydpo.artifacts.schemas import TRIALS, sha256_of
@@ -148,12 +149,12 @@ def _trials(run: Run, search: Record) -> SearchTrials:
                 ip=point[0],
                 neutral=point[1],
                 neighbour=point[2],
-                feasible=point[1] >= config.neutral_floor and point[2] >= config.neighbour_floor,
+                feasible=judge_metrics(metrics, base=base, search=config).feasible,
                 on_front=index in front,
                 chosen=row["trial"] == search.details["trial"],
                 scale=candidate["global_scale"],
             )
-            for index, ((row, _, candidate), point) in enumerate(zip(measured, points, strict=True))
+            for index, ((row, metrics, candidate), point) in enumerate(zip(measured, points, strict=True))
         ),
         neutral_floor=config.neutral_floor,
         neighbour_floor=config.neighbour_floor,

@@ -133,7 +133,7 @@ def test_time_that_is_over_starts_nothing(config: Config, monkeypatch: pytest.Mo
     monkeypatch.delattr(evidence, "run_stages")
     said: list[str] = []
     measure(config, minutes=0, say=said.append)
-    assert said[-1] == "stopped after 0 minutes, 42 units to do: the same command goes on"
+    assert said[-1] == "42 units are still to do: the same command goes on"
 
 
 def test_from_records_to_pages(config: Config, tmp_path: Path) -> None:
