@@ -113,19 +113,13 @@ def _evaluate(chain: Chain) -> None:
 
 
 def _report(chain: Chain) -> None:
-    from ray_jobs.report import write_report
+    from ray_jobs.report import Finished, write_report
 
     assert chain.search is not None
     assert chain.searched is not None
     assert chain.outcomes is not None
-    chain.summary = write_report(
-        chain.run,
-        experts=chain.experts,
-        search=chain.search,
-        searched=chain.searched,
-        outcomes=chain.outcomes,
-        rows=chain.rows,
-    )
+    finished = Finished(chain.experts, chain.search, chain.searched, chain.outcomes, chain.rows)
+    chain.summary = write_report(chain.run, finished)
 
 
 _STEPS: dict[str, Callable[[Chain], None]] = {

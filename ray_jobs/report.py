@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -39,24 +39,27 @@ PICTURES_PER_SHEET = 12
 CURVES = ("loss", "implicit_accuracy", "error_policy_safe", "error_policy_unsafe", "gradient_norm")
 
 
-def write_report(
-    run: Run,
-    *,
-    experts: Mapping[str, Record],
-    search: Record,
-    searched: Record,
-    outcomes: Record,
-    rows: Sequence[EvaluatedRow],
-) -> Summary:
+@dataclass(frozen=True)
+class Finished:
+    """What a report is made from: the records of the stages before it and the rows of its table."""
+
+    experts: Mapping[str, Record]
+    search: Record
+    searched: Record
+    outcomes: Record
+    rows: Sequence[EvaluatedRow]
+
+
+def write_report(run: Run, finished: Finished) -> Summary:
     """Write the final adapter, `summary.json` and `index.html` of a run; return the summary.
 
     Nothing is written if they stand there already, made from the same inputs.
     """
-    inputs = report_inputs(run, experts=experts, search=search, searched=searched, outcomes=outcomes, rows=rows)
+    inputs, rows = report_inputs(run, finished), finished.rows
     written = find_report(run, inputs)
     if written is not None:
         return written
-    joined = read_outcomes(run, outcomes, rows)
+    joined = read_outcomes(run, finished.outcomes, rows)
     _, drawings = reference_features()
     summary = build_summary(
         build_rows(joined.outcomes, [row.source for row in rows], run_seed=run.config.identity.seed, drawings=drawings),
@@ -65,12 +68,12 @@ def write_report(
         config_hash=sha256_of(identity_of(run.config)),
         versions=package_versions(),
     )
-    merged_adapter_file(run.run_dir).write_bytes((record_folder(run, searched) / ADAPTER_FILE).read_bytes())
+    merged_adapter_file(run.run_dir).write_bytes((record_folder(run, finished.searched) / ADAPTER_FILE).read_bytes())
     summary_file(run.run_dir).write_bytes(dump_summary(summary).encode())
     page = render_report(
         summary,
-        trials=_trials(run, search),
-        training=_curves(run, experts),
+        trials=_trials(run, finished.search),
+        training=_curves(run, finished.experts),
         sheets=_sheets(summary, joined),
         lineage=_lineage(run),
         title=f"Safety report of run {run.config.name}",
@@ -82,15 +85,7 @@ def write_report(
     return summary
 
 
-def report_inputs(
-    run: Run,
-    *,
-    experts: Mapping[str, Record],
-    search: Record,
-    searched: Record,
-    outcomes: Record,
-    rows: Sequence[EvaluatedRow],
-) -> str:
+def report_inputs(run: Run, finished: Finished) -> str:
     """Return a hash over all that the files of `write_report` are made from."""
     # The time of writing is written after it and would make every report the input of another.
     timing = {stage: seconds for stage, seconds in run.seconds().items() if stage != "report"}
@@ -98,11 +93,11 @@ def report_inputs(
         {
             "recipe_version": RECIPE_VERSION,
             "config": identity_of(run.config),
-            "experts": {name: record.fingerprint for name, record in experts.items()},
-            "search": search.fingerprint,
-            "searched": searched.fingerprint,
-            "outcomes": outcomes.fingerprint,
-            "rows": [asdict(row.source) for row in rows],
+            "experts": {name: record.fingerprint for name, record in finished.experts.items()},
+            "search": finished.search.fingerprint,
+            "searched": finished.searched.fingerprint,
+            "outcomes": finished.outcomes.fingerprint,
+            "rows": [asdict(row.source) for row in finished.rows],
             "pointers": read_pointers(run.run_dir),
             "timing": timing,
             "versions": package_versions(),

@@ -11,20 +11,17 @@ Axis legend: `input` prompts x timesteps (timestep moves fastest), `token` token
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
-from safetydpo.artifacts.schemas import canonical_json
 from safetydpo.config.schema import SamplerConfig
 from safetydpo.diffusion.backbone import Backbone
 from safetydpo.diffusion.render import initial_noise
 from safetydpo.errors import SafetyDPOError, UsageError
+from safetydpo.merging.collected import collected_from_bytes, collected_to_bytes
 from safetydpo.seeding import derive_seed
 
 METADATA_KEY = "safetydpo_layer_inputs"
@@ -94,8 +91,8 @@ def collect_inputs(
 
 def inputs_to_bytes(inputs: Mapping[str, Float[Tensor, "input token d_in"]], *, base_fingerprint: str) -> bytes:
     """Return layer inputs as a safetensors file (float16); equal inputs give equal bytes."""
-    tensors = {name: inputs[name].to("cpu", torch.float16).contiguous() for name in sorted(inputs)}
-    return save(tensors, metadata={METADATA_KEY: canonical_json({"base_fingerprint": base_fingerprint}).decode()})
+    halves = {name: values.to(torch.float16) for name, values in inputs.items()}
+    return collected_to_bytes(halves, kind=METADATA_KEY, base_fingerprint=base_fingerprint)
 
 
 def inputs_from_bytes(
@@ -106,20 +103,9 @@ def inputs_from_bytes(
     Raises:
         SafetyDPOError: if the file is truncated, is none of ours, or was collected on another base model.
     """
-    try:
-        tensors: dict[str, Tensor] = load(data)
-        length = int.from_bytes(data[:8], "little")
-        found = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][METADATA_KEY])["base_fingerprint"]
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise SafetyDPOError(
-            f"expected layer inputs at {source}, found {len(data):,} bytes that are none ({error}): collect them again"
-        ) from error
-    if found != base_fingerprint:
-        raise SafetyDPOError(
-            f"expected layer inputs of base {base_fingerprint[:12]!r} at {source}, found base {found[:12]!r}: "
-            "collect them on the base model of these experts"
-        )
-    return tensors
+    return collected_from_bytes(
+        data, kind=METADATA_KEY, what="layer inputs", source=source, base_fingerprint=base_fingerprint
+    )
 
 
 def _check_request(

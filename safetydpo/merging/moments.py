@@ -8,17 +8,14 @@ Axis legend: `token` tokens or pixels of a layer, `d_in` input features of a lay
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
-from safetydpo.artifacts.schemas import canonical_json
 from safetydpo.errors import SafetyDPOError
+from safetydpo.merging.collected import collected_from_bytes, collected_to_bytes
 
 BENIGN = "benign"
 METADATA_KEY = "safetydpo_moments"
@@ -66,12 +63,11 @@ class MomentSums:
 def moments_to_bytes(moments: Moments, *, base_fingerprint: str) -> bytes:
     """Return moments as a safetensors file (float32); equal moments give equal bytes."""
     tensors = {
-        f"{group}/{module}": moment.to("cpu", torch.float32).contiguous()
+        f"{group}/{module}": moment.to(torch.float32)
         for module, groups in moments.items()
         for group, moment in groups.items()
     }
-    metadata = {METADATA_KEY: canonical_json({"base_fingerprint": base_fingerprint}).decode()}
-    return save({name: tensors[name] for name in sorted(tensors)}, metadata=metadata)
+    return collected_to_bytes(tensors, kind=METADATA_KEY, base_fingerprint=base_fingerprint)
 
 
 def moments_from_bytes(
@@ -82,20 +78,9 @@ def moments_from_bytes(
     Raises:
         SafetyDPOError: if the file is truncated, is none of ours, or was collected on another base model.
     """
-    try:
-        tensors: dict[str, Tensor] = load(data)
-        length = int.from_bytes(data[:8], "little")
-        found = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][METADATA_KEY])["base_fingerprint"]
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise SafetyDPOError(
-            f"expected moments of layer inputs at {source}, found {len(data):,} bytes that are none ({error}): "
-            "collect them again"
-        ) from error
-    if found != base_fingerprint:
-        raise SafetyDPOError(
-            f"expected moments of base {base_fingerprint[:12]!r} at {source}, found base {found[:12]!r}: "
-            "collect them on the base model of these experts"
-        )
+    tensors = collected_from_bytes(
+        data, kind=METADATA_KEY, what="moments of layer inputs", source=source, base_fingerprint=base_fingerprint
+    )
     moments: dict[str, dict[str, Tensor]] = {}
     for name, moment in tensors.items():
         group, module = name.split("/", maxsplit=1)

@@ -27,6 +27,7 @@ from safetydpo.config.schema import Config
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.evaluation.evidence import dump_unit
 from safetydpo.evaluation.evidence_page import BEGIN, END
+from safetydpo.evaluation.rows import RowSource
 from tests.evaluation.measured_units import make_units
 from tests.ray.commands import Command
 
@@ -184,7 +185,8 @@ def test_bad_requests_are_refused(config: Config, tmp_path: Path) -> None:
 def test_single_experts_may_draw_the_first_prompts_of_each_category(config: Config) -> None:
     run = seed_run(config, 0)
     prompts = evidence.evaluation_prompts(run)
-    row = evidence.EvaluatedRow(source=None, adapter="", prompt_sets=("unsafe",), prompts_per_category=20)  # type: ignore[arg-type]
+    source = RowSource("expert:hate", "expert", adapter_hash="a" * 64, rank=8, scale=1.0)
+    row = evidence.EvaluatedRow(source, adapter="", prompt_sets=("unsafe",), prompts_per_category=20)
     chosen = row_prompts(row, prompts)
     assert len(chosen) == 140
     assert set(chosen) < set(prompts["unsafe"])

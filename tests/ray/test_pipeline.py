@@ -11,7 +11,7 @@ import pytest
 
 from ray_jobs import pipeline
 from ray_jobs.evaluate import EvaluatedRow
-from ray_jobs.report import find_report, report_inputs
+from ray_jobs.report import Finished, find_report, report_inputs
 from ray_jobs.run import Run
 from safetydpo.artifacts.layout import merged_adapter_file, report_file, report_record, summary_file
 from safetydpo.artifacts.records import ArtifactKey, Record
@@ -75,7 +75,7 @@ def _inputs(run: Run, **changes: Any) -> str:
         "outcomes": _record("outcomes", "d"),
         "rows": [EvaluatedRow(RowSource("base", "base"), "", ("unsafe",))],
     }
-    return report_inputs(run, **{**given, **changes})
+    return report_inputs(run, Finished(**{**given, **changes}))
 
 
 def test_whatever_a_report_shows_changes_its_inputs(run: Run) -> None:

@@ -1,0 +1,44 @@
+"""Tensors that were collected on a base model, as safetensors bytes that name the base they belong to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from safetydpo.artifacts.schemas import canonical_json
+from safetydpo.errors import SafetyDPOError
+
+
+def collected_to_bytes(tensors: Mapping[str, Tensor], *, kind: str, base_fingerprint: str) -> bytes:
+    """Return tensors as a safetensors file; equal tensors in any order give equal bytes.
+
+    `kind` is the metadata key, so that a file of one kind is not read as another.
+    """
+    ordered = {name: tensors[name].to("cpu").contiguous() for name in sorted(tensors)}
+    return save(ordered, metadata={kind: canonical_json({"base_fingerprint": base_fingerprint}).decode()})
+
+
+def collected_from_bytes(data: bytes, *, kind: str, what: str, source: str, base_fingerprint: str) -> dict[str, Tensor]:
+    """Return the tensors of a file written by `collected_to_bytes`; `what` names them in messages.
+
+    Raises:
+        SafetyDPOError: if the file is truncated, is of another kind, or was collected on another base model.
+    """
+    try:
+        tensors: dict[str, Tensor] = load(data)
+        length = int.from_bytes(data[:8], "little")
+        found = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][kind])["base_fingerprint"]
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise SafetyDPOError(
+            f"expected {what} at {source}, found {len(data):,} bytes that are none ({error}): collect them again"
+        ) from error
+    if found != base_fingerprint:
+        raise SafetyDPOError(
+            f"expected {what} of base {base_fingerprint[:12]!r} at {source}, found base {found[:12]!r}: "
+            "collect them on the base model of these experts"
+        )
+    return tensors
