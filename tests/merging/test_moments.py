@@ -43,7 +43,9 @@ def test_damaged_and_foreign_files_are_refused():
     data = moments_to_bytes({"q": {"hate": torch.eye(3)}}, base_fingerprint="base")
     with pytest.raises(SafetyDPOError, match="expected moments of layer inputs at x, found 20 bytes"):
         moments_from_bytes(data[:20], source="x", base_fingerprint="base")
-    with pytest.raises(SafetyDPOError, match="expected moments of layer inputs of base 'other' at x, found base 'base'"):
+    with pytest.raises(
+        SafetyDPOError, match="expected moments of layer inputs of base 'other' at x, found base 'base'"
+    ):
         moments_from_bytes(data, source="x", base_fingerprint="other")
 
 
