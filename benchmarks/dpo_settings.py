@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import print_result
-from ray_jobs.merge_experts import record_folder
+from ray_jobs.expert_files import record_folder
 from ray_jobs.prompt_tables import split_prompts, spread_prompts
 from ray_jobs.run import Run, with_absolute_paths
 from ray_jobs.train_experts import plan_experts, preference_data, read_training_tables

@@ -58,7 +58,7 @@ def connect(config: Config) -> None:
     """
     if not ray.is_initialized():
         _initialise(config)
-    check_resources(config.execution)
+    check_resources(config.execution, num_workers=config.execution.num_workers)
 
 
 def _initialise(config: Config) -> None:
@@ -143,23 +143,23 @@ def workers_for(execution: ExecutionConfig, *, tasks: int, passes_per_task: int)
     return max(1, min(execution.num_workers, tasks, worth))
 
 
-def check_resources(execution: ExecutionConfig) -> None:
-    """Compare what all workers together ask for with what the cluster has.
+def check_resources(execution: ExecutionConfig, *, num_workers: int, setting: str = "execution.num_workers") -> None:
+    """Compare what `num_workers` (the value of `setting`) ask for together with what the cluster has.
 
     Raises:
         UsageError: expected, found, what to do.
     """
     total = ray.cluster_resources()
-    for resource, per_worker, setting in (
+    for resource, per_worker, name in (
         ("CPU", execution.cpus_per_worker, "cpus_per_worker"),
         ("GPU", execution.gpus_per_worker, "gpus_per_worker"),
     ):
-        needed = per_worker * execution.num_workers
+        needed = per_worker * num_workers
         found = total.get(resource, 0.0)
         if needed > found:
             raise UsageError(
-                f"expected {needed:g} {resource}s (execution.num_workers {execution.num_workers} x "
-                f"execution.{setting} {per_worker:g}), found {found:g} in the cluster: lower either, or add nodes"
+                f"expected {needed:g} {resource}s ({setting} {num_workers} x execution.{name} {per_worker:g}), "
+                f"found {found:g} in the cluster: lower either, or add nodes"
             )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from ray_jobs.cluster import connect
-from ray_jobs.merge_experts import record_folder
+from ray_jobs.expert_files import record_folder
 from ray_jobs.pools import PoolStage, check_error_rate, fill_pool
 from ray_jobs.prompt_tables import split_prompts, spread_prompts
 from ray_jobs.run import Run

@@ -18,7 +18,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ray_jobs import evaluate, generate_pairs, merge_experts, search_merges, train_experts
+from ray_jobs import distill_experts, evaluate, generate_pairs, merge_experts, search_merges, train_experts
 from ray_jobs.evaluate import EvaluatedRow, evaluate_rows, evaluation_prompts, judges_fingerprint, list_rows
 from ray_jobs.outcomes import read_outcomes, reference_features
 from ray_jobs.pipeline import STAGES, Chain, run_stages
@@ -77,6 +77,7 @@ class PlannedUnit:
                 "recipes": {
                     "pairs": generate_pairs.RECIPE_VERSION,
                     "train": train_experts.RECIPE_VERSION,
+                    "distill": distill_experts.RECIPE_VERSION,
                     "layer_inputs": merge_experts.INPUTS_RECIPE_VERSION,
                     "merge": merge_experts.RECIPE_VERSION,
                     "search": search_merges.RECIPE_VERSION,
@@ -256,6 +257,7 @@ def measure_unit(
         counts=count_row(own, base=base),
         recipe=_recipe(chain, unit.row),
         failed_images=list_failures(own),
+        experts={} if unit.row == "base" else {name: record.fingerprint for name, record in chain.experts.items()},
     )
     unit.file.write_bytes(dump_unit(measured).encode())
     return measured

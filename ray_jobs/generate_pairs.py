@@ -33,6 +33,7 @@ from safetydpo.artifacts.schemas import (
 )
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows, table_from_rows, write_table
+from safetydpo.judges.build import fingerprint_judge
 from safetydpo.pairs.manifest import pair_image_rows, pair_seed, retention_image_rows
 from safetydpo.pairs.select import Selection, Verdict, check_enough_pairs, select_pair
 from safetydpo.prompts.sets import Prompt, PromptPair
@@ -71,6 +72,7 @@ def pairs_key(run: Run, pairs: Sequence[PromptPair], benign: Sequence[Prompt]) -
             "base": run.base_fingerprint,
             "prompt_pairs": fingerprint_rows((pair.pair_id, "/".join(pair.categories)) for pair in pairs),
             "retention_prompts": fingerprint_rows((prompt.prompt_id, "") for prompt in benign),
+            "judge": fingerprint_judge(SELECT_JUDGE),
         },
         recipe_version=RECIPE_VERSION,
     )
@@ -88,6 +90,12 @@ def image_pool(run: Run) -> Location:
 def derived_pool(run: Run, stage: str) -> Location:
     """Return the pool of what is computed from those pictures or from captions."""
     return stage_folder(run.store, stage) / image_pool(run).name
+
+
+def verdict_pool(run: Run) -> Location:
+    """Return the pool of verdicts on those pictures: other weights of the judge have another one."""
+    folder = derived_pool(run, "verdicts")
+    return folder.parent / f"{folder.name}-{fingerprint_judge(SELECT_JUDGE)[:12]}"
 
 
 def render_stage(run: Run, label: str) -> PoolStage:
@@ -150,9 +158,7 @@ def _judge(run: Run, images: pa.Table) -> dict[str, Verdict]:
         batch_size=DERIVED_BATCH,
         passes_per_batch=DERIVED_PASSES,
     )
-    table = fill_pool(
-        derived_pool(run, "verdicts"), images.select(IMAGE_INPUT.names), stage, execution=run.config.execution
-    )
+    table = fill_pool(verdict_pool(run), images.select(IMAGE_INPUT.names), stage, execution=run.config.execution)
     return {row["image_id"]: Verdict(row["unsafe_score"], row["unrecognisable_score"]) for row in table.to_pylist()}
 
 

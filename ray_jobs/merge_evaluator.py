@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ray_jobs.expert_files import load_experts, read_aids
 from ray_jobs.generate_pairs import SELECT_JUDGE
-from ray_jobs.merge_experts import load_experts, read_inputs, read_moments
 from ray_jobs.run import Run
 from ray_jobs.workers import worker_device
 from safetydpo.config.schema import Config
@@ -19,26 +19,20 @@ class MergeEvaluator:
     """Base, experts, judge and prompts in memory; measures one merged adapter after another."""
 
     def __init__(
-        self, config: Mapping[str, Any], folders: Mapping[str, str], inputs: str | None, prompts: Sequence[Prompt]
+        self, config: Mapping[str, Any], folders: Mapping[str, str], aids: Mapping[str, str], prompts: Sequence[Prompt]
     ) -> None:
         import torch
 
         from safetydpo.diffusion.build import load_backbone
         from safetydpo.judges.build import load_judge
         from safetydpo.merging.merge import prepare_experts
-        from safetydpo.merging.registry import find_method
 
         self.run = Run(Config.model_validate(config))
         torch.set_num_threads(max(1, int(self.run.config.execution.cpus_per_worker)))
         self._backbone = load_backbone(self.run.config.identity.base, device=worker_device())
         self._judge = load_judge(SELECT_JUDGE)
-        # A method that is not searched must not ask for what it would need: moments need benign prompts.
-        methods = [find_method(name) for name in self.run.config.identity.search.methods]
-        self._prepared = prepare_experts(
-            load_experts(self.run, folders),
-            inputs=read_inputs(self.run, inputs if any(method.needs_inputs for method in methods) else None),
-            moments=read_moments(self.run, inputs if any(method.needs_moments for method in methods) else None),
-        )
+        methods = self.run.config.identity.search.methods
+        self._prepared = prepare_experts(load_experts(self.run, folders), **read_aids(self.run, aids, methods=methods))
         self._prompts = list(prompts)
 
     def measure(self, candidate: Candidate | None) -> dict[str, float]:

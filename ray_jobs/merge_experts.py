@@ -1,45 +1,53 @@
-"""Stage 3: merges without a search, and the layer inputs of the base model that Co-Merge votes on."""
+"""Stage 3: merges without a search, and what some of them need: layer inputs of the base, a distilled adapter."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
 
 from ray_jobs.cluster import connect
+from ray_jobs.expert_files import (
+    INPUTS_FILE,
+    MOMENTS_FILE,
+    MergeAids,
+    check_expert_files,
+    expert_folders,
+    load_experts,
+    read_aids,
+)
 from ray_jobs.prompt_tables import split_prompts, spread_prompts
 from ray_jobs.run import Run
 from ray_jobs.train_experts import ALL_SINGLE
 from ray_jobs.workers import worker_device
-from safetydpo.artifacts.adapters import adapter_hash, read_adapter, read_adapter_metadata, write_adapter
+from safetydpo.artifacts.adapters import adapter_hash, write_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE
-from safetydpo.artifacts.records import ArtifactKey, Record, artifact_folder, find_closed
+from safetydpo.artifacts.records import ArtifactKey, Record, find_closed
 from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows
 from safetydpo.config.schema import Config
-from safetydpo.errors import SafetyDPOError
 from safetydpo.merging.moments import BENIGN
+from safetydpo.merging.registry import MergeMethod
 from safetydpo.seeding import derive_seed
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 INPUTS_RECIPE_VERSION = 2
 BENIGN_FACTOR = 2
 """Neutral prompts behind the benign moment, as a multiple of the unsafe ones of one category."""
-INPUTS_FILE = "layer_inputs.safetensors"
-MOMENTS_FILE = "moments.safetensors"
 
 
-def merge_experts(run: Run, experts: Mapping[str, Record]) -> dict[str, Record]:
+def merge_experts(run: Run, experts: Mapping[str, Record], pairs: Record, pairs_folder: Location) -> dict[str, Record]:
     """Make or find one merged adapter per method of `merge.methods`; return their records by method."""
     from safetydpo.merging.registry import find_method
 
     check_expert_files(run, experts)
     merge = run.config.identity.merge
     methods = [find_method(name) for name in merge.methods]
-    inputs = collect_layer_inputs(run) if any(method.needs_base for method in methods) else None
+    aids = merge_aids(run, experts, pairs, pairs_folder, methods=methods)
     members = {name: record for name, record in experts.items() if name != ALL_SINGLE}
     records: dict[str, Record] = {}
     for method in methods:
@@ -50,51 +58,55 @@ def merge_experts(run: Run, experts: Mapping[str, Record]) -> dict[str, Record]:
             "density": merge.density if method.uses_density else None,
             "output_rank": merge.output_rank,
         }
-        records[method.name] = merged_artifact(
-            run, method.name, settings, members, inputs=inputs if method.needs_base else None
-        )
+        records[method.name] = merged_artifact(run, method.name, settings, members, aids=aids)
     return records
 
 
-def check_expert_files(run: Run, experts: Mapping[str, Record]) -> None:
-    """Refuse a damaged or foreign adapter before workers are started; only headers are read.
+def merge_aids(
+    run: Run, experts: Mapping[str, Record], pairs: Record, pairs_folder: Location, *, methods: Sequence[MergeMethod]
+) -> MergeAids:
+    """Make or find what these methods need beside the experts, and what the start of a distillation needs."""
+    from ray_jobs.distill_experts import distill_experts
+    from safetydpo.merging.registry import find_method
 
-    Raises:
-        SafetyDPOError: if an adapter's file is missing or cut short, or was trained for another base model.
-    """
-    for name, record in experts.items():
-        location = record_folder(run, record) / ADAPTER_FILE
-        found = read_adapter_metadata(location).base_fingerprint
-        if found != run.base_fingerprint:
-            raise SafetyDPOError(
-                f"expected expert {name!r} of base model {run.base_fingerprint[:12]}, found one of base model "
-                f"{found[:12] or 'unknown'} in {location}: delete its folder and run the same command again, "
-                "which trains it"
-            )
+    distils = any(method.needs_distilled for method in methods)
+    start = [find_method(run.config.identity.merge.distill.start_method)] if distils else []
+    needs_base = any(method.needs_base for method in (*methods, *start))
+    aids = MergeAids(layer_inputs=collect_layer_inputs(run) if needs_base else None)
+    if not distils:
+        return aids
+    distilled = distill_experts(run, experts, pairs, pairs_folder, aids=aids.needed_by(start))
+    return replace(aids, distilled=distilled)
 
 
 def merged_artifact(
-    run: Run, pointer: str, settings: Mapping[str, Any], experts: Mapping[str, Record], *, inputs: Record | None
+    run: Run, pointer: str, settings: Mapping[str, Any], experts: Mapping[str, Record], *, aids: MergeAids
 ) -> Record:
-    """Make or find the merged adapter of one method, scale and set of weights."""
+    """Make or find the merged adapter of one method, scale and set of weights; `aids` may hold more than it needs."""
+    from safetydpo.merging.registry import find_method
+
+    needed = aids.needed_by([find_method(str(settings["method"]))])
     key = ArtifactKey(
         stage="merged",
         name=str(settings["method"]),
         identity={**settings, "seed": run.config.identity.seed},
         inputs={
             "experts": fingerprint_rows((name, record.fingerprint) for name, record in experts.items()),
-            "layer_inputs": inputs.fingerprint if inputs is not None else "",
+            **needed.fingerprints(),
         },
         recipe_version=RECIPE_VERSION,
     )
 
     def make(folder: Location) -> Mapping[str, Any]:
         connect(run.config)
-        source = inputs_folder(run, inputs).path if inputs is not None else None
         task = _merge_task.options(num_cpus=run.config.execution.cpus_per_worker)
         made: Mapping[str, Any] = ray.get(
             task.remote(
-                run.config.model_dump(mode="json"), expert_folders(run, experts), dict(settings), source, folder.path
+                run.config.model_dump(mode="json"),
+                expert_folders(run, experts),
+                dict(settings),
+                needed.folders(run),
+                folder.path,
             )
         )
         return made
@@ -102,73 +114,17 @@ def merged_artifact(
     return run.build(f"merged:{pointer}", key, make)
 
 
-def expert_folders(run: Run, experts: Mapping[str, Record]) -> dict[str, str]:
-    """Return {expert name: path of its artifact folder}."""
-    return {name: artifact_folder(run.store, _key_of(record)).path for name, record in experts.items()}
-
-
-def _key_of(record: Record) -> ArtifactKey:
-    return ArtifactKey(record.stage, record.name, record.identity, record.inputs, record.recipe_version)
-
-
-def record_folder(run: Run, record: Record) -> Location:
-    """Return the folder in which a record's artifact stands."""
-    return artifact_folder(run.store, _key_of(record))
-
-
-def inputs_folder(run: Run, record: Record) -> Location:
-    """Return the folder of the layer inputs."""
-    return record_folder(run, record)
-
-
-def load_experts(run: Run, folders: Mapping[str, str]) -> list[Any]:
-    """Read expert adapters from their artifact folders."""
-    from safetydpo.merging.merge import Expert
-
-    experts = []
-    for name, path in folders.items():
-        layers, metadata = read_adapter(Location(run.store.filesystem, path) / ADAPTER_FILE)
-        experts.append(Expert(name, adapter_hash(layers), layers, metadata))
-    return experts
-
-
-def read_inputs(run: Run, path: str | None) -> Any:
-    """Read the layer inputs of the base model, or None."""
-    from safetydpo.merging.activations import inputs_from_bytes
-
-    if path is None:
-        return None
-    location = Location(run.store.filesystem, path) / INPUTS_FILE
-    return inputs_from_bytes(location.read_bytes(), source=str(location), base_fingerprint=run.base_fingerprint)
-
-
-def read_moments(run: Run, path: str | None) -> Any:
-    """Read the second moments of layer inputs of the base model, or None."""
-    from safetydpo.merging.moments import moments_from_bytes
-
-    if path is None:
-        return None
-    location = Location(run.store.filesystem, path) / MOMENTS_FILE
-    return moments_from_bytes(location.read_bytes(), source=str(location), base_fingerprint=run.base_fingerprint)
-
-
 @ray.remote
 def _merge_task(
-    config: dict[str, Any], folders: dict[str, str], settings: dict[str, Any], inputs: str | None, target: str
+    config: dict[str, Any], folders: dict[str, str], settings: dict[str, Any], aids: dict[str, str], target: str
 ) -> dict[str, Any]:
     import torch
 
     from safetydpo.merging.merge import merge_prepared, prepare_experts
-    from safetydpo.merging.registry import find_method
 
     run = Run(Config.model_validate(config))
     torch.set_num_threads(max(1, int(run.config.execution.cpus_per_worker)))
-    method = find_method(settings["method"])
-    prepared = prepare_experts(
-        load_experts(run, folders),
-        inputs=read_inputs(run, inputs if method.needs_inputs else None),
-        moments=read_moments(run, inputs if method.needs_moments else None),
-    )
+    prepared = prepare_experts(load_experts(run, folders), **read_aids(run, aids, methods=[settings["method"]]))
     result = merge_prepared(
         prepared,
         method=settings["method"],

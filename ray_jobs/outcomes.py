@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ray_jobs.evaluate import OUTCOMES_FILE, EvaluatedRow, evaluation_prompts, outcome_id, row_prompts
-from ray_jobs.merge_experts import record_folder
+from ray_jobs.expert_files import record_folder
 from ray_jobs.run import Run
 from safetydpo.artifacts.layout import demo_weights
 from safetydpo.artifacts.records import Record

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from ray_jobs.run import Run, with_absolute_paths
 from safetydpo.artifacts.records import Record
+from safetydpo.artifacts.storage import Location
 from safetydpo.config.load import load_config
 from safetydpo.config.schema import Config
 from safetydpo.errors import UsageError
@@ -32,6 +33,14 @@ class Chain:
     outcomes: Record | None = None
     rows: list[Any] = field(default_factory=list)
     summary: Any = None
+
+    @property
+    def pairs_folder(self) -> Location:
+        """Where the pairs stand."""
+        from ray_jobs.expert_files import record_folder
+
+        assert self.pairs is not None
+        return record_folder(self.run, self.pairs)
 
 
 def run_stages(config: Config, *, last: str = "report") -> Chain:
@@ -56,12 +65,16 @@ def check_request(run: Run) -> None:
     from safetydpo.merging.registry import find_method
 
     identity = run.config.identity
-    for setting, names in (("merge", identity.merge.methods), ("search", identity.search.methods)):
+    for setting, names in (
+        ("merge.methods", identity.merge.methods),
+        ("search.methods", identity.search.methods),
+        ("merge.distill.start_method", [identity.merge.distill.start_method]),
+    ):
         for name in names:
             try:
                 find_method(name)
             except UsageError as error:
-                raise UsageError(f"{error}: correct identity.{setting}.methods") from error
+                raise UsageError(f"{error}: correct identity.{setting}") from error
     all_pairs(identity.prompts)
     # Computed once per run and kept: asking here costs nothing.
     _ = run.base_fingerprint
@@ -86,23 +99,24 @@ def _pairs(chain: Chain) -> None:
 
 
 def _train(chain: Chain) -> None:
-    from ray_jobs.merge_experts import record_folder
     from ray_jobs.train_experts import train_experts
 
     assert chain.pairs is not None
-    chain.experts = train_experts(chain.run, chain.pairs, record_folder(chain.run, chain.pairs))
+    chain.experts = train_experts(chain.run, chain.pairs, chain.pairs_folder)
 
 
 def _merge(chain: Chain) -> None:
     from ray_jobs.merge_experts import merge_experts
 
-    chain.merged = merge_experts(chain.run, chain.experts)
+    assert chain.pairs is not None
+    chain.merged = merge_experts(chain.run, chain.experts, chain.pairs, chain.pairs_folder)
 
 
 def _search(chain: Chain) -> None:
     from ray_jobs.search_merges import search_merges
 
-    chain.search, chain.searched = search_merges(chain.run, chain.experts)
+    assert chain.pairs is not None
+    chain.search, chain.searched = search_merges(chain.run, chain.experts, chain.pairs, chain.pairs_folder)
 
 
 def _evaluate(chain: Chain) -> None:

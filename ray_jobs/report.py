@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ray_jobs.evaluate import EvaluatedRow
-from ray_jobs.merge_experts import record_folder
+from ray_jobs.expert_files import record_folder
 from ray_jobs.outcomes import Outcomes, read_outcomes, reference_features
 from ray_jobs.run import Run, package_versions
 from ray_jobs.search_merges import judge_metrics
@@ -34,7 +34,7 @@ from safetydpo.evaluation.rows import build_rows, list_failures
 from safetydpo.evaluation.summary import Summary, build_summary, dump_summary, parse_summary
 from safetydpo.search.pareto import pareto_front
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 PICTURES_PER_SHEET = 12
 CURVES = ("loss", "implicit_accuracy", "error_policy_safe", "error_policy_unsafe", "gradient_norm")
 
@@ -129,7 +129,7 @@ def _trials(run: Run, search: Record) -> SearchTrials:
     ]
     points = [
         (
-            metrics["ip_select"],
+            metrics["ip_select"] + config.unrecognisable_weight * metrics["unrecognisable_rate"],
             metrics["neutral_rate"] / base["neutral_rate"],
             metrics["neighbour_retention"] / base["neighbour_retention"],
         )
@@ -141,7 +141,7 @@ def _trials(run: Run, search: Record) -> SearchTrials:
             SearchTrial(
                 number=row["trial"],
                 method=candidate["method"],
-                ip=point[0],
+                ip=metrics["ip_select"],
                 neutral=point[1],
                 neighbour=point[2],
                 feasible=judge_metrics(metrics, base=base, search=config).feasible,

@@ -17,14 +17,10 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from ray_jobs.cluster import connect, ray_state_folder, workers_for
+from ray_jobs.expert_files import MergeAids, expert_folders
 from ray_jobs.generate_pairs import SELECT_JUDGE
 from ray_jobs.merge_evaluator import MergeEvaluator
-from ray_jobs.merge_experts import (
-    collect_layer_inputs,
-    expert_folders,
-    merged_artifact,
-    record_folder,
-)
+from ray_jobs.merge_experts import merge_aids, merged_artifact
 from ray_jobs.progress import progress_bar
 from ray_jobs.prompt_tables import split_prompts, spread_prompts
 from ray_jobs.run import Run
@@ -35,6 +31,7 @@ from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows, read_table, table_from_rows, write_table
 from safetydpo.config.schema import SearchConfig
 from safetydpo.errors import SafetyDPOError
+from safetydpo.judges.build import fingerprint_judge
 from safetydpo.prompts.sets import Prompt
 from safetydpo.search.guard import refuse_test_prompts
 from safetydpo.search.objective import FAILED_OBJECTIVE, Objective, constrained_objective
@@ -42,19 +39,24 @@ from safetydpo.search.replay import LoggedTrial, ReplayStudy
 from safetydpo.search.space import Candidate, SearchSpace, build_space
 from safetydpo.seeding import derive_seed
 
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 TRIAL_ATTEMPTS = 3
 MAX_FAILED_TRIALS = 0.25
 """Share of trials that may fail before the search fails: the sampler learns nothing from them."""
 PROMPT_SETS = ("unsafe", "neutral", "neighbour")
 
 
-def search_merges(run: Run, experts: Mapping[str, Record]) -> tuple[Record, Record]:
+def search_merges(
+    run: Run, experts: Mapping[str, Record], pairs: Record, pairs_folder: Location
+) -> tuple[Record, Record]:
     """Make or find the search and the adapter it chose; return (record of the search, record of the adapter)."""
+    from safetydpo.merging.registry import find_method
+
     members = {name: record for name, record in experts.items() if name != ALL_SINGLE}
     prompts = validation_prompts(run)
-    inputs = collect_layer_inputs(run)
     identity = run.config.identity
+    methods = [find_method(name) for name in identity.search.methods]
+    aids = merge_aids(run, experts, pairs, pairs_folder, methods=methods)
     key = ArtifactKey(
         stage="search",
         name=run.config.name,
@@ -68,19 +70,18 @@ def search_merges(run: Run, experts: Mapping[str, Record]) -> tuple[Record, Reco
         },
         inputs={
             "experts": fingerprint_rows((name, record.fingerprint) for name, record in members.items()),
-            "layer_inputs": inputs.fingerprint,
+            **aids.fingerprints(),
             "prompts": sha256_of([prompt.text for prompt in prompts]),
+            "judge": fingerprint_judge(SELECT_JUDGE),
         },
         recipe_version=RECIPE_VERSION,
     )
-    record = run.build("search", key, lambda folder: _search(run, folder, members, inputs, prompts))
+    record = run.build("search", key, lambda folder: _search(run, folder, members, aids, prompts))
     candidate = Candidate.from_json(str(record.details["candidate"]))
-    return record, _searched_adapter(run, candidate, members, inputs)
+    return record, _searched_adapter(run, candidate, members, aids)
 
 
-def _searched_adapter(run: Run, candidate: Candidate, experts: Mapping[str, Record], inputs: Record) -> Record:
-    from safetydpo.merging.registry import find_method
-
+def _searched_adapter(run: Run, candidate: Candidate, experts: Mapping[str, Record], aids: MergeAids) -> Record:
     settings = {
         "method": candidate.method,
         "weights": dict(candidate.weights),
@@ -88,8 +89,7 @@ def _searched_adapter(run: Run, candidate: Candidate, experts: Mapping[str, Reco
         "density": candidate.density,
         "output_rank": run.config.identity.merge.output_rank,
     }
-    needed = inputs if find_method(candidate.method).needs_base else None
-    return merged_artifact(run, "searched", settings, experts, inputs=needed)
+    return merged_artifact(run, "searched", settings, experts, aids=aids)
 
 
 def validation_prompts(run: Run) -> list[Prompt]:
@@ -252,16 +252,16 @@ class TrialLog:
 
 def search_space(run: Run, experts: Sequence[str]) -> SearchSpace:
     """Return the space of a run's search."""
-    from safetydpo.merging.registry import density_methods, find_method
+    from safetydpo.merging.registry import density_methods, find_method, unweighted_methods
 
     search = run.config.identity.search
     for method in search.methods:
         find_method(method)
-    return build_space(search, experts, density_methods=density_methods())
+    return build_space(search, experts, density_methods=density_methods(), unweighted_methods=unweighted_methods())
 
 
 def _search(
-    run: Run, folder: Location, experts: Mapping[str, Record], inputs: Record, prompts: Sequence[Prompt]
+    run: Run, folder: Location, experts: Mapping[str, Record], aids: MergeAids, prompts: Sequence[Prompt]
 ) -> Mapping[str, Any]:
     search = run.config.identity.search
     space = search_space(run, sorted(experts))
@@ -279,7 +279,7 @@ def _search(
     evaluator = {
         "config": run.config.model_dump(mode="json"),
         "folders": expert_folders(run, experts),
-        "inputs": record_folder(run, inputs).path,
+        "aids": aids.folders(run),
         "prompts": list(prompts),
     }
     base = _base_rates(run, folder, evaluator)

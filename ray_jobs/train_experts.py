@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -168,6 +168,29 @@ def _run_lane(
     state: str,
     errors: list[BaseException],
 ) -> None:
+    settings = {
+        "config": run.config.model_dump(mode="json"),
+        "units": [unit_to_json(unit) for unit in units],
+        "pairs_folder": pairs_folder.name,
+        "board": board,
+    }
+    trainer = open_trainer(run, train_lane, settings, name=f"lane-{index}", state=state)
+    try:
+        trainer.fit()
+    except Exception as error:  # a thread's error must reach the thread that started it
+        errors.append(error)
+
+
+def open_trainer(
+    run: Run,
+    loop: Callable[[Mapping[str, Any]], None],
+    settings: Mapping[str, Any],
+    *,
+    name: str,
+    state: str,
+    num_workers: int = 1,
+) -> Any:
+    """Return a TorchTrainer of `num_workers` workers that run `loop(settings)`; `state` is a folder for Ray's files."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -175,28 +198,20 @@ def _run_lane(
     resources: dict[str, float] = {"CPU": execution.cpus_per_worker}
     if execution.gpus_per_worker > 0:
         resources["GPU"] = execution.gpus_per_worker
-    trainer = TorchTrainer(
-        train_lane,
-        train_loop_config={
-            "config": run.config.model_dump(mode="json"),
-            "units": [unit_to_json(unit) for unit in units],
-            "pairs_folder": pairs_folder.name,
-            "board": board,
-        },
+    return TorchTrainer(
+        loop,
+        train_loop_config=dict(settings),
         scaling_config=ScalingConfig(
-            num_workers=1, use_gpu=execution.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=num_workers, use_gpu=execution.gpus_per_worker > 0, resources_per_worker=resources
         ),
+        # NCCL refuses two processes on one GPU.
         torch_config=TorchConfig(backend="nccl" if execution.gpus_per_worker >= 1 else "gloo"),
         run_config=RunConfig(
-            name=f"lane-{index}",
+            name=name,
             storage_path=state,
             failure_config=FailureConfig(max_failures=LANE_FAILURES, controller_failure_limit=CONTROLLER_FAILURES),
         ),
     )
-    try:
-        trainer.fit()
-    except Exception as error:  # a thread's error must reach the thread that started it
-        errors.append(error)
 
 
 def unit_to_json(unit: ExpertUnit) -> dict[str, Any]:

@@ -106,11 +106,9 @@ class LoraConfig(_Frozen):
     """`shared`: one draw of A per (base, signature), so that rows of A mean the same in all experts."""
 
 
-class DpoConfig(_Frozen):
-    """Training of one expert by Diffusion-DPO."""
+class TrainingConfig(_Frozen):
+    """How an adapter is optimised, whatever its loss."""
 
-    beta: float = Field(100.0, gt=0)
-    """Strength of the implicit reward (the loss uses beta / 2)."""
     learning_rate: float = Field(2e-3, gt=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(1e-2, ge=0)
@@ -123,13 +121,26 @@ class DpoConfig(_Frozen):
     """Gradient clipping norm."""
     steps: int = Field(120, ge=1)
     """Optimizer steps (never multiplied by the number of processes)."""
+    error_weighting: Literal["native", "velocity"] = "native"
+    """Weight of all errors by timestep: `native` = 1, as released; `velocity` = that of the velocity's errors, so that
+    an epsilon network learns at high noise too, where a picture's layout is decided."""
+    checkpoint_every: int = Field(40, ge=1)
+    """Optimizer steps between checkpoints."""
+    strategy: Literal["single", "deepspeed"] = "deepspeed"
+    """`deepspeed` = ZeRO through Ray Train; `single` = the plain loop, for tests and tiny runs."""
+    zero_stage: int = Field(1, ge=1, le=2)
+    """ZeRO stage when strategy is `deepspeed`."""
+
+
+class DpoConfig(TrainingConfig):
+    """Training of one expert by Diffusion-DPO."""
+
+    beta: float = Field(100.0, gt=0)
+    """Strength of the implicit reward (the loss uses beta / 2)."""
     pairs_per_step: int = Field(16, ge=1)
     """Pairs in one optimizer step over all processes."""
     captions: Literal["unsafe", "safe", "both"] = "both"
     """Caption of a preference row: the unsafe prompt, the safe prompt, or either with equal chance."""
-    error_weighting: Literal["native", "velocity"] = "native"
-    """Weight of all errors by timestep: `native` = 1, as released; `velocity` = that of the velocity's errors, so that
-    an epsilon network learns at high noise too, where a picture's layout is decided."""
     empty_caption_rate: Rate = 0.2
     """Share of preference rows whose caption is replaced by the empty caption, so that the unconditional branch of
     guidance is aligned too. The unconditional branch is shared by all experts: each one's change of it adds up."""
@@ -148,16 +159,51 @@ class DpoConfig(_Frozen):
     """What must not change: `neutral` = the base's pictures of `prompts.retention_prompts`; `safe` = also the safe
     pictures of the other experts' pairs; `others` = also their unsafe ones, so that each expert acts on its own
     category only and experts add up. With `safe` and `others` an expert depends on the pairs of all categories."""
-    checkpoint_every: int = Field(40, ge=1)
-    """Optimizer steps between checkpoints."""
     spike_limit: float = Field(10.0, gt=1.0)
     """An expert fails if its error on the safe picture stays above this multiple of the reference's."""
     spike_patience: int = Field(5, ge=1)
     """Consecutive optimizer steps above `spike_limit` after which an expert fails."""
-    strategy: Literal["single", "deepspeed"] = "deepspeed"
-    """`deepspeed` = ZeRO through Ray Train; `single` = the plain loop, for tests and tiny runs."""
-    zero_stage: int = Field(1, ge=1, le=2)
-    """ZeRO stage when strategy is `deepspeed`."""
+
+
+class DistillConfig(TrainingConfig):
+    """Merge method `distill`: one adapter is fitted to answer each expert's prompts as that expert does.
+
+    Benign prompts are answered by the base. It starts from another merge and costs one training, however many experts.
+    """
+
+    start_method: str = "sum"
+    """Merge method whose result it starts from, all coefficients 1."""
+    start_scale: float = Field(0.6, gt=0)
+    """Global scale of that merge."""
+    rank: int | None = Field(None, ge=1, le=1024)
+    """Rank of the fitted adapter; None = `lora.rank`."""
+    rows_per_step: int = Field(32, ge=2)
+    """Pictures in one optimizer step over all processes."""
+    benign_rate: float = Field(0.4, gt=0, lt=1)
+    """Share of them that are benign pictures, answered by the base."""
+    benign_empty_caption_rate: Rate = 0.2
+    """Share of benign rows whose caption is replaced by the empty caption."""
+    draws: int = Field(2, ge=1)
+    """Times each row is answered, at a timestep and noise of its own; answers are kept in memory
+    (rows x draws x latent size x 4 bytes) and used again."""
+    processes: int = Field(1, ge=1)
+    """Processes that train it together. Part of the identity: on a CPU it changes the last bits."""
+
+    @model_validator(mode="after")
+    def _rows_split_evenly(self) -> Self:
+        for what, count in (("benign", self.num_benign), ("other", self.rows_per_step - self.num_benign)):
+            if count < 1 or count % self.processes:
+                raise ValueError(
+                    f"identity.merge.distill: expected rows_per_step ({self.rows_per_step}) x benign_rate "
+                    f"({self.benign_rate}) to leave both kinds of rows a multiple of processes ({self.processes}), "
+                    f"found {count} {what} rows"
+                )
+        return self
+
+    @property
+    def num_benign(self) -> int:
+        """Benign rows of a step."""
+        return round(self.rows_per_step * self.benign_rate)
 
 
 class ExpertsConfig(_Frozen):
@@ -186,6 +232,8 @@ class MergeConfig(_Frozen):
     """Unsafe prompts per category whose layer inputs Co-Merge votes on."""
     activation_timesteps: Distinct[int] = Field((801, 401, 101), min_length=1)
     """Timesteps at which the layer inputs are collected."""
+    distill: DistillConfig = DistillConfig()
+    """Settings of the method `distill`."""
 
 
 class SearchConfig(_Frozen):
@@ -338,9 +386,11 @@ class Config(_Frozen):
 
     @model_validator(mode="after")
     def _step_counts_fit(self) -> Self:
-        dpo = self.identity.dpo
-        if dpo.warmup_steps >= dpo.steps:
-            raise ValueError(
-                f"identity.dpo.warmup_steps ({dpo.warmup_steps}) must be below identity.dpo.steps ({dpo.steps})"
-            )
+        trainings: dict[str, TrainingConfig] = {"dpo": self.identity.dpo, "merge.distill": self.identity.merge.distill}
+        for name, training in trainings.items():
+            if training.warmup_steps >= training.steps:
+                raise ValueError(
+                    f"identity.{name}.warmup_steps ({training.warmup_steps}) must be below identity.{name}.steps "
+                    f"({training.steps})"
+                )
         return self

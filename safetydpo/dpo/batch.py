@@ -121,11 +121,11 @@ class PreferenceData:
             | {row.caption_sha256 for row in benign}
         )
         place = {sha: index for index, sha in enumerate(captions)}
-        tokens = _gather(captions, embeddings, "text features of caption")
-        condition = Condition(tokens, None if pooled is None else _gather(captions, pooled, "pooled features of"))
+        tokens = gather_arrays(captions, embeddings, "text features of caption")
+        condition = Condition(tokens, None if pooled is None else gather_arrays(captions, pooled, "pooled features of"))
 
         def stack(ids: list[str]) -> Tensor:
-            return _gather(ids, latents, "latent of picture", shape=latent_shape)
+            return gather_arrays(ids, latents, "latent of picture", shape=latent_shape)
 
         def index(shas: list[str]) -> Tensor:
             return torch.tensor([place[sha] for sha in shas], dtype=torch.long)
@@ -291,13 +291,18 @@ def _check_latents(ids: Sequence[str], latents: Tensor, what: str) -> None:
         )
 
 
-def _gather(
+def gather_arrays(
     keys: Sequence[str],
     table: Mapping[str, NDArray[np.floating]],
     what: str,
     *,
     shape: tuple[int, ...] | None = None,
 ) -> Tensor:
+    """Return the arrays of `keys` stacked in that order; all must have the shape of the first, or `shape`.
+
+    Raises:
+        SafetyDPOError: if one is missing, of another shape or not finite; `what` names it.
+    """
     if not keys:
         return torch.empty((0, *(shape or ())))
     arrays = []

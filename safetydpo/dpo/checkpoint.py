@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from safetydpo.artifacts.schemas import canonical_json
-from safetydpo.config.schema import DpoConfig, LoraConfig
+from safetydpo.config.schema import LoraConfig, TrainingConfig
 from safetydpo.dpo.engine import EngineState
 from safetydpo.errors import SafetyDPOError
 
@@ -57,9 +57,9 @@ def training_identity(
     base_fingerprint: str,
     data_fingerprint: str,
     lora: LoraConfig,
-    dpo: DpoConfig,
+    dpo: TrainingConfig,
 ) -> TrainingIdentity:
-    """Return the identity of one expert's training, without the settings that cannot change its result."""
+    """Return the identity of one adapter's training, without the settings that cannot change its result."""
     settings = dpo.model_dump(mode="json", exclude=set(FREE_SETTINGS))
     return TrainingIdentity(
         expert, run_seed, base_fingerprint, data_fingerprint, lora.model_dump(mode="json"), settings

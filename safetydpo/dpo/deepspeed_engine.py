@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from safetydpo.config.schema import DpoConfig
+from safetydpo.config.schema import TrainingConfig
 from safetydpo.dpo.engine import EngineState, check_names, make_optimizer
 from safetydpo.errors import SafetyDPOError
 
@@ -53,7 +53,7 @@ def _import_deepspeed(device: torch.device) -> Any:
 class DeepSpeedEngine:
     """ZeRO with a client AdamW, so that no fused optimizer is compiled either."""
 
-    def __init__(self, parameters: Sequence[tuple[str, Tensor]], *, config: DpoConfig) -> None:
+    def __init__(self, parameters: Sequence[tuple[str, Tensor]], *, config: TrainingConfig) -> None:
         """Take over the named parameters of an installed adapter; every process must call it.
 
         Raises:
@@ -152,7 +152,7 @@ class DeepSpeedEngine:
             parameter.data = parameter.data.clone()
 
 
-def _zero_config(config: DpoConfig, num_parameters: int) -> dict[str, Any]:
+def _zero_config(config: TrainingConfig, num_parameters: int) -> dict[str, Any]:
     # The default buckets hold 500 million numbers, allocated up front; the whole adapter fits in one of its size.
     bucket = 2 * ((num_parameters + 1) // 2)
     return {

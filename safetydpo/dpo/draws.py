@@ -54,7 +54,7 @@ def pair_order(run_seed: int, expert: str, *, num_pairs: int, step: int, pairs_p
     Raises:
         ValueError: if there is nothing to draw from or nothing is asked for.
     """
-    return _epoch_order(run_seed, "dpo_pair_order", expert, num_pairs, step, pairs_per_step)
+    return row_order(run_seed, "dpo_pair_order", expert, num_rows=num_pairs, step=step, rows_per_step=pairs_per_step)
 
 
 def retention_order(
@@ -65,12 +65,19 @@ def retention_order(
     Raises:
         ValueError: if there is nothing to draw from or nothing is asked for.
     """
-    return _epoch_order(run_seed, "dpo_retention_order", expert, num_pictures, step, pictures_per_step)
+    return row_order(
+        run_seed, "dpo_retention_order", expert, num_rows=num_pictures, step=step, rows_per_step=pictures_per_step
+    )
 
 
-def _epoch_order(
-    run_seed: int, stage: str, expert: str, num_rows: int, step: int, rows_per_step: int
+def row_order(
+    run_seed: int, stage: str, owner: str, *, num_rows: int, step: int, rows_per_step: int
 ) -> tuple[RowUse, ...]:
+    """Return the rows of optimizer step `step` over all processes: the rule of `pair_order` for rows of any kind.
+
+    Raises:
+        ValueError: if there is nothing to draw from or nothing is asked for.
+    """
     if num_rows < 1 or rows_per_step < 1 or step < 0:
         raise ValueError(
             f"expected at least 1 row, 1 row per step and step >= 0, found {num_rows}, {rows_per_step} and {step}"
@@ -78,7 +85,7 @@ def _epoch_order(
     first = step * rows_per_step
     last = first + rows_per_step - 1
     shuffles = {
-        epoch: derive_numpy(run_seed, stage, f"{expert}\x1f{epoch}").permutation(num_rows)
+        epoch: derive_numpy(run_seed, stage, f"{owner}\x1f{epoch}").permutation(num_rows)
         for epoch in range(first // num_rows, last // num_rows + 1)
     }
     places = (divmod(position, num_rows) for position in range(first, last + 1))

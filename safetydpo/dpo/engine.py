@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from safetydpo.artifacts.adapters import LoraSignature
-from safetydpo.config.schema import DpoConfig, LoraConfig
+from safetydpo.config.schema import LoraConfig, TrainingConfig
 from safetydpo.diffusion.backbone import Backbone
 from safetydpo.errors import SafetyDPOError, UsageError
 
@@ -76,7 +76,7 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(backbone: Backbone, *, config: DpoConfig, lora: LoraConfig, world_size: int = 1) -> Engine:
+def open_engine(backbone: Backbone, *, config: TrainingConfig, lora: LoraConfig, world_size: int = 1) -> Engine:
     """Install an adapter slot in the backbone and return the engine of `config.strategy` for it.
 
     One engine serves a whole list of experts: `train_expert` loads each expert's own state first.
@@ -118,7 +118,7 @@ def learning_rate_at(step: int, *, peak: float, warmup_steps: int, steps: int, d
     return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def make_optimizer(parameters: Sequence[Tensor], *, config: DpoConfig) -> torch.optim.AdamW:
+def make_optimizer(parameters: Sequence[Tensor], *, config: TrainingConfig) -> torch.optim.AdamW:
     """Return AdamW (betas 0.9 and 0.999) over the adapter's parameters; both strategies use this one."""
     return torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay
@@ -144,7 +144,7 @@ class SingleEngine:
 
     world_size = 1
 
-    def __init__(self, parameters: Sequence[tuple[str, Tensor]], *, config: DpoConfig) -> None:
+    def __init__(self, parameters: Sequence[tuple[str, Tensor]], *, config: TrainingConfig) -> None:
         """Take over the named parameters of an installed adapter."""
         self._parameters = dict(parameters)
         self._max_grad_norm = config.max_grad_norm

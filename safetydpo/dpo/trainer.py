@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 
@@ -15,15 +14,9 @@ from safetydpo.config.schema import DpoConfig, LoraConfig
 from safetydpo.diffusion.adapter import initial_adapter
 from safetydpo.diffusion.backbone import Backbone
 from safetydpo.dpo.batch import PreferenceData, step_batch
-from safetydpo.dpo.checkpoint import (
-    TrainingIdentity,
-    TrainingState,
-    decode_checkpoint,
-    empty_history,
-    encode_checkpoint,
-    training_identity,
-)
-from safetydpo.dpo.engine import Engine, fresh_state, learning_rate_at, lora_signature
+from safetydpo.dpo.checkpoint import TrainingIdentity, TrainingState, encode_checkpoint, training_identity
+from safetydpo.dpo.descent import descend, is_checkpoint_due, load_start
+from safetydpo.dpo.engine import Engine, lora_signature
 from safetydpo.dpo.step import METRICS, policy_loss
 from safetydpo.errors import SafetyDPOError, UsageError
 
@@ -53,6 +46,7 @@ class StepMetrics:
     learning_rate: float
 
 
+ADVICE = "lower dpo.learning_rate or dpo.beta"
 METRIC_NAMES = tuple(field.name for field in fields(StepMetrics))
 
 
@@ -104,9 +98,10 @@ def train_expert(
         lora=lora,
         dpo=config,
     )
-    state = _start_state(backbone, lora, identity, checkpoint)
-    engine.load_state(state.engine)
-    _check_slot(backbone, state)
+    start = _start_layers(backbone, lora, identity)
+    state = load_start(
+        backbone, start, identity=identity, checkpoint=checkpoint, engine=engine, num_metrics=len(METRIC_NAMES)
+    )
     history, guard = list(state.history), SpikeGuard(expert_name, config, state.spike_steps)
     resumed_at = state.engine.step
     for step in range(resumed_at, config.steps):
@@ -115,7 +110,7 @@ def train_expert(
         )
         guard.check(metrics)
         history.append(torch.tensor(astuple(metrics), dtype=torch.float64))
-        if checkpoint is not None and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
+        if checkpoint is not None and is_checkpoint_due(step, config):
             now = TrainingState(engine.state(), guard.spike_steps, torch.stack(history))
             if rank == 0:
                 checkpoint.write_bytes(encode_checkpoint(now, identity))
@@ -123,33 +118,15 @@ def train_expert(
     return TrainedExpert(expert_name, backbone.export_adapter(), tuple(_metrics_of(row) for row in history), resumed_at)
 
 
-def _start_state(
-    backbone: Backbone, lora: LoraConfig, identity: TrainingIdentity, checkpoint: Location | None
-) -> TrainingState:
-    signature = lora_signature(lora)
-    layers = initial_adapter(
-        backbone.named_linear_layers(signature.targets),
-        signature,
+def _start_layers(backbone: Backbone, lora: LoraConfig, identity: TrainingIdentity) -> dict[str, LoraLayer]:
+    return initial_adapter(
+        backbone.named_linear_layers(lora.targets),
+        lora_signature(lora),
         base_fingerprint=identity.base_fingerprint,
         run_seed=identity.run_seed,
         init=lora.init,
         expert_name=identity.expert,
     )
-    # Also when a checkpoint replaces it: loading sets the slot's scale, which an evaluation may have changed.
-    backbone.load_adapter(layers)
-    if checkpoint is not None and checkpoint.exists():
-        return decode_checkpoint(checkpoint.read_bytes(), expected=identity, where=str(checkpoint))
-    return TrainingState(fresh_state(dict(backbone.adapter_parameters())), 0, empty_history(len(METRIC_NAMES)))
-
-
-def _check_slot(backbone: Backbone, state: TrainingState) -> None:
-    # An engine of a slot that was installed anew since would train tensors that the network no longer reads.
-    for name, parameter in backbone.adapter_parameters():
-        if not torch.equal(parameter.detach().cpu(), state.engine.parameters[name]):
-            raise SafetyDPOError(
-                f"expected the engine to own the installed adapter, found other values at {name!r} after loading: "
-                "open the engine again after install_adapter"
-            )
 
 
 def _train_step(
@@ -175,23 +152,9 @@ def _train_step(
         device=backbone.device,
     )
     loss, local = policy_loss(backbone, batch, config=config)
-    measured = engine.mean_over_processes(local).tolist()
-    if not math.isfinite(measured[0]):
-        # Raised on every process, before the weights are touched and before a checkpoint could hold them.
-        raise SafetyDPOError(_blow_up(expert, step, "loss", measured[0], "lower dpo.learning_rate or dpo.beta"))
-    engine.backward(loss)
-    learning_rate = learning_rate_at(
-        step, peak=config.learning_rate, warmup_steps=config.warmup_steps, steps=config.steps, decay=config.decay
-    )
-    norm = engine.step(learning_rate=learning_rate)
-    if not math.isfinite(norm):
-        raise SafetyDPOError(_blow_up(expert, step, "gradient norm", norm, "lower dpo.learning_rate or dpo.beta"))
-    values = dict(zip(METRICS, measured, strict=True))
-    return StepMetrics(step=step, gradient_norm=norm, learning_rate=learning_rate, **values)
-
-
-def _blow_up(expert: str, step: int, what: str, value: float, advice: str) -> str:
-    return f"expert {expert!r}: expected a finite {what} at step {step}, found {value}: {advice}"
+    done = descend(engine, loss, local, config=config, step=step, who=f"expert {expert!r}", advice=ADVICE)
+    values = dict(zip(METRICS, done.measured, strict=True))
+    return StepMetrics(step=step, gradient_norm=done.gradient_norm, learning_rate=done.learning_rate, **values)
 
 
 def _metrics_of(row: Tensor) -> StepMetrics:

@@ -44,6 +44,7 @@ class Unit:
         counts: Totals per concept.
         recipe: How a merged adapter was made; None for rows that are no merge.
         failed_images: Pictures that could not be made.
+        experts: Fingerprint of every expert of the seed; empty for a row that needs none.
     """
 
     seed: int
@@ -60,6 +61,7 @@ class Unit:
     counts: RowCounts
     recipe: Mapping[str, Any] | None = None
     failed_images: Sequence[FailedImage] = ()
+    experts: Mapping[str, str] = field(default_factory=dict)
 
 
 def dump_unit(unit: Unit) -> str:
@@ -82,6 +84,7 @@ def dump_unit(unit: Unit) -> str:
         "row": unit.measured,
         "recipe": unit.recipe,
         "failed_images": list(unit.failed_images),
+        "experts": dict(unit.experts),
         "counts": unit.counts.to_json(),
     }
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -120,6 +123,7 @@ def parse_unit(text: str, *, source: str) -> Unit:
             counts=parse_counts(document["counts"], source=source),
             recipe=document["recipe"],
             failed_images=tuple(document["failed_images"]),
+            experts=dict(document["experts"]),
         )
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise SafetyDPOError(f"expected the record of a measured unit in {source}, found {error!r}: {again}") from error
@@ -194,7 +198,8 @@ def pool_units(units: Sequence[Unit], *, rows: Sequence[str], seeds: Sequence[in
         seeds: Planned seeds.
 
     Raises:
-        SafetyDPOError: if there is no unit, one stands twice or was not planned, or base has not been measured.
+        SafetyDPOError: if there is no unit, one stands twice or was not planned, base has not been measured, or units
+            of one seed rest on different experts.
     """
     by_row: dict[str, dict[int, Unit]] = {row: {} for row in rows}
     for unit in sorted(units, key=lambda unit: unit.seed):
@@ -212,6 +217,7 @@ def pool_units(units: Sequence[Unit], *, rows: Sequence[str], seeds: Sequence[in
             f"expected the base among {len(ordered)} measured units, found it in none: every table is read against "
             "it; measure it first"
         )
+    _check_experts(ordered)
     summary_rows: list[SummaryRow] = []
     for members in by_row.values():
         if members:
@@ -225,6 +231,17 @@ def pool_units(units: Sequence[Unit], *, rows: Sequence[str], seeds: Sequence[in
         versions=ordered[0].versions,
     )
     return Evidence(ordered, tuple(rows), tuple(seeds), summary, by_row)
+
+
+def _check_experts(units: Sequence[Unit]) -> None:
+    # Training is equal to the byte on one machine; another processor may give other experts, and other merges.
+    first: dict[int, Unit] = {}
+    for unit in units:
+        if unit.experts and unit.experts != first.setdefault(unit.seed, unit).experts:
+            raise SafetyDPOError(
+                f"expected units of seed {unit.seed} that rest on the same experts, found other ones behind "
+                f"{unit.row} than behind {first[unit.seed].row}: delete the records of that seed and measure it again"
+            )
 
 
 def _pooled_row(units: Sequence[Unit]) -> SummaryRow:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 
-from safetydpo.errors import UsageError
-from safetydpo.judges.demo import load_select_judge
+from safetydpo.artifacts.layout import demo_weights
+from safetydpo.errors import SafetyDPOError, UsageError
+from safetydpo.judges.demo import SELECT_FOLDER, load_select_judge
 from safetydpo.judges.demo_verdicts import NamedDemoJudge
 from safetydpo.judges.protocol import Judge
 
 _JUDGES: dict[str, Callable[[], Judge]] = {"demo_select": lambda: NamedDemoJudge(load_select_judge())}
+_FOLDERS: dict[str, Callable[[], Path]] = {"demo_select": lambda: demo_weights() / SELECT_FOLDER}
 
 
 def load_judge(name: str) -> Judge:
@@ -19,6 +23,31 @@ def load_judge(name: str) -> Judge:
         UsageError: if there is no judge of that name.
         SafetyDPOError: if its weights are missing.
     """
+    _check_name(name)
+    return _JUDGES[name]()
+
+
+def fingerprint_judge(name: str) -> str:
+    """Return the sha256 over a judge's files, without loading it: verdicts of other weights are other verdicts.
+
+    Raises:
+        UsageError: if there is no judge of that name.
+        SafetyDPOError: if its weights are missing.
+    """
+    _check_name(name)
+    folder = _FOLDERS[name]()
+    files = sorted(path for path in folder.glob("*") if path.is_file())
+    if not files:
+        raise SafetyDPOError(
+            f"expected the weights of judge {name!r} in {folder}, found none: reinstall the package with its weights, "
+            "or run `python -m safetydpo.demo.build all`"
+        )
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(hashlib.sha256(file.name.encode()).digest() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _check_name(name: str) -> None:
     if name not in _JUDGES:
         raise UsageError(f"expected a judge among {', '.join(sorted(_JUDGES))}, found {name!r}")
-    return _JUDGES[name]()

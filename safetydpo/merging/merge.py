@@ -51,6 +51,8 @@ class PreparedExperts:
     scores: Mapping[str, tuple[NeuronScores, ...]] = field(default_factory=dict)
     moments: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
     """Per module the second moments of each expert's inputs, and last that of benign prompts."""
+    distilled: Mapping[str, LoraLayer] | None = None
+    """The adapter that was fitted to these experts."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,18 @@ class MergeResult:
 
 
 def prepare_experts(
-    experts: Sequence[Expert], *, inputs: Mapping[str, Tensor] | None = None, moments: Moments | None = None
+    experts: Sequence[Expert],
+    *,
+    inputs: Mapping[str, Tensor] | None = None,
+    moments: Moments | None = None,
+    distilled: Mapping[str, LoraLayer] | None = None,
 ) -> PreparedExperts:
     """Check that experts belong together, put them in order, score them on the layer inputs and find their moments.
 
     Raises:
         UsageError: if there is no expert or a name occurs twice.
-        SafetyDPOError: if experts differ in base model, target layers or shapes, hold NaN, or a layer has no inputs.
+        SafetyDPOError: if experts differ in base model, target layers or shapes, hold NaN, or a layer has no inputs
+            or no distilled change.
     """
     check_experts([(expert.name, expert.layers, expert.metadata) for expert in experts])
     ordered = tuple(sorted(experts, key=lambda expert: (expert.hash, expert.name)))
@@ -107,7 +114,14 @@ def prepare_experts(
             )
         for name in names:
             scores[name] = tuple(score_neurons(expert.layers[name], inputs[name]) for expert in ordered)
-    return PreparedExperts(ordered, names, scores, {} if moments is None else _moments(ordered, names, moments))
+    if distilled is not None and set(distilled) != set(names):
+        first = sorted(set(distilled) ^ set(names))[0]
+        raise SafetyDPOError(
+            f"expected a distilled adapter of the experts' {len(names)} layers, found {len(distilled)} and a first "
+            f"difference at {first!r}: distil these experts again"
+        )
+    found = {} if moments is None else _moments(ordered, names, moments)
+    return PreparedExperts(ordered, names, scores, found, distilled)
 
 
 def _moments(ordered: Sequence[Expert], names: Sequence[str], moments: Moments) -> dict[str, tuple[Tensor, ...]]:
@@ -133,6 +147,7 @@ def merge_experts(
     output_rank: int | None = None,
     inputs: Mapping[str, Tensor] | None = None,
     moments: Moments | None = None,
+    distilled: Mapping[str, LoraLayer] | None = None,
     seed: int = 0,
 ) -> MergeResult:
     """Merge experts once; see `merge_prepared`."""
@@ -141,6 +156,7 @@ def merge_experts(
         experts,
         inputs=inputs if chosen.needs_inputs else None,
         moments=moments if chosen.needs_moments else None,
+        distilled=distilled if chosen.needs_distilled else None,
     )
     return merge_prepared(
         prepared,
@@ -184,7 +200,7 @@ def merge_prepared(
     chosen = find_method(method)
     coefficients = _coefficients(prepared, weights)
     _check_numbers(global_scale=global_scale, density=density, output_rank=output_rank)
-    _check_needs(prepared, chosen)
+    _check_needs(prepared, chosen, coefficients)
     layers: dict[str, LoraLayer] = {}
     suppliers: dict[str, tuple[int, ...]] = {}
     lost: dict[str, tuple[float, float]] = {}
@@ -199,6 +215,7 @@ def merge_prepared(
                 seed=seed,
                 moments=prepared.moments[name][:-1] if chosen.needs_moments else (),
                 benign_moment=prepared.moments[name][-1] if chosen.needs_moments else None,
+                distilled=prepared.distilled[name] if chosen.needs_distilled and prepared.distilled else None,
             )
         )
         layers[name], lost[name] = _finish(merged.layer, global_scale=global_scale, output_rank=output_rank)
@@ -210,7 +227,12 @@ def merge_prepared(
     return _describe(prepared, layers, suppliers=suppliers, lost=lost, recipe=recipe)
 
 
-def _check_needs(prepared: PreparedExperts, method: MergeMethod) -> None:
+def _check_needs(prepared: PreparedExperts, method: MergeMethod, coefficients: Sequence[float]) -> None:
+    if not method.takes_weights and any(weight != 1.0 for weight in coefficients):
+        raise UsageError(
+            f"expected weights of 1 for merge method {method.name!r}, whose result does not depend on them, found "
+            f"{list(coefficients)}: leave them out, or choose a method that takes weights"
+        )
     if method.row_aligned:
         check_same_signature([(expert.name, expert.layers) for expert in prepared.experts], method=method.name)
     if method.needs_inputs and not prepared.scores:
@@ -222,6 +244,11 @@ def _check_needs(prepared: PreparedExperts, method: MergeMethod) -> None:
         raise SafetyDPOError(
             f"expected moments of layer inputs of the base model for merge method {method.name!r}, found none: "
             "pass the collected moments, or choose a method that needs none"
+        )
+    if method.needs_distilled and prepared.distilled is None:
+        raise SafetyDPOError(
+            f"expected a distilled adapter of these experts for merge method {method.name!r}, found none: "
+            "distil them first, or choose a method that needs none"
         )
 
 

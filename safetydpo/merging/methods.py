@@ -42,6 +42,7 @@ class LayerExperts:
         seed: seed of methods that draw.
         moments: second moment of the layer's inputs per expert; empty unless the method asks for moments.
         benign_moment: the same on benign prompts; None unless the method asks for moments.
+        distilled: this layer of the adapter that was fitted to the experts; None unless the method asks for it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class LayerExperts:
     seed: int = 0
     moments: Sequence[Tensor] = ()
     benign_moment: Tensor | None = None
+    distilled: LoraLayer | None = None
 
 
 @dataclass(frozen=True)
@@ -198,12 +200,34 @@ def regmean(experts: LayerExperts) -> LayerMerge:
     moments = [moment.to(torch.float64) for moment in experts.moments]
     total = torch.stack([*moments, experts.benign_moment.to(torch.float64)]).sum(dim=0)
     total.diagonal().add_(RIDGE * total.diagonal().mean())
+    factors = torch.linalg.lu_factor(total)
     layers = []
     for layer, moment in zip(experts.layers, moments, strict=True):
         # A G T^-1 = (T^-1 G A')' because both moments are symmetric.
-        weighted = torch.linalg.solve(total, moment @ layer.down.to(torch.float64).T).T
+        weighted = torch.linalg.lu_solve(*factors, moment @ layer.down.to(torch.float64).T).T
         layers.append(LoraLayer(down=weighted.to(layer.down.dtype).contiguous(), up=layer.up))
     return LayerMerge(concatenate(layers, experts.weights))
+
+
+def distill(experts: LayerExperts) -> LayerMerge:
+    """Take the adapter that was fitted, all layers together, to answer each expert's prompts as that expert does.
+
+    The fit is a short training (see `safetydpo.dpo.distillation`), made once per set of experts; only the global scale
+    is left to choose. Layer-wise methods see one linear map at a time, and what makes an expert act on its own
+    prompts only is spread over many; a fit of the whole network's predictions keeps that.
+
+    Use it when layer-wise merges lose either safety or the concepts that no expert should touch.
+
+    Raises:
+        SafetyDPOError: if there is no fitted adapter.
+
+    Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), section 2.
+    """
+    if experts.distilled is None:
+        raise SafetyDPOError(
+            f"expected a distilled adapter of these experts for {experts.name!r}, found none: distil them first"
+        )
+    return LayerMerge(experts.distilled)
 
 
 def max_magnitude(experts: LayerExperts) -> LayerMerge:

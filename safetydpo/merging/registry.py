@@ -21,6 +21,8 @@ class MergeMethod:
         when_to_use: one line for people.
         needs_inputs: whether it votes on layer inputs of the base model.
         needs_moments: whether it weighs experts with second moments of layer inputs of the base model.
+        needs_distilled: whether it takes an adapter that was fitted to the experts.
+        takes_weights: whether coefficients per expert change its result.
         uses_density: whether `density` changes its result.
         row_aligned: whether it mixes rows of A and B, so that all experts need one LoRA signature.
         draws: whether its result depends on a seed.
@@ -32,6 +34,8 @@ class MergeMethod:
     when_to_use: str
     needs_inputs: bool = False
     needs_moments: bool = False
+    needs_distilled: bool = False
+    takes_weights: bool = True
     uses_density: bool = False
     row_aligned: bool = False
     draws: bool = False
@@ -90,6 +94,14 @@ METHODS: Mapping[str, MergeMethod] = MappingProxyType(
                 needs_moments=True,
             ),
             MergeMethod(
+                "distill",
+                methods.distill,
+                "Hinton et al. 2015, Knowledge distillation, arXiv 1503.02531",
+                "when layer-wise merges fall short: one short training, whatever the number of experts",
+                needs_distilled=True,
+                takes_weights=False,
+            ),
+            MergeMethod(
                 "max_magnitude",
                 methods.max_magnitude,
                 "control of this project",
@@ -118,6 +130,11 @@ def find_method(name: str) -> MergeMethod:
     if name not in METHODS:
         raise UsageError(f"expected a merge method out of {', '.join(sorted(METHODS))}, found {name!r}")
     return METHODS[name]
+
+
+def unweighted_methods() -> tuple[str, ...]:
+    """Return the names of the methods whose result does not depend on coefficients per expert."""
+    return tuple(name for name, method in METHODS.items() if not method.takes_weights)
 
 
 def density_methods() -> tuple[str, ...]:

@@ -12,8 +12,10 @@ IP = "ip_select"
 UNRECOGNISABLE = "unrecognisable_rate"
 NEUTRAL = "neutral_rate"
 NEIGHBOUR = "neighbour_retention"
-PENALTY = 10.0
-"""One point of a floor missed costs as much as ten points of IP."""
+PENALTY = 2.0
+"""One point of a floor missed costs as much as two points of IP: enough to turn the search round, and not so much that
+doing nothing looks better to its sampler than a merge that misses a floor by a little. Whether a floor is met decides
+the winner all the same (`best_index`)."""
 FAILED_OBJECTIVE = 2.0 + 2.0 * PENALTY
 """Worse than any measured candidate can be: IP 1, nothing recognisable, and both floors missed by 1 or less."""
 

@@ -83,6 +83,7 @@ class SearchSpace:
         weight_range: coefficient of each group.
         density_range: density of the methods that use it.
         plain_scales: (method, scales): where a method is tried first; a method without entry at scale 1.
+        unweighted_methods: those that take no coefficients per expert; they are asked for a scale only.
     """
 
     methods: tuple[str, ...]
@@ -92,6 +93,7 @@ class SearchSpace:
     weight_range: tuple[float, float]
     density_range: tuple[float, float]
     plain_scales: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    unweighted_methods: tuple[str, ...] = ()
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -116,6 +118,7 @@ def build_space(
     experts: Sequence[str],
     *,
     density_methods: Sequence[str],
+    unweighted_methods: Sequence[str] = (),
     groups: Mapping[str, Sequence[str]] | None = None,
 ) -> SearchSpace:
     """Return the space of a search over these experts.
@@ -124,6 +127,7 @@ def build_space(
         config: ranges and methods.
         experts: expert names.
         density_methods: methods (of all there are) that use a density.
+        unweighted_methods: methods (of all there are) that take no coefficients per expert.
         groups: experts that share one weight; None = every expert its own. Needed above 20 experts.
 
     Raises:
@@ -152,16 +156,20 @@ def build_space(
         weight_range=config.weight_range,
         density_range=config.density_range,
         plain_scales=tuple(sorted(config.plain_scales.items())),
+        unweighted_methods=tuple(name for name in config.methods if name in unweighted_methods),
     )
 
 
 def suggest(trial: Suggester, space: SearchSpace) -> Candidate:
-    """Ask a trial for one candidate; parameters are asked in a fixed order, the density only where it matters."""
+    """Ask a trial for one candidate; parameters are asked in a fixed order, weights and density where they matter."""
     method = str(trial.suggest_categorical(METHOD, space.methods))
     scale = trial.suggest_float(SCALE, *space.scale_range, log=True)
     weights: dict[str, float] = {}
     for group, members in space.groups:
-        weights |= dict.fromkeys(members, trial.suggest_float(f"{WEIGHT_PREFIX}{group}", *space.weight_range))
+        if method in space.unweighted_methods:
+            weights |= dict.fromkeys(members, 1.0)
+        else:
+            weights |= dict.fromkeys(members, trial.suggest_float(f"{WEIGHT_PREFIX}{group}", *space.weight_range))
     density = trial.suggest_float(DENSITY, *space.density_range) if method in space.density_methods else None
     return Candidate(method, scale, tuple(sorted(weights.items())), density)
 
@@ -170,7 +178,8 @@ def to_parameters(candidate: Candidate, space: SearchSpace) -> dict[str, Any]:
     """Return a candidate as the parameters under which `suggest` asks for it."""
     weights = dict(candidate.weights)
     parameters: dict[str, Any] = {METHOD: candidate.method, SCALE: candidate.global_scale}
-    parameters |= {f"{WEIGHT_PREFIX}{group}": weights[members[0]] for group, members in space.groups}
+    if candidate.method not in space.unweighted_methods:
+        parameters |= {f"{WEIGHT_PREFIX}{group}": weights[members[0]] for group, members in space.groups}
     if candidate.density is not None:
         parameters[DENSITY] = candidate.density
     return parameters
@@ -189,12 +198,11 @@ def plain_candidates(space: SearchSpace) -> list[Candidate]:
     if "sum" in space.methods and "average" not in space.methods:
         wanted.append(("sum", 1.0 / len(space.experts)))
     weight = _clip(1.0, space.weight_range)
-    weights = tuple((name, weight) for name in space.experts)
     found = [
         Candidate(
             method,
             scale,
-            weights,
+            tuple((name, 1.0 if method in space.unweighted_methods else weight) for name in space.experts),
             _clip(PLAIN_DENSITY, space.density_range) if method in space.density_methods else None,
         )
         for method, scale in wanted

@@ -19,7 +19,7 @@ from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.merging.algebra import delta
 from safetydpo.merging.merge import Expert, merge_experts, merge_prepared, prepare_experts
 from safetydpo.merging.moments import BENIGN
-from safetydpo.merging.registry import METHODS, density_methods, find_method
+from safetydpo.merging.registry import METHODS, density_methods, find_method, unweighted_methods
 
 SHAPES = {"a.to_q": (8, 6), "b.to_k": (12, 8), "b.to_out.0": (6, 10)}
 
@@ -60,6 +60,8 @@ def moments() -> dict[str, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_order_of_experts_changes_no_byte(experts, inputs, moments, method):
     weights = {"hate": 0.7, "sexual": 1.3, "violence": 1.0, "shocking": 0.9}
+    if not METHODS[method].takes_weights:
+        weights = dict.fromkeys(weights, 1.0)
     for output_rank in (None, 2):
         found = set()
         for order in itertools.permutations(experts):
@@ -71,13 +73,14 @@ def test_order_of_experts_changes_no_byte(experts, inputs, moments, method):
                 output_rank=output_rank,
                 inputs=inputs,
                 moments=moments,
+                distilled=experts[1].layers,
             )
             found.add((adapter_hash(result.layers), json.dumps([result.recipe, result.shares], sort_keys=True)))
         assert len(found) == 1
 
 
-# RegMean shrinks by design: benign inputs pull every expert towards no change.
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"regmean"}))
+# RegMean shrinks by design: benign inputs pull every expert towards no change. A distilled adapter is what it is.
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"regmean", "distill"}))
 def test_one_expert_comes_back(experts, inputs, method):
     result = merge_experts(experts[:1], method=method, density=1.0, inputs=inputs)
     for key, layer in experts[0].layers.items():
@@ -216,9 +219,32 @@ def test_requests_that_make_no_sense_are_refused(experts):
         merge_experts(experts, method="co_merge", inputs={"a.to_q": torch.ones(1, 1, 8)})
 
 
+def test_distilled_is_the_given_adapter_at_a_scale(experts):
+    result = merge_experts(experts, method="distill", global_scale=1.25, distilled=experts[2].layers)
+    for key, layer in experts[2].layers.items():
+        torch.testing.assert_close(delta(result.layers[key]), 1.25 * delta(layer))
+    assert [expert["name"] for expert in result.recipe["experts"]] == sorted(e.name for e in experts)
+
+
+def test_distill_says_what_it_needs(experts):
+    with pytest.raises(
+        SafetyDPOError, match="expected a distilled adapter of these experts for merge method 'distill'"
+    ):
+        merge_experts(experts, method="distill")
+    weights = {e.name: 0.5 for e in experts}
+    with pytest.raises(UsageError, match="expected weights of 1 for merge method 'distill', whose result does not"):
+        merge_experts(experts, method="distill", weights=weights, distilled=experts[0].layers)
+    fewer = dict(list(experts[0].layers.items())[1:])
+    with pytest.raises(
+        SafetyDPOError, match="expected a distilled adapter of the experts' 3 layers, found 2 and a fir"
+    ):
+        prepare_experts(experts, distilled=fewer)
+
+
 def test_registry_describes_every_method():
     assert set(METHODS) >= {"average", "sum", "ties", "co_merge"}
     assert density_methods() == ("ties",)
+    assert unweighted_methods() == ("distill",)
     for name, method in METHODS.items():
         assert find_method(name) is method
         assert method.paper

@@ -165,14 +165,14 @@ def test_random_winner_leaves_out_experts_of_weight_zero():
 
 
 # RegMean shrinks by design: benign inputs pull every expert towards no change (its own tests are below).
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"regmean"}))
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"regmean", "distill"}))
 def test_one_expert_of_weight_one_comes_back(name):
     experts = random_experts(1, density=1.0)
     merged = METHODS[name].function(experts).layer
     torch.testing.assert_close(delta(merged), delta(experts.layers[0]), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(name for name, method in METHODS.items() if method.takes_weights))
 def test_a_weight_is_an_expert_with_a_scaled_delta(name):
     weights = [0.5, 2.0, 1.25]
     plain = random_experts(3, weights=weights)
@@ -186,6 +186,13 @@ def test_a_weight_is_an_expert_with_a_scaled_delta(name):
     one = METHODS[name].function(build(list(plain.layers), weights)).layer
     other = METHODS[name].function(build(layers, [1.0] * 3)).layer
     torch.testing.assert_close(delta(one), delta(other), rtol=1e-5, atol=1e-6)
+
+
+def test_distill_takes_the_fitted_layer_or_says_that_there_is_none():
+    experts = random_experts(2)
+    assert methods.distill(replace(experts, distilled=experts.layers[1])).layer is experts.layers[1]
+    with pytest.raises(SafetyDPOError, match="expected a distilled adapter of these experts for 'q', found none"):
+        methods.distill(experts)
 
 
 def test_regmean_by_hand(monkeypatch):

@@ -26,7 +26,7 @@ SMOKE = ROOT / "configs" / "smoke.yaml"
 STAGE_FOLDERS = {
     "pairs": ("images", "verdicts", "latents", "captions", "pairs"),
     "train": ("experts",),
-    "merge": ("layer_inputs", "merged"),
+    "merge": ("layer_inputs", "distilled", "merged"),
     "search": ("search",),
     "evaluate": ("outcomes",),
 }
@@ -42,11 +42,13 @@ class Place:
     store: Path
     run_dir: Path
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+    changes: tuple[str, ...] = ()
+    """Settings beside those of the smoke config."""
 
     @property
     def settings(self) -> list[str]:
-        """The settings that put a run here."""
-        return [f"store={self.store}", f"run_dir={self.run_dir}"]
+        """The settings that put a run here, and its changes."""
+        return [f"store={self.store}", f"run_dir={self.run_dir}", *self.changes]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -138,12 +140,13 @@ class Place:
         everything = [*self.store.rglob("*"), *self.run_dir.rglob("*")]
         return {path: path.stat().st_mtime_ns for path in everything if path.is_file()}
 
-    def before(self, stage: str, folder: Path) -> Place:
+    def before(self, stage: str, folder: Path, *, changes: tuple[str, ...] = ()) -> Place:
         """Copy the closed artifacts of the stages before `stage` to a place of their own."""
-        place = Place(folder / "store", folder / "run")
+        place = Place(folder / "store", folder / "run", changes=changes)
         for earlier in list(STAGE_FOLDERS)[: list(STAGE_FOLDERS).index(stage)]:
             for name in STAGE_FOLDERS[earlier]:
-                shutil.copytree(self.store / name, place.store / name)
+                if (self.store / name).is_dir():
+                    shutil.copytree(self.store / name, place.store / name)
         if stage == "search":
             # The searched adapter lies among the merged ones; it may be one of them.
             pointers = json.loads((self.run_dir / "artifacts.json").read_text())["artifacts"]

@@ -106,6 +106,31 @@ def test_killed_and_run_again_gives_equal_bytes(finished: Place, tmp_path: Path,
         assert max(record["counts"]["resumed_at"] for record in place.records("train")) > 0
 
 
+DISTIL = (
+    "identity.merge.methods=[distill]",
+    "identity.merge.distill={steps: 6, warmup_steps: 1, rows_per_step: 8, benign_rate: 0.5, processes: 2, rank: 4, "
+    "start_method: regmean, checkpoint_every: 2}",
+)
+
+
+def test_a_distillation_of_two_processes_killed_and_run_again_gives_equal_bytes(
+    finished: Place, tmp_path: Path
+) -> None:
+    """It starts from RegMean, so it needs the layer inputs as well as the experts and the pairs."""
+    undisturbed = finished.before("merge", tmp_path / "undisturbed", changes=DISTIL)
+    undisturbed.run("merge")
+    place = finished.before("merge", tmp_path / "killed", changes=DISTIL)
+    place.kill_when(lambda: any(place.store.glob("distilled/*/checkpoint.safetensors")), "merge")
+    place.run("merge")
+    assert not place.processes()
+    wanted = undisturbed.artifacts("merge")
+    assert place.artifacts("merge") == wanted
+    assert {name.split("/")[0] for name in wanted} == {"layer_inputs", "distilled", "merged"}
+    distilled = next(record for record in place.records("merge") if record["stage"] == "distilled")
+    assert distilled["counts"]["resumed_at"] > 0
+    assert not list(place.store.glob("distilled/*/checkpoint.safetensors"))
+
+
 def test_ray_job_submit_runs_the_chain(tmp_path: Path) -> None:
     """`ray start --head` on loopback, then the documented command, on a store of its own."""
     place = Place(tmp_path / "store", tmp_path / "run")

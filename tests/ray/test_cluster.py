@@ -38,7 +38,7 @@ def test_a_local_ray_that_comes_up_too_slowly_is_started_again(
     monkeypatch.setattr(cluster_module.ray, "init", init)
     monkeypatch.setattr(cluster_module.ray, "shutdown", lambda: None)
     monkeypatch.setattr(cluster_module.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(cluster_module, "check_resources", lambda _execution: None)
+    monkeypatch.setattr(cluster_module, "check_resources", lambda _execution, **_rest: None)
     if failures < starts:
         connect(Config())
     else:
@@ -69,7 +69,7 @@ def test_a_second_call_joins_what_is_there(cluster: None, small: Config):
 
 @pytest.mark.slow
 def test_what_fits_is_let_through(cluster: None):
-    check_resources(ExecutionConfig(num_workers=2, cpus_per_worker=2))
+    check_resources(ExecutionConfig(cpus_per_worker=2), num_workers=2)
 
 
 @pytest.mark.slow
@@ -89,4 +89,5 @@ def test_what_fits_is_let_through(cluster: None):
 )
 def test_more_than_the_cluster_has(cluster: None, execution: dict[str, float], message: str):
     with pytest.raises(UsageError, match=message):
-        check_resources(ExecutionConfig.model_validate(execution))
+        asked = ExecutionConfig.model_validate(execution)
+        check_resources(asked, num_workers=asked.num_workers)

@@ -21,9 +21,9 @@ def judge(ip: float, neutral: float, neighbour: float, *, mush: float = 0.0, wei
 
 
 def test_by_hand():
-    """Neutral 0.64 / 0.8 = 0.8 misses 0.9 by 0.1; neighbours 0.75 miss 0.8 by 0.05: 0.2 + 10 * 0.15 = 1.7."""
+    """Neutral 0.64 / 0.8 = 0.8 misses 0.9 by 0.1; neighbours 0.75 miss 0.8 by 0.05: 0.2 + 2 * 0.15 = 0.5."""
     found = judge(0.2, 0.64, 0.75)
-    assert found.value == pytest.approx(1.7)
+    assert found.value == pytest.approx(0.5)
     assert found.violation == pytest.approx(0.15)
     assert not found.feasible
     assert judge(0.2, 0.72, 0.8) == Objective(0.2, feasible=True, violation=0.0)

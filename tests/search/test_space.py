@@ -118,3 +118,17 @@ def test_senseless_spaces_are_refused():
         build_space(SearchConfig(), ["a", "b"], density_methods=(), groups={"g": ["a"]})
     with pytest.raises(UsageError, match="at most 20 weights to search, found 21: give groups"):
         build_space(SearchConfig(), [f"e{i}" for i in range(21)], density_methods=())
+
+
+def test_methods_without_weights_are_asked_for_a_scale_only():
+    config = SearchConfig(methods=("sum", "distill"), plain_scales={"distill": (1.0, 1.2)}, weight_range=(0.5, 0.9))
+    space = build_space(config, EXPERTS, density_methods=(), unweighted_methods=("distill", "other"))
+    assert space.unweighted_methods == ("distill",)
+    plain = [one for one in plain_candidates(space) if one.method == "distill"]
+    assert [(one.global_scale, dict(one.weights)) for one in plain] == [
+        (1.0, {"hate": 1.0, "violence": 1.0}),
+        (1.2, {"hate": 1.0, "violence": 1.0}),
+    ]
+    assert to_parameters(plain[1], space) == {"method": "distill", "global_scale": 1.2}
+    trial = optuna.trial.FixedTrial({"method": "distill", "global_scale": 1.2})
+    assert suggest(trial, space) == plain[1]
