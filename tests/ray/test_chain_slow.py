@@ -108,7 +108,7 @@ def test_killed_and_run_again_gives_equal_bytes(finished: Place, tmp_path: Path,
 
 DISTIL = (
     "identity.merge.methods=[distill]",
-    "identity.merge.distill={steps: 6, warmup_steps: 1, rows_per_step: 8, benign_rate: 0.5, processes: 2, rank: 4, "
+    "identity.merge.distill={steps: 40, warmup_steps: 1, rows_per_step: 8, benign_rate: 0.5, processes: 2, rank: 4, "
     "start_method: regmean, checkpoint_every: 2}",
 )
 
