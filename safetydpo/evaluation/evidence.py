@@ -123,7 +123,7 @@ def parse_unit(text: str, *, source: str) -> Unit:
             counts=parse_counts(document["counts"], source=source),
             recipe=document["recipe"],
             failed_images=tuple(document["failed_images"]),
-            experts=dict(document["experts"]),
+            experts=dict(document.get("experts", {})),
         )
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise SafetyDPOError(f"expected the record of a measured unit in {source}, found {error!r}: {again}") from error
