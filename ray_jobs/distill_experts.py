@@ -14,7 +14,8 @@ from ray_jobs.cluster import check_resources, connect, ray_state_folder
 from ray_jobs.expert_files import MergeAids, expert_folders, load_experts, read_aids
 from ray_jobs.progress import progress_bar
 from ray_jobs.run import Run
-from ray_jobs.train_experts import ALL_SINGLE, TrainingTables, open_trainer, plan_experts, read_training_tables
+from ray_jobs.train_experts import ALL_SINGLE, TrainingTables, plan_experts, read_training_tables
+from ray_jobs.trainers import train_on_workers
 from safetydpo.artifacts.adapters import AdapterMetadata, adapter_hash, write_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE
 from safetydpo.artifacts.records import ArtifactKey, Record, find_closed
@@ -48,7 +49,7 @@ def distill_experts(
             "key": {**vars(key), "identity": dict(key.identity), "inputs": dict(key.inputs)},
         }
         with progress_bar(LABEL, total=distill.steps) as board, ray_state_folder() as state:
-            trainer = open_trainer(
+            train_on_workers(
                 run,
                 train_distilled,
                 {**settings, "board": board},
@@ -56,7 +57,6 @@ def distill_experts(
                 state=state,
                 num_workers=distill.processes,
             )
-            trainer.fit()
         if find_closed(run.store, key) is None:
             raise SafetyDPOError(
                 f"expected a distilled adapter in {run.folder(key)}, found none: run the same command again"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from ray_jobs.generate_pairs import derived_pool
 from ray_jobs.pools import read_pool
 from ray_jobs.progress import progress_bar
 from ray_jobs.run import Run
+from ray_jobs.trainers import train_on_workers
 from safetydpo.artifacts.adapters import AdapterMetadata, write_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE
 from safetydpo.artifacts.records import ArtifactKey, Record, find_closed, read_record
@@ -40,8 +41,6 @@ from safetydpo.errors import SafetyDPOError
 
 RECIPE_VERSION = 1
 ALL_SINGLE = "all_single"
-LANE_FAILURES = 2
-CONTROLLER_FAILURES = 3
 PASSES_PER_STEP = 2
 """A training step costs about as much as this many passes through the denoiser when sampling."""
 
@@ -174,44 +173,10 @@ def _run_lane(
         "pairs_folder": pairs_folder.name,
         "board": board,
     }
-    trainer = open_trainer(run, train_lane, settings, name=f"lane-{index}", state=state)
     try:
-        trainer.fit()
+        train_on_workers(run, train_lane, settings, name=f"lane-{index}", state=state)
     except Exception as error:  # a thread's error must reach the thread that started it
         errors.append(error)
-
-
-def open_trainer(
-    run: Run,
-    loop: Callable[[Mapping[str, Any]], None],
-    settings: Mapping[str, Any],
-    *,
-    name: str,
-    state: str,
-    num_workers: int = 1,
-) -> Any:
-    """Return a TorchTrainer of `num_workers` workers that run `loop(settings)`; `state` is a folder for Ray's files."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    execution = run.config.execution
-    resources: dict[str, float] = {"CPU": execution.cpus_per_worker}
-    if execution.gpus_per_worker > 0:
-        resources["GPU"] = execution.gpus_per_worker
-    return TorchTrainer(
-        loop,
-        train_loop_config=dict(settings),
-        scaling_config=ScalingConfig(
-            num_workers=num_workers, use_gpu=execution.gpus_per_worker > 0, resources_per_worker=resources
-        ),
-        # NCCL refuses two processes on one GPU.
-        torch_config=TorchConfig(backend="nccl" if execution.gpus_per_worker >= 1 else "gloo"),
-        run_config=RunConfig(
-            name=name,
-            storage_path=state,
-            failure_config=FailureConfig(max_failures=LANE_FAILURES, controller_failure_limit=CONTROLLER_FAILURES),
-        ),
-    )
 
 
 def unit_to_json(unit: ExpertUnit) -> dict[str, Any]:

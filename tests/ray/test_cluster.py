@@ -88,6 +88,6 @@ def test_what_fits_is_let_through(cluster: None):
     ],
 )
 def test_more_than_the_cluster_has(cluster: None, execution: dict[str, float], message: str):
+    asked = ExecutionConfig.model_validate(execution)
     with pytest.raises(UsageError, match=message):
-        asked = ExecutionConfig.model_validate(execution)
         check_resources(asked, num_workers=asked.num_workers)

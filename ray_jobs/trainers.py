@@ -1,0 +1,74 @@
+"""A train function on Ray Train's workers: resources, retries, and errors of ours as they were raised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ray_jobs.run import Run
+from safetydpo.errors import SafetyDPOError, UsageError
+
+WORKER_FAILURES = 2
+"""Times a run starts its workers again: they died, or something failed that is no error of ours."""
+CONTROLLER_FAILURES = 3
+
+
+def train_on_workers(
+    run: Run,
+    function: Callable[[Mapping[str, Any]], None],
+    settings: Mapping[str, Any],
+    *,
+    name: str,
+    state: str,
+    num_workers: int = 1,
+) -> None:
+    """Run `function(settings)` on `num_workers` workers of a TorchTrainer; `state` is a folder for Ray's own files.
+
+    Raises:
+        SafetyDPOError: the one that `function` raised, at once: bad data is as bad at the next attempt.
+        Exception: Ray's, if the workers died more than `WORKER_FAILURES` times.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    execution = run.config.execution
+    resources: dict[str, float] = {"CPU": execution.cpus_per_worker}
+    if execution.gpus_per_worker > 0:
+        resources["GPU"] = execution.gpus_per_worker
+
+    def guarded(loop_settings: Mapping[str, Any]) -> Mapping[str, str] | None:
+        return _call(function, loop_settings)
+
+    result = TorchTrainer(
+        guarded,
+        train_loop_config=dict(settings),
+        scaling_config=ScalingConfig(
+            num_workers=num_workers, use_gpu=execution.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        # NCCL refuses two processes on one GPU.
+        torch_config=TorchConfig(backend="nccl" if execution.gpus_per_worker >= 1 else "gloo"),
+        run_config=RunConfig(
+            name=name,
+            storage_path=state,
+            failure_config=FailureConfig(max_failures=WORKER_FAILURES, controller_failure_limit=CONTROLLER_FAILURES),
+        ),
+    ).fit()
+    if result.return_value is not None:
+        kind = UsageError if result.return_value["kind"] == UsageError.__name__ else SafetyDPOError
+        raise kind(result.return_value["message"])
+
+
+def _call(function: Callable[[Mapping[str, Any]], None], settings: Mapping[str, Any]) -> Mapping[str, str] | None:
+    """Call the function; return an error of ours as a value, because Ray tries again after one that is raised.
+
+    Among several workers it is raised all the same: the others may be waiting for this one.
+    """
+    import ray.train
+
+    try:
+        function(settings)
+    except SafetyDPOError as error:
+        if ray.train.get_context().get_world_size() > 1:
+            raise
+        return {"kind": type(error).__name__, "message": str(error)}
+    return None
