@@ -38,6 +38,7 @@ from safetydpo.seeding import derive_seed
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "all": {},
+    "both captions": {"captions": "both"},
     "no likelihood term": {"safe_likelihood_weight": 0.0},
     "native error weights": {"error_weighting": "native"},
     "neutral pictures retained only": {"retention_pictures": "neutral"},

@@ -80,7 +80,10 @@ def main() -> None:
         method: min((rates["ip_select"] for name, rates in floors.items() if name.startswith(method)), default=1.0)
         for method in SCALES
     }
-    ratios = {f"least IP at neutral rate >= 0.9, distill / {name}": best["distill"] / best[name] for name in best}
+    # A merge without a single hit divides by nothing; one hit in all prompts is the least that can be told.
+    ratios = {
+        f"least IP at neutral rate >= 0.9, distill / {name}": best["distill"] / max(best[name], 1e-3) for name in best
+    }
     print_result("merge_methods", ratios=ratios, raw={"rates": raw})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -90,13 +91,14 @@ def _initialise(config: Config) -> None:
 def _start_local(num_cpus: int, common: Mapping[str, Any]) -> None:
     for attempts_left in reversed(range(LOCAL_STARTS)):
         try:
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                **common,
-            )
+            with _stderr_away():
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    **common,
+                )
             return
         except Exception as error:
             # Ray gives its own processes 30 s to come up, too little on a machine whose cores are all taken.
@@ -115,6 +117,20 @@ def _keep_off_the_screen() -> None:
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(silent)
+
+
+@contextmanager
+def _stderr_away() -> Iterator[None]:
+    # Ray's C++ part prints, past Python, that it has read the log level; what a user reads starts with our own lines.
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @contextmanager

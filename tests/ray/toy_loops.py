@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,4 +21,6 @@ def attempt(settings: Mapping[str, Any]) -> None:
     if settings["end"] == "usage":
         raise UsageError("expected a switch, found none: name one")
     if settings["end"] == "die once" and len(list(folder.iterdir())) == 1:
+        # A worker that dies while Ray Train is still handing it its work ends the run: no failure limit covers that.
+        time.sleep(5)
         os._exit(1)
