@@ -5,7 +5,8 @@ Axis legend: `n` pictures or captions, `h w` picture axes, `d` embedding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,8 +14,21 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from safetydpo.errors import SafetyDPOError
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    # The library draws one for every model it reads, however small, between the lines of our own.
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 class ClipScorer:
@@ -31,7 +45,9 @@ class ClipScorer:
                 f"expected a CLIP model at {folder}, found none: reinstall the package with its weights, "
                 "or run `python -m safetydpo.demo.build text`"
             )
-        self._model = CLIPModel.from_pretrained(str(folder), dtype=torch.float32).eval().requires_grad_(False)
+        with _no_progress_bar():
+            model = CLIPModel.from_pretrained(str(folder), dtype=torch.float32)
+        self._model = model.eval().requires_grad_(False)
         self._tokenizer = CLIPTokenizer.from_pretrained(str(folder))
 
     @torch.no_grad()
