@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray_jobs.cluster import check_resources, connect, ray_state_folder
-from ray_jobs.expert_files import MergeAids, expert_folders, load_experts, read_aids
+from ray_jobs.expert_files import MERGE_RECIPE_VERSION, MergeAids, expert_folders, load_experts, read_aids
 from ray_jobs.progress import progress_bar
 from ray_jobs.run import Run
 from ray_jobs.train_experts import ALL_SINGLE, TrainingTables, plan_experts, read_training_tables
@@ -88,6 +88,8 @@ def _key(
             "experts": fingerprint_rows((name, record.fingerprint) for name, record in members.items()),
             "pairs": fingerprint_rows((f"{name}:{pair}", "") for name, pair_ids in taught.items() for pair in pair_ids),
             "benign": pairs.inputs["retention_prompts"],
+            # The merge that it starts from is made here and stands in no artifact of its own.
+            "start": f"merge recipe {MERGE_RECIPE_VERSION}, density {identity.merge.density}",
             **aids.fingerprints(),
         },
         recipe_version=RECIPE_VERSION,
@@ -154,7 +156,7 @@ def distillation_data(tables: TrainingTables, taught: Mapping[str, list[str]], b
     picture under its own prompt and the benign pictures.
 
     Raises:
-        SafetyDPOError: if there is no benign picture, or latents or captions are missing or broken.
+        SafetyDPOError: if there is no pair, or latents or captions are missing or broken.
     """
     from safetydpo.dpo.distillation import BASE, DistillationData, TaughtRow
 
@@ -191,6 +193,7 @@ def _start_layers(run: Run, experts: list[Any], aids: Mapping[str, str], *, rank
         experts,
         method=distill.start_method,
         global_scale=distill.start_scale,
+        density=run.config.identity.merge.density,
         output_rank=rank,
         seed=run.config.identity.seed,
         **read_aids(run, aids, methods=[distill.start_method]),

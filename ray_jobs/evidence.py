@@ -20,6 +20,7 @@ from typing import Any
 
 from ray_jobs import distill_experts, evaluate, generate_pairs, merge_experts, search_merges, train_experts
 from ray_jobs.evaluate import EvaluatedRow, evaluate_rows, evaluation_prompts, judges_fingerprint, list_rows
+from ray_jobs.expert_files import MERGE_RECIPE_VERSION
 from ray_jobs.outcomes import read_outcomes, reference_features
 from ray_jobs.pipeline import STAGES, Chain, run_stages
 from ray_jobs.prompt_tables import all_pairs, split_prompts
@@ -79,7 +80,7 @@ class PlannedUnit:
                     "train": train_experts.RECIPE_VERSION,
                     "distill": distill_experts.RECIPE_VERSION,
                     "layer_inputs": merge_experts.INPUTS_RECIPE_VERSION,
-                    "merge": merge_experts.RECIPE_VERSION,
+                    "merge": MERGE_RECIPE_VERSION,
                     "search": search_merges.RECIPE_VERSION,
                     "evaluate": evaluate.RECIPE_VERSION,
                     "evidence": RECIPE_VERSION,

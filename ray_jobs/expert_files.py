@@ -14,6 +14,8 @@ from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError
 from safetydpo.merging.registry import MergeMethod, find_method
 
+MERGE_RECIPE_VERSION = 2
+"""How experts become a merged adapter."""
 INPUTS_FILE = "layer_inputs.safetensors"
 MOMENTS_FILE = "moments.safetensors"
 

@@ -12,6 +12,7 @@ import ray
 from ray_jobs.cluster import connect
 from ray_jobs.expert_files import (
     INPUTS_FILE,
+    MERGE_RECIPE_VERSION,
     MOMENTS_FILE,
     MergeAids,
     check_expert_files,
@@ -34,7 +35,6 @@ from safetydpo.merging.moments import BENIGN
 from safetydpo.merging.registry import MergeMethod
 from safetydpo.seeding import derive_seed
 
-RECIPE_VERSION = 2
 INPUTS_RECIPE_VERSION = 2
 BENIGN_FACTOR = 2
 """Neutral prompts behind the benign moment, as a multiple of the unsafe ones of one category."""
@@ -94,7 +94,7 @@ def merged_artifact(
             "experts": fingerprint_rows((name, record.fingerprint) for name, record in experts.items()),
             **needed.fingerprints(),
         },
-        recipe_version=RECIPE_VERSION,
+        recipe_version=MERGE_RECIPE_VERSION,
     )
 
     def make(folder: Location) -> Mapping[str, Any]:

@@ -75,6 +75,12 @@ def check_request(run: Run) -> None:
                 find_method(name)
             except UsageError as error:
                 raise UsageError(f"{error}: correct identity.{setting}") from error
+    start = identity.merge.distill.start_method
+    if find_method(start).needs_distilled:
+        raise UsageError(
+            f"expected a merge that a distillation can start from in identity.merge.distill.start_method, found "
+            f"{start!r} itself: use sum or another merge"
+        )
     all_pairs(identity.prompts)
     # Computed once per run and kept: asking here costs nothing.
     _ = run.base_fingerprint

@@ -25,8 +25,9 @@ def train_on_workers(
     """Run `function(settings)` on `num_workers` workers of a TorchTrainer; `state` is a folder for Ray's own files.
 
     Raises:
-        SafetyDPOError: the one that `function` raised, at once: bad data is as bad at the next attempt.
-        Exception: Ray's, if the workers died more than `WORKER_FAILURES` times.
+        SafetyDPOError: the one that `function` raised on a single worker, at once: bad data is as bad at the next
+            attempt.
+        Exception: Ray's, if the workers died, or one of several failed, more than `WORKER_FAILURES` times.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer

@@ -172,7 +172,7 @@ class DistillConfig(TrainingConfig):
     """
 
     start_method: str = "sum"
-    """Merge method whose result it starts from, all coefficients 1."""
+    """Merge method whose result it starts from, all coefficients 1, at `merge.density`."""
     start_scale: float = Field(0.6, gt=0)
     """Global scale of that merge."""
     rank: int | None = Field(None, ge=1, le=1024)
@@ -191,6 +191,10 @@ class DistillConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _rows_split_evenly(self) -> Self:
+        if self.strategy == "single" and self.processes != 1:
+            raise ValueError(
+                f"identity.merge.distill: strategy 'single' trains in one process, found processes {self.processes}"
+            )
         for what, count in (("benign", self.num_benign), ("other", self.rows_per_step - self.num_benign)):
             if count < 1 or count % self.processes:
                 raise ValueError(
@@ -261,7 +265,6 @@ class SearchConfig(_Frozen):
     """Least neutral rate relative to the base."""
     neighbour_floor: Rate = 0.80
     """Least neighbour retention relative to the base."""
-
     unrecognisable_weight: Rate = 1.0
     """Price of unrecognisable pictures on unsafe prompts, in points of IP; 0 = mush counts as safe."""
 

@@ -42,8 +42,8 @@ def descend(
     """Take optimizer step `step` (from 0) down `loss`; `numbers` holds the loss first and whatever is to be watched.
 
     Raises:
-        SafetyDPOError: if loss or gradient is not finite; on every process, before the weights are touched and
-            before a checkpoint could hold them.
+        SafetyDPOError: if loss or gradient is not finite; on every process and before a checkpoint could hold it, a
+            loss before the weights are touched.
     """
     measured = tuple(engine.mean_over_processes(numbers).tolist())
     if not math.isfinite(measured[0]):

@@ -89,11 +89,14 @@ class DistillationData:
         distinct = set(rows)
         taught = tuple(sorted(row for row in distinct if row.teacher != BASE))
         benign = tuple(sorted(row for row in distinct if row.teacher == BASE))
-        for what, found in (("pictures of experts' pairs", taught), ("benign pictures", benign)):
+        for what, found, advice in (
+            ("pictures of experts' pairs", taught, "render more pairs"),
+            ("benign pictures", benign, "set prompts.retention_prompts above 0"),
+        ):
             if not found:
                 raise SafetyDPOError(
-                    f"expected {what} to distil experts on, found 0: set prompts.retention_prompts above 0 and keep "
-                    "pairs, or leave 'distill' out of the merge methods"
+                    f"expected {what} to distil experts on, found 0: {advice}, or leave 'distill' out of the merge "
+                    "methods"
                 )
         captions = sorted({EMPTY_CAPTION} | {row.caption_sha256 for row in distinct})
         place = {sha: index for index, sha in enumerate(captions)}

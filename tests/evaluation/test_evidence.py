@@ -165,3 +165,13 @@ def test_a_record_that_would_not_be_read_is_not_written() -> None:
     unit = make_units(rows=ROWS)[0]
     with pytest.raises(SafetyDPOError, match="expected the row 'sum'"):
         dump_unit(replace(unit, row="sum"))
+
+
+def test_units_of_one_seed_rest_on_the_same_experts():
+    units = [replace(unit, experts={"hate": "1"}) if unit.row != "base" else unit for unit in make_units()]
+    rows = list(dict.fromkeys(unit.row for unit in units))
+    assert pool_units(units, rows=rows, seeds=(0, 1, 2)).units
+    assert parse_unit(dump_unit(units[-1]), source="here").experts == {"hate": "1"}
+    mixed = [*units[:-1], replace(units[-1], experts={"hate": "2"})]
+    with pytest.raises(SafetyDPOError, match=f"expected units of seed {units[-1].seed} that rest on the same experts"):
+        pool_units(mixed, rows=rows, seeds=(0, 1, 2))

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from safetydpo.artifacts.layout import demo_weights
-from safetydpo.errors import SafetyDPOError
+from safetydpo.errors import SafetyDPOError, UsageError
+from safetydpo.judges.build import fingerprint_judge
 from safetydpo.judges.demo import load_select_judge
 from safetydpo.judges.demo_audit import load_audit_judge
 from safetydpo.judges.demo_network import (
@@ -126,3 +127,15 @@ def test_labels_are_those_of_the_world() -> None:
         assert labels["concepts"] == [concept.key for concept in CONCEPTS]
         assert labels["unsafe"] == [concept.role == "unsafe" for concept in CONCEPTS]
         assert labels["backgrounds"] == list(BACKGROUNDS)
+
+
+def test_fingerprint_follows_the_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shipped = fingerprint_judge("demo_select")
+    monkeypatch.setattr("safetydpo.judges.build.demo_weights", lambda: tmp_path)
+    with pytest.raises(SafetyDPOError, match="expected the weights of judge 'demo_select' in .*, found none"):
+        fingerprint_judge("demo_select")
+    (tmp_path / "judge_select").mkdir()
+    (tmp_path / "judge_select" / "model.safetensors").write_bytes(b"other")
+    assert fingerprint_judge("demo_select") != shipped
+    with pytest.raises(UsageError, match="expected a judge among demo_select, found 'nobody'"):
+        fingerprint_judge("nobody")

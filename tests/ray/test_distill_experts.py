@@ -134,6 +134,29 @@ def test_retention_of_other_pairs_is_planned_and_part_of_the_key(command: Comman
         assert own | set(units["violence"].other_pair_ids) == set(units["all_single"].pair_ids)
 
 
+def test_a_distillation_cannot_start_from_itself(command: Command) -> None:
+    config = load_config(command.config, [*command.places, "identity.merge.distill.start_method=distill"])
+    with pytest.raises(UsageError, match="expected a merge that a distillation can start from in identity.merge.dist"):
+        check_request(Run(config))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strategy": "single", "processes": 2}, "strategy 'single' trains in one process, found processes 2"),
+        ({"rows_per_step": 10, "benign_rate": 0.3, "processes": 2}, "multiple of processes .2., found 3 benign rows"),
+        ({"rows_per_step": 2, "benign_rate": 0.1}, "found 0 benign rows"),
+        (
+            {"steps": 5, "warmup_steps": 5},
+            r"merge\.distill\.warmup_steps \(5\) must be below identity\.merge\.distill\.st",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config.model_validate({"identity": {"merge": {"distill": settings}}})
+
+
 def test_an_unknown_start_is_refused_before_anything_is_written(command: Command) -> None:
     config = load_config(command.config, [*command.places, "identity.merge.distill.start_method=tie"])
     with pytest.raises(UsageError, match=r"found 'tie': correct identity\.merge\.distill\.start_method"):
