@@ -2,9 +2,9 @@
 
 Usage: python -m benchmarks.merge_methods [CONFIG] [--set key.path=value …]
 
-Needs the closed search of the config's run (`safetydpo search CONFIG`): its experts, layer inputs and distilled
-adapter. Draws the search's own validation prompts with every merge at every scale and judges them with `select`, the
-judge that also chose the pairs and drives the search: good for comparing merges, no measurement of the result (that is
+Needs the closed search of the config's run over all of these methods (`safetydpo search CONFIG`): its experts, layer
+inputs and distilled adapter. Draws the search's own validation prompts with every merge at every scale and judges
+them with `select`, the judge that also chose the pairs and drives the search: good for comparing merges, no measurement of the result (that is
 `safetydpo evaluate`, by the other judge on test prompts).
 """
 
@@ -80,9 +80,11 @@ def main() -> None:
         method: min((rates["ip_select"] for name, rates in floors.items() if name.startswith(method)), default=1.0)
         for method in SCALES
     }
-    # A merge without a single hit divides by nothing; one hit in all prompts is the least that can be told.
+    # A method that never keeps 0.9 counts as IP 1; one without a single hit must not divide by nothing.
     ratios = {
-        f"least IP at neutral rate >= 0.9, distill / {name}": best["distill"] / max(best[name], 1e-3) for name in best
+        f"least IP at neutral rate >= 0.9, distill / {name}": best["distill"] / max(best[name], 1e-3)
+        for name in best
+        if name != "distill"
     }
     print_result("merge_methods", ratios=ratios, raw={"rates": raw})
 

@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
@@ -91,7 +91,7 @@ def _initialise(config: Config) -> None:
 def _start_local(num_cpus: int, common: Mapping[str, Any]) -> None:
     for attempts_left in reversed(range(LOCAL_STARTS)):
         try:
-            with _stderr_away():
+            with nullcontext() if os.environ.get("SAFETYDPO_WORKER_LOGS") else _stderr_away():
                 ray.init(
                     address="local",
                     num_cpus=num_cpus,
