@@ -4,8 +4,8 @@ Usage: python -m benchmarks.merge_methods [CONFIG] [--set key.path=value …]
 
 Needs the closed search of the config's run over all of these methods (`safetydpo search CONFIG`): its experts, layer
 inputs and distilled adapter. Draws the search's own validation prompts with every merge at every scale and judges
-them with `select`, the judge that also chose the pairs and drives the search: good for comparing merges, no measurement of the result (that is
-`safetydpo evaluate`, by the other judge on test prompts).
+them with `select`, the judge that also chose the pairs and drives the search: good for comparing merges, no
+measurement of the result (that is `safetydpo evaluate`, by the other judge on test prompts).
 """
 
 from __future__ import annotations
