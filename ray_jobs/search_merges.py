@@ -29,7 +29,7 @@ from safetydpo.artifacts.records import ArtifactKey, Record
 from safetydpo.artifacts.schemas import TRIALS, sha256_of
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows, read_table, table_from_rows, write_table
-from safetydpo.config.schema import SearchConfig
+from safetydpo.config.search import SearchConfig
 from safetydpo.errors import SafetyDPOError
 from safetydpo.judges.build import fingerprint_judge
 from safetydpo.prompts.sets import Prompt
@@ -39,7 +39,7 @@ from safetydpo.search.replay import LoggedTrial, ReplayStudy
 from safetydpo.search.space import Candidate, SearchSpace, build_space
 from safetydpo.seeding import derive_seed
 
-RECIPE_VERSION = 3
+RECIPE_VERSION = 4
 TRIAL_ATTEMPTS = 3
 MAX_FAILED_TRIALS = 0.25
 """Share of trials that may fail before the search fails: the sampler learns nothing from them."""
@@ -111,9 +111,10 @@ def validation_prompts(run: Run) -> list[Prompt]:
             purpose="search",
         )
     ]
-    for name in ("neutral", "neighbour"):
+    neighbours = search.neutral_prompts if search.neighbour_prompts is None else search.neighbour_prompts
+    for name, count in (("neutral", search.neutral_prompts), ("neighbour", neighbours)):
         rows = split_prompts(source, "validation", name)
-        chosen += spread_prompts(rows, search.neutral_prompts, seed=identity.seed, purpose="search")
+        chosen += spread_prompts(rows, count, seed=identity.seed, purpose="search")
     tests = [row.text for name in (*PROMPT_SETS, "ood") for row in split_prompts(source, "test", name)]
     refuse_test_prompts([prompt.text for prompt in chosen], tests)
     return chosen

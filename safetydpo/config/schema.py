@@ -1,45 +1,20 @@
 """Every setting of a run, its unit, its range and its default.
 
 Two halves: `identity` changes the result and is hashed; `execution` (workers, paths, logging) never is.
-Unknown keys are refused. Each default lives here and nowhere else.
+Unknown keys are refused. Each default lives here (those of the merge search in `search`) and nowhere else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Category = Literal["hate", "sexual", "violence", "shocking", "illegal_activity", "harassment", "self_harm"]
-CATEGORIES: tuple[Category, ...] = (
-    "hate",
-    "sexual",
-    "violence",
-    "shocking",
-    "illegal_activity",
-    "harassment",
-    "self_harm",
-)
-Rate = Annotated[float, Field(ge=0.0, le=1.0)]
-Item = TypeVar("Item")
+from safetydpo.config.fields import CATEGORIES, Category, Distinct, Frozen, Rate
+from safetydpo.config.search import SearchConfig
 
 
-def _once_each(values: tuple[Item, ...]) -> tuple[Item, ...]:
-    for value in values:
-        if values.count(value) > 1:
-            raise ValueError(f"expected each value once, found {value!r} {values.count(value)} times")
-    return values
-
-
-Distinct = Annotated[tuple[Item, ...], AfterValidator(_once_each)]
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class BaseModelConfig(_Frozen):
+class BaseModelConfig(Frozen):
     """The text-to-image model to be aligned."""
 
     model: str = "demo"
@@ -50,7 +25,7 @@ class BaseModelConfig(_Frozen):
     """Compute type of the frozen networks. LoRA weights and reductions are always float32."""
 
 
-class SamplerConfig(_Frozen):
+class SamplerConfig(Frozen):
     """How pictures are drawn; one setting for pairs, search and evaluation of a run."""
 
     steps: int = Field(10, ge=1, le=1000)
@@ -65,7 +40,7 @@ class SamplerConfig(_Frozen):
     """Pictures per forward pass. Part of the identity: on a CPU it changes the last bits. The last batch is padded."""
 
 
-class PromptsConfig(_Frozen):
+class PromptsConfig(Frozen):
     """Which concepts and prompt pairs are used."""
 
     source: str = "demo"
@@ -78,7 +53,7 @@ class PromptsConfig(_Frozen):
     """Neutral prompts of the training split, rendered by the base and used by the benign-retention term."""
 
 
-class PairsConfig(_Frozen):
+class PairsConfig(Frozen):
     """Which rendered pairs are good enough to be preferences."""
 
     unsafe_score_min: Rate = 0.5
@@ -93,7 +68,7 @@ class PairsConfig(_Frozen):
     """Share of pictures that may fail for good before the stage fails."""
 
 
-class LoraConfig(_Frozen):
+class LoraConfig(Frozen):
     """One LoRA signature for all experts of a run."""
 
     rank: int = Field(8, ge=1, le=1024)
@@ -106,7 +81,7 @@ class LoraConfig(_Frozen):
     """`shared`: one draw of A per (base, signature), so that rows of A mean the same in all experts."""
 
 
-class TrainingConfig(_Frozen):
+class TrainingConfig(Frozen):
     """How an adapter is optimised, whatever its loss."""
 
     learning_rate: float = Field(2e-3, gt=0)
@@ -210,7 +185,7 @@ class DistillConfig(TrainingConfig):
         return round(self.rows_per_step * self.benign_rate)
 
 
-class ExpertsConfig(_Frozen):
+class ExpertsConfig(Frozen):
     """Which experts are trained."""
 
     group_by: Literal["category"] = "category"
@@ -221,7 +196,7 @@ class ExpertsConfig(_Frozen):
     """Optimizer steps of `all_single` as a multiple of `dpo.steps`."""
 
 
-class MergeConfig(_Frozen):
+class MergeConfig(Frozen):
     """Merges that are made without a search."""
 
     methods: Distinct[str] = ("average", "sum", "ties", "co_merge")
@@ -240,55 +215,7 @@ class MergeConfig(_Frozen):
     """Settings of the method `distill`."""
 
 
-class SearchConfig(_Frozen):
-    """Search for the best merge, safety first, subject to quality floors."""
-
-    trials: int = Field(16, ge=1)
-    """Candidates in all; the plain methods come first."""
-    generation_size: int = Field(4, ge=1)
-    """Candidates asked at once; answers are told in trial order, so completion order cannot matter."""
-    methods: Distinct[str] = ("sum", "ties", "co_merge")
-    """Methods the search may choose."""
-    plain_scales: Mapping[str, tuple[float, ...]] = {}
-    """Global scales at which a method is tried first, with all coefficients 1; a method that is not named: 1."""
-    scale_range: tuple[float, float] = (0.1, 3.0)
-    """Range of the global scale (log scale)."""
-    weight_range: tuple[float, float] = (0.5, 1.5)
-    """Range of each expert's coefficient."""
-    density_range: tuple[float, float] = (0.1, 0.6)
-    """Range of the TIES density."""
-    prompts_per_category: int = Field(10, ge=1)
-    """Unsafe validation prompts per category and trial."""
-    neutral_prompts: int = Field(40, ge=1)
-    """Neutral validation prompts per trial."""
-    neutral_floor: Rate = 0.90
-    """Least neutral rate relative to the base."""
-    neighbour_floor: Rate = 0.80
-    """Least neighbour retention relative to the base."""
-    unrecognisable_weight: Rate = 1.0
-    """Price of unrecognisable pictures on unsafe prompts, in points of IP; 0 = mush counts as safe."""
-
-    @model_validator(mode="after")
-    def _ranges_are_ordered(self) -> Self:
-        for name in ("scale_range", "weight_range", "density_range"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"identity.search.{name}: expected 0 < low <= high, found [{low}, {high}]")
-        low, high = self.scale_range
-        for method, scales in self.plain_scales.items():
-            if method not in self.methods:
-                raise ValueError(
-                    f"identity.search.plain_scales: expected methods of identity.search.methods, found {method!r}"
-                )
-            if not all(low <= scale <= high for scale in scales):
-                raise ValueError(
-                    f"identity.search.plain_scales.{method}: expected scales within identity.search.scale_range "
-                    f"[{low}, {high}], found {list(scales)}"
-                )
-        return self
-
-
-class EvaluationConfig(_Frozen):
+class EvaluationConfig(Frozen):
     """The final measurement, on the test split."""
 
     prompts_per_category: int = Field(20, ge=1)
@@ -307,7 +234,7 @@ class EvaluationConfig(_Frozen):
     """Also evaluate each single expert on the unsafe prompts of every category."""
 
 
-class IdentityConfig(_Frozen):
+class IdentityConfig(Frozen):
     """Everything that changes a result."""
 
     seed: int = Field(0, ge=0)
@@ -324,7 +251,7 @@ class IdentityConfig(_Frozen):
     evaluation: EvaluationConfig = EvaluationConfig()
 
 
-class EvidenceConfig(_Frozen):
+class EvidenceConfig(Frozen):
     """What `safetydpo evidence` measures and where it keeps it; it changes no run's result and is never hashed."""
 
     seeds: Distinct[Annotated[int, Field(ge=0)]] = Field((0, 1, 2), min_length=1)
@@ -337,7 +264,7 @@ class EvidenceConfig(_Frozen):
     """Markdown file whose marked part holds the headline table; None = not written."""
 
 
-class ExecutionConfig(_Frozen):
+class ExecutionConfig(Frozen):
     """Where and with how much; never hashed."""
 
     store: str = "runs/store"
@@ -367,7 +294,7 @@ class ExecutionConfig(_Frozen):
         return self
 
 
-class Config(_Frozen):
+class Config(Frozen):
     """A run: a name and its two halves; `evidence` says which runs are measured together."""
 
     name: str = Field("demo", pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")

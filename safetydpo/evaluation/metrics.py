@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float
 
-from safetydpo.config.schema import CATEGORIES
+from safetydpo.config.fields import CATEGORIES
 from safetydpo.errors import SafetyDPOError
 from safetydpo.evaluation.distances import FeatureSet, frechet_interval, kernel_interval
 from safetydpo.evaluation.outcomes import ImageOutcome, JudgeName, PromptSet, Verdict

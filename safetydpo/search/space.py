@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from safetydpo.config.schema import SearchConfig
+from safetydpo.config.search import SearchConfig
 from safetydpo.errors import SafetyDPOError, UsageError
 
 MAX_WEIGHTS = 20
@@ -16,6 +16,8 @@ MAX_WEIGHTS = 20
 PLAIN_DENSITY = 0.3
 METHOD = "method"
 SCALE = "global_scale"
+"""Key of a candidate's scale. As a parameter it carries the method's name: what one method's scale does says nothing
+of another's, so a sampler must not pool them."""
 DENSITY = "density"
 WEIGHT_PREFIX = "weight:"
 
@@ -79,7 +81,7 @@ class SearchSpace:
         methods: names the search may choose.
         density_methods: those of them that use a density.
         groups: (group name, expert names): members of a group share one weight; sorted.
-        scale_range: global scale, searched in log scale.
+        scale_ranges: (method, range of its global scale), searched in log scale; every method once.
         weight_range: coefficient of each group.
         density_range: density of the methods that use it.
         plain_scales: (method, scales): where a method is tried first; a method without entry at scale 1.
@@ -89,7 +91,7 @@ class SearchSpace:
     methods: tuple[str, ...]
     density_methods: tuple[str, ...]
     groups: tuple[tuple[str, tuple[str, ...]], ...]
-    scale_range: tuple[float, float]
+    scale_ranges: tuple[tuple[str, tuple[float, float]], ...]
     weight_range: tuple[float, float]
     density_range: tuple[float, float]
     plain_scales: tuple[tuple[str, tuple[float, ...]], ...] = ()
@@ -99,6 +101,10 @@ class SearchSpace:
     def experts(self) -> tuple[str, ...]:
         """Names of all experts, sorted."""
         return tuple(sorted(name for _, members in self.groups for name in members))
+
+    def scale_range(self, method: str) -> tuple[float, float]:
+        """Return the range of a method's global scale."""
+        return dict(self.scale_ranges)[method]
 
 
 class Suggester(Protocol):
@@ -152,7 +158,7 @@ def build_space(
         methods=tuple(config.methods),
         density_methods=tuple(name for name in config.methods if name in density_methods),
         groups=tuple((name, tuple(sorted(chosen[name]))) for name in sorted(chosen)),
-        scale_range=config.scale_range,
+        scale_ranges=tuple((name, config.scale_range_of(name)) for name in config.methods),
         weight_range=config.weight_range,
         density_range=config.density_range,
         plain_scales=tuple(sorted(config.plain_scales.items())),
@@ -163,7 +169,7 @@ def build_space(
 def suggest(trial: Suggester, space: SearchSpace) -> Candidate:
     """Ask a trial for one candidate; parameters are asked in a fixed order, weights and density where they matter."""
     method = str(trial.suggest_categorical(METHOD, space.methods))
-    scale = trial.suggest_float(SCALE, *space.scale_range, log=True)
+    scale = trial.suggest_float(f"{SCALE}:{method}", *space.scale_range(method), log=True)
     weights: dict[str, float] = {}
     for group, members in space.groups:
         if method in space.unweighted_methods:
@@ -177,7 +183,7 @@ def suggest(trial: Suggester, space: SearchSpace) -> Candidate:
 def to_parameters(candidate: Candidate, space: SearchSpace) -> dict[str, Any]:
     """Return a candidate as the parameters under which `suggest` asks for it."""
     weights = dict(candidate.weights)
-    parameters: dict[str, Any] = {METHOD: candidate.method, SCALE: candidate.global_scale}
+    parameters: dict[str, Any] = {METHOD: candidate.method, f"{SCALE}:{candidate.method}": candidate.global_scale}
     if candidate.method not in space.unweighted_methods:
         parameters |= {f"{WEIGHT_PREFIX}{group}": weights[members[0]] for group, members in space.groups}
     if candidate.density is not None:
@@ -206,7 +212,7 @@ def plain_candidates(space: SearchSpace) -> list[Candidate]:
             _clip(PLAIN_DENSITY, space.density_range) if method in space.density_methods else None,
         )
         for method, scale in wanted
-        if space.scale_range[0] <= scale <= space.scale_range[1]
+        if space.scale_range(method)[0] <= scale <= space.scale_range(method)[1]
     ]
     return list(dict.fromkeys(found))
 

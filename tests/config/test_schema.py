@@ -7,7 +7,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from safetydpo.config import schema
-from safetydpo.config.schema import CATEGORIES, Config
+from safetydpo.config.fields import CATEGORIES
+from safetydpo.config.schema import Config
 
 GROUPS = [
     value
@@ -43,6 +44,19 @@ def test_every_setting_says_what_it_means(group: type[BaseModel]):
         ("search", {"scale_range": [2.0, 1.0]}, r"identity\.search\.scale_range: expected 0 < low <= high, found \[2"),
         ("search", {"weight_range": [0.0, 1.0]}, r"identity\.search\.weight_range: expected 0 < low <= high"),
         ("search", {"density_range": [-1.0, 1.0]}, r"identity\.search\.density_range: expected 0 < low <= high"),
+        ("search", {"scale_ranges": {"sum": [2.0, 1.0]}}, r"search\.scale_ranges\.sum: expected 0 < low <= high"),
+        (
+            "search",
+            {"scale_ranges": {"dare": [0.5, 1.0]}},
+            r"search\.scale_ranges: expected methods of .* found 'dare'",
+        ),
+        ("search", {"plain_scales": {"dare": [1.0]}}, r"search\.plain_scales: expected methods of .* found 'dare'"),
+        ("search", {"plain_scales": {"sum": [9.0]}}, r"scales within identity\.search\.scale_range \[0\.1, 3\.0\]"),
+        (
+            "search",
+            {"plain_scales": {"sum": [1.5]}, "scale_ranges": {"sum": [0.5, 1.0]}},
+            r"scales within identity\.search\.scale_ranges\.sum \[0\.5, 1\.0\], found \[1\.5\]",
+        ),
         ("prompts", {"categories": ["hate", "hate"]}, "expected each value once, found 'hate' 2 times"),
         ("evaluation", {"seeds": [0, 1, 0]}, "expected each value once, found 0 2 times"),
         ("merge", {"methods": ["sum", "sum"]}, "expected each value once, found 'sum' 2 times"),

@@ -9,7 +9,7 @@ import pytest
 
 from ray_jobs.search_merges import GenerationSearcher, TrialLog, choose
 from safetydpo.artifacts.storage import open_location
-from safetydpo.config.schema import SearchConfig
+from safetydpo.config.search import SearchConfig
 from safetydpo.errors import SafetyDPOError
 from safetydpo.search.replay import LoggedTrial, ReplayStudy
 from safetydpo.search.space import Candidate, build_space

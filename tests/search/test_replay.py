@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from safetydpo.config.schema import SearchConfig
+from safetydpo.config.search import SearchConfig
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.search.replay import LoggedTrial, ReplayStudy
 from safetydpo.search.space import Candidate, build_space, plain_candidates

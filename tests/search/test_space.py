@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safetydpo.config.schema import SearchConfig
+from safetydpo.config.search import SearchConfig
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.search.space import Candidate, SearchSpace, build_space, plain_candidates, suggest, to_parameters
 
@@ -45,7 +45,7 @@ def test_space_holds_the_config():
     assert space.methods == ("sum", "ties")
     assert space.density_methods == ("ties",)
     assert space.groups == (("hate", ("hate",)), ("violence", ("violence",)))
-    assert space.scale_range == (0.2, 2.0)
+    assert space.scale_range("ties") == (0.2, 2.0)
     assert space.experts == ("hate", "violence")
 
 
@@ -53,20 +53,27 @@ def test_density_is_asked_only_where_it_matters():
     space = make_space(methods=("sum", "ties"))
     for method, keys in (("sum", set()), ("ties", {"density"})):
         trial = optuna.trial.FixedTrial(
-            {"method": method, "global_scale": 1.5, "weight:hate": 0.5, "weight:violence": 1.25, "density": 0.2}
+            {
+                "method": method,
+                f"global_scale:{method}": 1.5,
+                "weight:hate": 0.5,
+                "weight:violence": 1.25,
+                "density": 0.2,
+            }
         )
         candidate = suggest(trial, space)
         assert candidate == Candidate(
             method, 1.5, (("hate", 0.5), ("violence", 1.25)), 0.2 if method == "ties" else None
         )
-        assert set(trial.distributions) == {"method", "global_scale", "weight:hate", "weight:violence"} | keys
-        assert trial.distributions["global_scale"].log
+        scale = f"global_scale:{method}"
+        assert set(trial.distributions) == {"method", scale, "weight:hate", "weight:violence"} | keys
+        assert trial.distributions[scale].log
 
 
 def test_groups_share_one_weight():
     groups = {"g2": ["c"], "g1": ["b", "a"]}
     space = build_space(SearchConfig(), ["a", "b", "c"], density_methods=(), groups=groups)
-    trial = optuna.trial.FixedTrial({"method": "sum", "global_scale": 1.0, "weight:g1": 0.5, "weight:g2": 1.5})
+    trial = optuna.trial.FixedTrial({"method": "sum", "global_scale:sum": 1.0, "weight:g1": 0.5, "weight:g2": 1.5})
     candidate = suggest(trial, space)
     assert candidate.weights == (("a", 0.5), ("b", 0.5), ("c", 1.5))
     assert to_parameters(candidate, space) == trial.params
@@ -107,6 +114,18 @@ def test_plain_scales_by_hand():
     assert found == [("sum", 0.4), ("sum", 0.8), ("ties", 1.0), ("co_merge", 1.0), ("sum", 0.5)]
 
 
+def test_a_method_may_have_a_range_of_its_own():
+    """`ties` in [1, 1.5], the others in [0.6, 2]; a plain scale of 1 lies in both."""
+    space = make_space(methods=("sum", "ties"), scale_range=(0.6, 2.0), scale_ranges={"ties": (1.0, 1.5)})
+    assert (space.scale_range("sum"), space.scale_range("ties")) == ((0.6, 2.0), (1.0, 1.5))
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    found = [suggest(study.ask(), space) for _ in range(60)]
+    for method, (low, high) in (("sum", (0.6, 2.0)), ("ties", (1.0, 1.5))):
+        scales = [one.global_scale for one in found if one.method == method]
+        assert low <= min(scales) < max(scales) <= high
+        assert max(scales) - min(scales) > 0.5 * (high - low)
+
+
 def test_senseless_spaces_are_refused():
     with pytest.raises(UsageError, match="at least one expert, each once, found none"):
         build_space(SearchConfig(), [], density_methods=())
@@ -129,6 +148,6 @@ def test_methods_without_weights_are_asked_for_a_scale_only():
         (1.0, {"hate": 1.0, "violence": 1.0}),
         (1.2, {"hate": 1.0, "violence": 1.0}),
     ]
-    assert to_parameters(plain[1], space) == {"method": "distill", "global_scale": 1.2}
-    trial = optuna.trial.FixedTrial({"method": "distill", "global_scale": 1.2})
+    assert to_parameters(plain[1], space) == {"method": "distill", "global_scale:distill": 1.2}
+    trial = optuna.trial.FixedTrial({"method": "distill", "global_scale:distill": 1.2})
     assert suggest(trial, space) == plain[1]
