@@ -60,6 +60,18 @@ def connect(config: Config) -> None:
     if not ray.is_initialized():
         _initialise(config)
     check_resources(config.execution, num_workers=config.execution.num_workers)
+    if needs_distillation(config):
+        # Asked for at the end of hours of training; said at their beginning.
+        processes = config.identity.merge.distill.processes
+        check_resources(config.execution, num_workers=processes, setting="identity.merge.distill.processes")
+
+
+def needs_distillation(config: Config) -> bool:
+    """Return whether a merge method of the run, or one that its search may choose, is a distillation."""
+    from safetydpo.merging.registry import find_method
+
+    identity = config.identity
+    return any(find_method(name).needs_distilled for name in (*identity.merge.methods, *identity.search.methods))
 
 
 def _initialise(config: Config) -> None:

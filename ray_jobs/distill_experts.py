@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ray_jobs.cluster import check_resources, connect, ray_state_folder
+from ray_jobs.cluster import connect, ray_state_folder
 from ray_jobs.expert_files import MERGE_RECIPE_VERSION, MergeAids, expert_folders, load_experts, read_aids
 from ray_jobs.progress import progress_bar
 from ray_jobs.run import Run
@@ -39,7 +39,6 @@ def distill_experts(
     if find_closed(run.store, key) is None:
         connect(run.config)
         distill = run.config.identity.merge.distill
-        check_resources(run.config.execution, num_workers=distill.processes, setting="identity.merge.distill.processes")
         settings = {
             "config": run.config.model_dump(mode="json"),
             "pairs_folder": pairs_folder.name,
@@ -144,7 +143,7 @@ def train_distilled(settings: Mapping[str, Any]) -> None:
         answers = shared.cpu()
     engine = open_engine(backbone, config=distill, lora=lora, world_size=world_size)
     try:
-        _train(run, key, backbone, engine, data, answers, start, lora, settings["board"], rank=rank)
+        _train(run, key, backbone, engine, data=data, answers=answers, start=start, board=settings["board"], rank=rank)
     finally:
         engine.close()
 
@@ -206,12 +205,11 @@ def _train(
     key: ArtifactKey,
     backbone: Any,
     engine: Any,
+    *,
     data: Any,
     answers: Any,
     start: Any,
-    lora: LoraConfig,
     board: Any,
-    *,
     rank: int,
 ) -> None:
     from safetydpo.dpo.distiller import METRIC_NAMES, distill
@@ -231,7 +229,7 @@ def _train(
             start=start,
             start_hash=key.hash,
             config=run.config.identity.merge.distill,
-            lora=lora,
+            lora=adapter_config(run.config),
             run_seed=run.config.identity.seed,
             engine=engine,
             checkpoint=checkpoint,

@@ -6,7 +6,6 @@ sampler and judges made is taken from the pool.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,8 +27,8 @@ from safetydpo.artifacts.schemas import IMAGE_MANIFEST, OUTCOMES, make_image_id,
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows, table_from_rows, write_table
 from safetydpo.config.schema import BaseModelConfig, Config, SamplerConfig
-from safetydpo.errors import SafetyDPOError
 from safetydpo.evaluation.rows import RowSource
+from safetydpo.judges.build import fingerprint_files
 from safetydpo.prompts.sets import Prompt
 from safetydpo.seeding import derive_seed
 
@@ -192,16 +191,12 @@ def outcome_id(run: Run, row: EvaluatedRow, prompt: Prompt, seed: int, sampler: 
 
 
 def judges_fingerprint() -> str:
-    """Return a hash over the weights of both judges and of CLIP."""
-    weights = demo_weights()
-    files = [weights / name / "model.safetensors" for name in ("judge_select", "judge_audit", "clip")]
-    missing = [file for file in files if not file.is_file()]
-    if missing:
-        raise SafetyDPOError(
-            f"expected the demo judges in {weights}, found no {missing[0].relative_to(weights)}: "
-            "reinstall the package with its weights, or run `python -m safetydpo.demo.build all`"
-        )
-    return sha256_of([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
+    """Return a hash over all files of both judges and of CLIP.
+
+    Raises:
+        SafetyDPOError: if one of them has no weights.
+    """
+    return sha256_of([fingerprint_files(demo_weights() / name) for name in ("judge_select", "judge_audit", "clip")])
 
 
 def _make(

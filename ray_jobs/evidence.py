@@ -33,7 +33,7 @@ from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.artifacts.tables import fingerprint_rows
 from safetydpo.config.load import identity_of
 from safetydpo.config.schema import Config
-from safetydpo.errors import UsageError
+from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.evaluation.counts import count_row
 from safetydpo.evaluation.evidence import Evidence, Unit, dump_unit, parse_unit, pool_units
 from safetydpo.evaluation.evidence_page import full_page, replace_marked, short_page
@@ -187,6 +187,7 @@ def measure(
             break
         say(f"seed {number}: making what its {len(units)} units need")
         chain = _prepare(units)
+        _refuse_other_experts(chain, plan_units(config, seed=number))
         rows = {found.source.name: found for found in _rows_of(chain)}
         for unit in units:
             if _is_over(started, minutes):
@@ -211,6 +212,19 @@ def _prepare(units: Sequence[PlannedUnit]) -> Chain:
         return run_stages(run.config, last=max(needed, key=STAGES.index))
     run.open()
     return Chain(run)
+
+
+def _refuse_other_experts(chain: Chain, planned: Sequence[PlannedUnit]) -> None:
+    """Refuse to go on with a seed whose measured units rest on other experts, before anything is drawn for it."""
+    mine = {name: record.fingerprint for name, record in chain.experts.items()}
+    for unit in planned:
+        done = unit.read()
+        if mine and done is not None and done.experts and done.experts != mine:
+            raise SafetyDPOError(
+                f"expected the experts of seed {unit.seed} that {unit.file} was measured with, found other ones in the "
+                f"store {chain.run.store} (training is equal to the byte on one kind of processor only): delete the "
+                f"records of seed {unit.seed} in {unit.results} and measure it again"
+            )
 
 
 def _stage_of(row: str) -> str | None:

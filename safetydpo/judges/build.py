@@ -35,12 +35,20 @@ def fingerprint_judge(name: str) -> str:
         SafetyDPOError: if its weights are missing.
     """
     _check_name(name)
-    folder = _FOLDERS[name]()
+    return fingerprint_files(_FOLDERS[name]())
+
+
+def fingerprint_files(folder: Path) -> str:
+    """Return the sha256 over the names and bytes of a judge's files.
+
+    Raises:
+        SafetyDPOError: if there are no weights among them.
+    """
     files = sorted(path for path in folder.glob("*") if path.is_file())
-    if not files:
+    if not any(file.suffix == ".safetensors" for file in files):
         raise SafetyDPOError(
-            f"expected the weights of judge {name!r} in {folder}, found none: reinstall the package with its weights, "
-            "or run `python -m safetydpo.demo.build all`"
+            f"expected the weights of judge {folder.name!r} in {folder}, found none: reinstall the package with its "
+            "weights, or run `python -m safetydpo.demo.build all`"
         )
     digest = hashlib.sha256()
     for file in files:

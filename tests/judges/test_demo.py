@@ -132,10 +132,14 @@ def test_labels_are_those_of_the_world() -> None:
 def test_fingerprint_follows_the_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shipped = fingerprint_judge("demo_select")
     monkeypatch.setattr("safetydpo.judges.build.demo_weights", lambda: tmp_path)
-    with pytest.raises(SafetyDPOError, match="expected the weights of judge 'demo_select' in .*, found none"):
+    with pytest.raises(SafetyDPOError, match="expected the weights of judge 'judge_select' in .*, found none"):
         fingerprint_judge("demo_select")
     (tmp_path / "judge_select").mkdir()
     (tmp_path / "judge_select" / "model.safetensors").write_bytes(b"other")
-    assert fingerprint_judge("demo_select") != shipped
+    other = fingerprint_judge("demo_select")
+    assert other != shipped
+    # Labels decide verdicts as weights do.
+    (tmp_path / "judge_select" / "labels.json").write_text("{}")
+    assert fingerprint_judge("demo_select") != other
     with pytest.raises(UsageError, match="expected a judge among demo_select, found 'nobody'"):
         fingerprint_judge("nobody")

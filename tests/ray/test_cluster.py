@@ -50,6 +50,23 @@ def test_a_local_ray_that_comes_up_too_slowly_is_started_again(
     assert not any(name.startswith(("OMP", "DS_", "MALLOC", "RAY_prestart")) for name in changed)
 
 
+def test_processes_of_a_distillation_are_asked_for_before_anything_runs(monkeypatch: pytest.MonkeyPatch):
+    """Three processes on two CPUs: refused where the run distils, whatever the stage, and not where it does not."""
+    monkeypatch.setattr(cluster_module.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(cluster_module.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    distill = {"processes": 3, "rows_per_step": 6, "benign_rate": 0.5}
+    for methods, refused in ((["sum"], False), (["sum", "distill"], True)):
+        identity = {"merge": {"distill": distill}, "search": {"methods": methods}}
+        config = Config.model_validate({"identity": identity, "execution": {"num_workers": 2}})
+        if refused:
+            with pytest.raises(
+                UsageError, match=r"expected 3 CPUs \(identity\.merge\.distill\.processes 3 x .* found 2"
+            ):
+                connect(config)
+        else:
+            connect(config)
+
+
 @pytest.mark.parametrize(
     ("tasks", "passes", "wanted"),
     [(6, 4, 1), (12, 4, 1), (17, 4, 2), (16, 10, 3), (100, 10, 4), (3, 64, 3), (1, 1000, 1), (0, 64, 1)],

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,10 +23,11 @@ from ray_jobs.evidence import (
     seed_run,
     write_tables,
 )
+from ray_jobs.pipeline import Chain
 from safetydpo.config.load import load_config
 from safetydpo.config.schema import Config
 from safetydpo.errors import SafetyDPOError, UsageError
-from safetydpo.evaluation.evidence import dump_unit
+from safetydpo.evaluation.evidence import dump_unit, parse_unit
 from safetydpo.evaluation.evidence_page import BEGIN, END
 from safetydpo.evaluation.rows import RowSource
 from tests.evaluation.measured_units import make_units
@@ -128,6 +130,31 @@ def test_what_is_done_is_not_done_again(config: Config, monkeypatch: pytest.Monk
     with pytest.raises(KeyboardInterrupt):
         measure(config, say=said.append)
     assert stages == [(1, "train")]
+
+
+def test_a_seed_goes_on_with_its_own_experts_only(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sum` of seed 1 is missing; what stands of that seed was measured with experts that the store does not hold."""
+    write_records(config)
+    units = {unit.row: unit for unit in plan_units(config, seed=1)}
+    file = units["ties"].file
+    done = parse_unit(file.read_bytes().decode(), source=str(file))
+    file.write_bytes(dump_unit(replace(done, experts={"hate": "a" * 64})).encode())
+    units["sum"].file.delete()
+    run = seed_run(config, 1)
+    monkeypatch.setattr(evidence, "run_stages", lambda *_given, **_named: Chain(run, experts=experts))
+
+    def measured(*_given: Any, **_named: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evidence, "measure_unit", measured)
+    experts = {"hate": SimpleNamespace(fingerprint="b" * 64)}
+    message = f"expected the experts of seed 1 that {file} was measured with, found other ones in the store"
+    monkeypatch.setattr(evidence, "_rows_of", lambda _chain: [])
+    with pytest.raises(SafetyDPOError, match=re.escape(message)):
+        measure(config, say=lambda _line: None)
+    experts["hate"].fingerprint = "a" * 64
+    with pytest.raises(KeyboardInterrupt):
+        measure(config, say=lambda _line: None)
 
 
 def test_time_that_is_over_starts_nothing(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
