@@ -25,7 +25,7 @@ from safetydpo.artifacts.tables import fingerprint_rows
 from safetydpo.config.schema import Config, LoraConfig
 from safetydpo.errors import SafetyDPOError
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 LABEL = "distillation steps"
 
 
@@ -125,7 +125,7 @@ def train_distilled(settings: Mapping[str, Any]) -> None:
     tables = read_training_tables(run, run.store / "pairs" / settings["pairs_folder"])
     data = distillation_data(tables, settings["taught"], backbone, run.config)
     experts = load_experts(run, settings["experts"])
-    start = _start_layers(run, experts, settings["aids"], rank=lora.rank)
+    start = _start_layers(run, experts, settings["aids"], backbone)
     answers = answer_rows(
         backbone,
         data,
@@ -183,21 +183,31 @@ def distillation_data(tables: TrainingTables, taught: Mapping[str, list[str]], b
     )
 
 
-def _start_layers(run: Run, experts: list[Any], aids: Mapping[str, str], *, rank: int) -> Any:
-    from safetydpo.dpo.distiller import pad_rank
+def _start_layers(run: Run, experts: list[Any], aids: Mapping[str, str], backbone: Any) -> Any:
+    from safetydpo.diffusion.adapter import initial_adapter
+    from safetydpo.dpo.distiller import NAME, pad_rank
+    from safetydpo.dpo.engine import lora_signature
     from safetydpo.merging.merge import merge_experts
 
-    distill = run.config.identity.merge.distill
+    distill, lora = run.config.identity.merge.distill, adapter_config(run.config)
     merged = merge_experts(
         experts,
         method=distill.start_method,
         global_scale=distill.start_scale,
         density=run.config.identity.merge.density,
-        output_rank=rank,
+        output_rank=lora.rank,
         seed=run.config.identity.seed,
         **read_aids(run, aids, methods=[distill.start_method]),
     )
-    return pad_rank(merged.layers, rank)
+    fresh = initial_adapter(
+        backbone.named_linear_layers(lora.targets),
+        lora_signature(lora),
+        base_fingerprint=run.base_fingerprint,
+        run_seed=run.config.identity.seed,
+        init=lora.init,
+        expert_name=NAME,
+    )
+    return pad_rank(merged.layers, fresh)
 
 
 def _train(

@@ -90,22 +90,23 @@ def distill(
 ADVICE = "lower merge.distill.learning_rate"
 
 
-def pad_rank(layers: Mapping[str, LoraLayer], rank: int) -> dict[str, LoraLayer]:
-    """Return layers of exactly `rank` components with the same deltas: components of zeros are added.
+def pad_rank(layers: Mapping[str, LoraLayer], fresh: Mapping[str, LoraLayer]) -> dict[str, LoraLayer]:
+    """Return layers with the same deltas and as many components as `fresh` (see `initial_adapter`) has.
 
-    A component whose both factors are zero has no gradient and stays zero.
+    An added component takes its row of A from `fresh` and a column of zeros in B: with both factors zero it would have
+    no gradient and stay zero.
 
     Raises:
         SafetyDPOError: if a layer has more components than that.
     """
     padded = {}
     for name, layer in layers.items():
-        missing = rank - layer.down.shape[0]
-        if missing < 0:
+        present, rank = layer.down.shape[0], fresh[name].down.shape[0]
+        if present > rank:
             raise SafetyDPOError(
-                f"expected at most {rank} components of {name!r}, found {layer.down.shape[0]}: reduce its rank first"
+                f"expected at most {rank} components of {name!r}, found {present}: reduce its rank first"
             )
-        down = torch.cat([layer.down, layer.down.new_zeros((missing, layer.down.shape[1]))])
-        up = torch.cat([layer.up, layer.up.new_zeros((layer.up.shape[0], missing))], dim=1)
+        down = torch.cat([layer.down, fresh[name].down[present:].to(layer.down)])
+        up = torch.cat([layer.up, layer.up.new_zeros((layer.up.shape[0], rank - present))], dim=1)
         padded[name] = LoraLayer(down=down, up=up)
     return padded

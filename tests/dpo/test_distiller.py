@@ -9,16 +9,28 @@ import torch
 from safetydpo.artifacts.adapters import LoraLayer
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.config.schema import DistillConfig, LoraConfig
+from safetydpo.diffusion.adapter import initial_adapter
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
 from safetydpo.dpo.distillation import answer_rows
 from safetydpo.dpo.distiller import METRIC_NAMES, Distilled, distill, pad_rank
-from safetydpo.dpo.engine import open_engine
+from safetydpo.dpo.engine import lora_signature, open_engine
 from safetydpo.errors import SafetyDPOError
 from tests.dpo.lessons import SIGNATURE, make_lessons, random_layers, small_distillation
 
 
 class KilledError(Exception):
     """Stands in for SIGKILL."""
+
+
+def fresh_layers(backbone: StableDiffusion, lora: LoraConfig) -> dict[str, LoraLayer]:
+    return initial_adapter(
+        backbone.named_linear_layers(lora.targets),
+        lora_signature(lora),
+        base_fingerprint=backbone.fingerprint,
+        run_seed=5,
+        init="shared",
+        expert_name="distilled",
+    )
 
 
 def run(
@@ -31,7 +43,7 @@ def run(
 ) -> Distilled:
     data, lora = make_lessons(backbone), LoraConfig(rank=3)
     teachers = {"hate": random_layers(backbone, seed=1), "violence": random_layers(backbone, seed=2)}
-    start = pad_rank(random_layers(backbone, seed=1, size=0.05), lora.rank)
+    start = pad_rank(random_layers(backbone, seed=1, size=0.05), fresh_layers(backbone, lora))
     answers = answer_rows(backbone, data, teachers, signature=SIGNATURE, config=config, run_seed=5)
     engine = open_engine(backbone, config=config, lora=lora)
     try:
@@ -87,11 +99,20 @@ def test_a_checkpoint_of_other_experts_is_refused(backbone: StableDiffusion, tmp
 
 
 def test_padding_changes_no_delta():
-    """Rank 2 to rank 4: two rows and columns of zeros, the same product; fewer than there are is refused."""
+    """Rank 2 to rank 4: two rows of the fresh A beside columns of zeros, the same product; fewer rows are refused."""
     layer = LoraLayer(down=torch.tensor([[1.0, 2.0], [0.0, 1.0]]), up=torch.tensor([[1.0, 3.0]]))
-    padded = pad_rank({"q": layer}, 4)["q"]
-    assert padded.down.shape == (4, 2)
-    assert padded.up.shape == (1, 4)
+    fresh = LoraLayer(down=torch.arange(8.0).reshape(4, 2), up=torch.zeros(1, 4))
+    padded = pad_rank({"q": layer}, {"q": fresh})["q"]
+    assert padded.down.tolist() == [[1.0, 2.0], [0.0, 1.0], [4.0, 5.0], [6.0, 7.0]]
+    assert padded.up.tolist() == [[1.0, 3.0, 0.0, 0.0]]
     assert (padded.up @ padded.down).tolist() == [[1.0, 5.0]]
+    small = LoraLayer(down=torch.ones(1, 2), up=torch.zeros(1, 1))
     with pytest.raises(SafetyDPOError, match="expected at most 1 components of 'q', found 2: reduce its rank first"):
-        pad_rank({"q": layer}, 1)
+        pad_rank({"q": layer}, {"q": small})
+
+
+def test_added_components_learn(backbone: StableDiffusion):
+    """A start of rank 2 in an adapter of rank 3: after training the third component is no longer dead."""
+    done = run(backbone, small_distillation(steps=3))
+    assert all(layer.up.shape[1] == 3 for layer in done.layers.values())
+    assert sum(float(layer.up[:, 2].abs().sum()) for layer in done.layers.values()) > 0
