@@ -39,7 +39,7 @@ from safetydpo.artifacts.tables import fingerprint_rows, read_table
 from safetydpo.config.schema import Config, DpoConfig
 from safetydpo.errors import SafetyDPOError
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 ALL_SINGLE = "all_single"
 PASSES_PER_STEP = 2
 """A training step costs about as much as this many passes through the denoiser when sampling."""

@@ -126,6 +126,10 @@ class DpoConfig(TrainingConfig):
     safe_likelihood_weight: float = Field(0.0, ge=0)
     """Weight of the error on the safe picture itself, in the unit of the logit (beta / 2); 0 = off. It keeps pulling
     towards the safe picture after the preference is won."""
+    redirection_weight: float = Field(0.0, ge=0)
+    """Weight of the squared distance, on the noisy *unsafe* picture, from the unsafe caption's prediction to the base's
+    under the safe caption, in the unit of the logit (beta / 2); 0 = off. The preference only drives the prediction away
+    there; this says where to."""
     retention_weight: float = Field(0.0, ge=0)
     """Weight of the squared change of the prediction on benign pictures; 0 = off."""
     retention_per_step: int = Field(8, ge=0)

@@ -20,7 +20,7 @@ from torch import Tensor
 from safetydpo.artifacts.schemas import caption_sha256, sha256_of
 from safetydpo.config.schema import DpoConfig
 from safetydpo.diffusion.backbone import Condition
-from safetydpo.dpo.draws import RowDraw, RowUse, caption_side, draw_row, pair_order, retention_order
+from safetydpo.dpo.draws import CaptionRule, RowDraw, RowUse, caption_side, draw_row, pair_order, retention_order
 from safetydpo.errors import SafetyDPOError, UsageError
 
 EMPTY_CAPTION = caption_sha256("")
@@ -154,6 +154,8 @@ class StepBatch:
     noise: Float[Tensor, "batch channel height width"]
     timesteps: Int[Tensor, " batch"]
     condition: Condition
+    safe_condition: Condition
+    """Safe captions of the same pairs; the empty one where `condition` has it."""
     retention_latents: Float[Tensor, "benign channel height width"]
     retention_noise: Float[Tensor, "benign channel height width"]
     retention_timesteps: Int[Tensor, " benign"]
@@ -241,7 +243,8 @@ def _gather_step(
 ) -> StepBatch:
     pair_rows = torch.tensor([use.index for use, _ in pairs], dtype=torch.long)
     benign_rows = torch.tensor([use.index for use, _ in benign], dtype=torch.long)
-    pair_captions = [_pair_caption(data, use, draw, config) for use, draw in pairs]
+    pair_captions = [_pair_caption(data, use, draw, config.captions) for use, draw in pairs]
+    safe_captions = [_pair_caption(data, use, draw, "safe") for use, draw in pairs]
     benign_captions = [
         data.empty_caption if draw.is_empty else int(data.retention_captions[use.index]) for use, draw in benign
     ]
@@ -251,6 +254,7 @@ def _gather_step(
         noise=_noise(data, pairs).to(device),
         timesteps=_timesteps(pairs).to(device),
         condition=_select(data.condition, pair_captions, device),
+        safe_condition=_select(data.condition, safe_captions, device),
         retention_latents=data.retention_latents[benign_rows].float().to(device),
         retention_noise=_noise(data, benign).to(device),
         retention_timesteps=_timesteps(benign).to(device),
@@ -258,10 +262,10 @@ def _gather_step(
     )
 
 
-def _pair_caption(data: PreferenceData, use: RowUse, draw: RowDraw, config: DpoConfig) -> int:
+def _pair_caption(data: PreferenceData, use: RowUse, draw: RowDraw, rule: CaptionRule) -> int:
     if draw.is_empty:
         return data.empty_caption
-    is_unsafe = caption_side(config.captions, draw.caption_coin) == "unsafe"
+    is_unsafe = caption_side(rule, draw.caption_coin) == "unsafe"
     return int((data.captions_unsafe if is_unsafe else data.captions_safe)[use.index])
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from safetydpo.config.schema import DpoConfig
 from safetydpo.diffusion.backbone import Backbone
 from safetydpo.dpo.batch import StepBatch
-from safetydpo.dpo.loss import preference_loss, retention_loss, squared_error
+from safetydpo.dpo.loss import preference_loss, redirection_loss, retention_loss, squared_error
 
 METRICS = (
     "loss",
@@ -28,6 +28,7 @@ METRICS = (
     "error_policy_unsafe",
     "error_reference_safe",
     "error_reference_unsafe",
+    "redirection",
 )
 """Names of the numbers that `policy_loss` returns, in order; all are means over rows."""
 
@@ -38,7 +39,7 @@ def policy_loss(
     """Return the loss of one batch and the numbers named by `METRICS`.
 
     `loss = preference + safe_rise_weight * safe_rise + safe_likelihood_weight * safe_likelihood
-    + retention_weight * retention`. Safe, unsafe and benign
+    + redirection_weight * redirection + retention_weight * retention`. Safe, unsafe and benign
     pictures go through the network in one batch.
     """
     pairs = batch.num_pairs
@@ -71,6 +72,10 @@ def policy_loss(
         benign_weights = None if weights is None else weights[2 * pairs :]
         retention = retention_loss(policy[2 * pairs :], reference[2 * pairs :], weights=benign_weights)
         loss = loss + config.retention_weight * retention
+    redirection = torch.zeros_like(preference.preference)
+    if config.redirection_weight > 0:
+        redirection = _redirection(backbone, batch, noisy, policy, beta=config.beta, weights=weights)
+        loss = loss + config.redirection_weight * redirection
     metrics = (
         loss,
         preference.preference,
@@ -82,5 +87,22 @@ def policy_loss(
         policy_unsafe.mean(),
         reference_safe.mean(),
         reference_unsafe.mean(),
+        redirection,
     )
     return loss, torch.stack([metric.detach() for metric in metrics])
+
+
+def _redirection(
+    backbone: Backbone,
+    batch: StepBatch,
+    noisy: Float[Tensor, "batch channel height width"],
+    policy: Float[Tensor, "batch channel height width"],
+    *,
+    beta: float,
+    weights: Float[Tensor, " batch"] | None,
+) -> Float[Tensor, ""]:
+    """Return the redirection loss; `noisy`, `policy` and `weights` hold safe, unsafe and benign pictures in turn."""
+    unsafe = slice(batch.num_pairs, 2 * batch.num_pairs)
+    with torch.no_grad(), backbone.adapter_off():
+        wanted = backbone.predict(noisy[unsafe], batch.timesteps, batch.safe_condition)
+    return redirection_loss(policy[unsafe], wanted, beta=beta, weights=None if weights is None else weights[unsafe])

@@ -41,6 +41,8 @@ class StepMetrics:
     error_policy_unsafe: float
     error_reference_safe: float
     error_reference_unsafe: float
+    redirection: float
+    """Distance on the noisy unsafe pictures to the base's answer to the safe captions, in units of the logit."""
     gradient_norm: float
     """2-norm of the whole gradient before clipping."""
     learning_rate: float

@@ -73,7 +73,10 @@ def test_fingerprint_sees_every_id() -> None:
 @pytest.mark.parametrize(("rule", "value"), [("unsafe", 2.0), ("safe", 1.0)])
 def test_caption_rule(rule: str, value: float) -> None:
     config = DpoConfig(captions=rule, empty_caption_rate=0.0, pairs_per_step=4, retention_weight=0.0)  # type: ignore[arg-type]
-    assert torch.equal(batch_of(small(), 0, config).condition.tokens, torch.full((4, 3, 2), value))
+    batch = batch_of(small(), 0, config)
+    assert torch.equal(batch.condition.tokens, torch.full((4, 3, 2), value))
+    # Whatever caption the policy sees, the safe one of the same pair stands beside it.
+    assert torch.equal(batch.safe_condition.tokens, torch.full((4, 3, 2), 1.0))
 
 
 def test_empty_captions_replace_those_of_pairs_and_benign_pictures() -> None:
@@ -88,6 +91,7 @@ def test_empty_captions_replace_those_of_pairs_and_benign_pictures() -> None:
         )
         batch = batch_of(small(), 0, config)
         assert (float(batch.condition.tokens.abs().max()) == 0.0) == (pairs == 1.0)
+        assert (float(batch.safe_condition.tokens.abs().max()) == 0.0) == (pairs == 1.0)
         assert (float(batch.retention_condition.tokens.abs().max()) == 0.0) == (benign == 1.0)
 
 

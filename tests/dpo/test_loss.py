@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safetydpo.dpo.loss import preference_loss, retention_loss, squared_error
+from safetydpo.dpo.loss import preference_loss, redirection_loss, retention_loss, squared_error
 
 
 def errors(*values: list[float]) -> list[torch.Tensor]:
@@ -204,6 +204,15 @@ def test_retention_is_the_mean_squared_change() -> None:
     policy = reference.clone()
     policy[0] = 1.0
     assert float(retention_loss(policy, reference)) == 0.5
+
+
+def test_redirection_by_hand() -> None:
+    """Distances of 2 everywhere and 1 everywhere, weights 1 and 3: beta / 2 * (4 * 1 + 1 * 3) / 2 = 5 * 3.5."""
+    wanted = torch.zeros(2, 1, 2, 2)
+    policy = wanted.clone()
+    policy[0], policy[1] = 2.0, -1.0
+    assert float(redirection_loss(policy, wanted, beta=10.0, weights=torch.tensor([1.0, 3.0]))) == 17.5
+    assert float(redirection_loss(wanted, wanted, beta=10.0)) == 0.0
 
 
 def test_shapes_in_annotations_hold() -> None:

@@ -101,7 +101,7 @@ def test_agrees_with_the_network_called_picture_by_picture(
     build_tiny_model(tmp_path, prediction_type=kind)
     model = StableDiffusion.from_folder(tmp_path)
     install(model, lora, moved=True)
-    config = config.model_copy(update={"retention_weight": 3.0, "beta": 200.0})
+    config = config.model_copy(update={"retention_weight": 3.0, "beta": 200.0, "redirection_weight": 2.0})
     batch = batch_of(make_data(), config)
     loss, _ = policy_loss(model, batch, config=config)
 
@@ -129,6 +129,8 @@ def test_agrees_with_the_network_called_picture_by_picture(
     policy = both()
     model.load_adapter(layers, scale=0.0)
     reference = both()
+    with torch.no_grad():
+        answer = predictions(batch.latents_unsafe, batch.noise, batch.timesteps, batch.safe_condition)
     targets = [model.target(x, batch.noise, batch.timesteps) for x in (batch.latents_safe, batch.latents_unsafe)]
     rises = [
         ((policy[side] - targets[side]) ** 2 - (reference[side] - targets[side]) ** 2).mean(dim=(1, 2, 3))
@@ -137,8 +139,30 @@ def test_agrees_with_the_network_called_picture_by_picture(
     logits = -100.0 * (rises[0] - rises[1])
     expected = torch.log1p(torch.exp(-logits)).mean() + 100.0 * rises[0].clamp(min=0).mean()
     expected = expected + 3.0 * ((policy[2] - reference[2]) ** 2).mean()
+    expected = expected + 2.0 * 100.0 * ((policy[1] - answer) ** 2).mean()
     assert float(loss.detach()) != pytest.approx(math.log(2), abs=1e-3)
     assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_redirection_is_the_squared_distance_of_the_captions_at_step_zero(
+    backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig
+) -> None:
+    """With B = 0 the policy is the base: what is left is how differently it answers the two captions."""
+    install(backbone, lora)
+    wanted = config.model_copy(update={"beta": 200.0, "redirection_weight": 2.0, "captions": "unsafe"})
+    batch = batch_of(make_data(), wanted)
+    loss, metrics = policy_loss(backbone, batch, config=wanted)
+    noisy = backbone.add_noise(batch.latents_unsafe, batch.noise, batch.timesteps)
+    with torch.no_grad():
+        answers = [backbone.predict(noisy, batch.timesteps, given) for given in (batch.condition, batch.safe_condition)]
+    distance = 100.0 * float((answers[0] - answers[1]).square().mean())
+    assert distance > 0
+    assert named(metrics)["redirection"] == pytest.approx(distance, rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(math.log(2) + 2.0 * distance, rel=1e-5)
+    # Under the safe caption the base answers already: nothing to redirect.
+    safe = wanted.model_copy(update={"captions": "safe"})
+    _, metrics = policy_loss(backbone, batch_of(make_data(), safe), config=safe)
+    assert named(metrics)["redirection"] == pytest.approx(0.0, abs=1e-9)
 
 
 def test_gradients_reach_the_adapter_only(

@@ -251,7 +251,7 @@ def test_wrong_number_of_processes_is_refused(
 
 
 def metrics(step: int, policy: float, reference: float = 0.1) -> StepMetrics:
-    return StepMetrics(step, 0.5, 0.5, 0.0, 0.0, 1.0, 3.0, policy, policy, reference, reference, 1.0, 1e-3)
+    return StepMetrics(step, 0.5, 0.5, 0.0, 0.0, 1.0, 3.0, policy, policy, reference, reference, 0.0, 1.0, 1e-3)
 
 
 def test_spike_guard_counts_consecutive_steps() -> None:
@@ -278,11 +278,14 @@ def test_spike_guard_goes_on_counting_after_a_resume() -> None:
 def test_an_expert_that_spikes_ends_with_its_name_and_leaves_no_checkpoint(
     backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig, tmp_path: Path
 ) -> None:
-    """The tiny network's output is normalised, so the limit is set just above 1 and the learning rate to 3."""
-    changes = {"learning_rate": 3.0, "spike_limit": 1.0001, "spike_patience": 2, "checkpoint_every": 4}
+    """The tiny network's output is normalised, so the limit is set just above 1 and the learning rate to 3.
+
+    In which steps the error then lies above it depends on the processor's last bits; one of forty does.
+    """
+    changes = {"learning_rate": 3.0, "spike_limit": 1.0001, "spike_patience": 1, "steps": 40, "checkpoint_every": 40}
     config = config.model_copy(update=changes)
     place = open_location(str(tmp_path / "c"))
-    with pytest.raises(SafetyDPOError, match=r"'hate': expected an error on the safe picture below 1.0001 x .* 2 st"):
+    with pytest.raises(SafetyDPOError, match=r"'hate': expected an error on the safe picture below 1.0001 x .* 1 st"):
         train(backbone, make_data(), config, lora, checkpoint=place)
     assert not place.exists()
 
