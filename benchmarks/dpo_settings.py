@@ -40,6 +40,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "all": {},
     "both captions": {"captions": "both"},
     "no likelihood term": {"safe_likelihood_weight": 0.0},
+    "no redirection": {"redirection_weight": 0.0},
     "native error weights": {"error_weighting": "native"},
     "neutral pictures retained only": {"retention_pictures": "neutral"},
     "weight decay 0.01": {"weight_decay": 0.01},
