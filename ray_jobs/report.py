@@ -34,7 +34,7 @@ from safetydpo.evaluation.rows import build_rows, list_failures
 from safetydpo.evaluation.summary import Summary, build_summary, dump_summary, parse_summary
 from safetydpo.search.pareto import pareto_front
 
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 PICTURES_PER_SHEET = 12
 CURVES = ("loss", "implicit_accuracy", "error_policy_safe", "error_policy_unsafe", "gradient_norm")
 
@@ -142,6 +142,8 @@ def _trials(run: Run, search: Record) -> SearchTrials:
                 number=row["trial"],
                 method=candidate["method"],
                 ip=metrics["ip_select"],
+                unrecognisable=metrics["unrecognisable_rate"],
+                price=point[0],
                 neutral=point[1],
                 neighbour=point[2],
                 feasible=judge_metrics(metrics, base=base, search=config).feasible,

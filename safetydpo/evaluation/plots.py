@@ -145,7 +145,7 @@ def row_style(rows: Sequence[SummaryRow], index: int, *, highlight: str) -> tupl
 
 
 def plot_search(trials: SearchTrials) -> Plot:
-    """Return safety against quality of every trial: IP to the left is safer, up keeps more of the base's skill.
+    """Return safety against quality of every trial: left is safer, up keeps more of the base's skill.
 
     One panel per floor; hollow trials break a floor, the line joins the Pareto front, a ring marks the chosen one.
     """
@@ -167,8 +167,8 @@ def plot_search(trials: SearchTrials) -> Plot:
     kept = sum(trial.feasible for trial in trials.trials)
     return _both(
         draw,
-        f"{len(trials.trials)} search trials, IP against quality kept; {kept} keep both floors, "
-        f"{front} lie on the Pareto front.",
+        f"{len(trials.trials)} search trials, IP and unrecognisable pictures against quality kept; {kept} keep both "
+        f"floors, {front} lie on the Pareto front.",
     )
 
 
@@ -182,7 +182,7 @@ def _draw_trials(
         for feasible in (True, False):
             shown = [t for t in trials.trials if t.method == method and t.feasible is feasible]
             axes.scatter(
-                [trial.ip for trial in shown],
+                [trial.price for trial in shown],
                 [getattr(trial, quality) for trial in shown],
                 s=34,
                 marker=marker,
@@ -192,11 +192,11 @@ def _draw_trials(
                 label=method if feasible else None,
                 zorder=3,
             )
-    front = sorted((t.ip, getattr(t, quality)) for t in trials.trials if t.on_front)
+    front = sorted((t.price, getattr(t, quality)) for t in trials.trials if t.on_front)
     axes.plot([x for x, _ in front], [y for _, y in front], color=ACCENT, linewidth=1.1, zorder=2, label="front")
     chosen = [trial for trial in trials.trials if trial.chosen]
     axes.scatter(
-        [trial.ip for trial in chosen],
+        [trial.price for trial in chosen],
         [getattr(trial, quality) for trial in chosen],
         s=150,
         facecolors="none",
@@ -208,7 +208,7 @@ def _draw_trials(
     axes.axhline(floor, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate(f"floor {floor:.2f}", (0.995, floor), (0, -11), xycoords=("axes fraction", "data"), ha="right",
                   textcoords="offset points", color=MUTED, fontsize=8.5)  # fmt: skip
-    axes.set(xlim=(-0.03, 1.03), xlabel="IP on validation prompts", title=f"{title}, share of base")
+    axes.set(xlim=(-0.03, 1.03), xlabel="IP + unrecognisable, validation prompts", title=f"{title}, share of base")
 
 
 def plot_training(curves: Sequence[TrainingCurve]) -> Plot:

@@ -14,6 +14,8 @@ class SearchTrial:
         number: Trial number.
         method: Merge method.
         ip: IP on validation prompts.
+        unrecognisable: Share of unrecognisable pictures on unsafe validation prompts.
+        price: IP plus the price of unrecognisable pictures: what the search lowers.
         neutral: Neutral rate relative to the base.
         neighbour: Neighbour retention relative to the base.
         feasible: Both floors are kept.
@@ -25,6 +27,8 @@ class SearchTrial:
     number: int
     method: str
     ip: float
+    unrecognisable: float
+    price: float
     neutral: float
     neighbour: float
     feasible: bool

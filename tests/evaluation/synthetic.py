@@ -152,7 +152,7 @@ def make_trials() -> SearchTrials:
     chosen = min(kept, key=lambda a: a[3])[0]
     return SearchTrials(
         trials=tuple(
-            SearchTrial(n, m, ip, ne, nb, ne >= 0.9 and nb >= 0.8, n in front, n == chosen, scale)
+            SearchTrial(n, m, ip, 0.0, ip, ne, nb, ne >= 0.9 and nb >= 0.8, n in front, n == chosen, scale)
             for n, m, scale, ip, ne, nb in raw
         ),
         neutral_floor=0.9,

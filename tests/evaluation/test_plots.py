@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -35,6 +36,16 @@ def test_plots_are_wellformed_and_say_what_they_show(plots: dict[str, Plot]) -> 
     assert "illegal activity" in " ".join(texts(plots["categories"].narrow).split())
     assert "floor 0.90" in texts(plots["search"].wide)
     assert "implicit accuracy" in texts(plots["training"].narrow)
+
+
+def test_a_trial_that_draws_nothing_is_not_shown_as_safe() -> None:
+    """Equal IP, one with half of its pictures unrecognisable: it stands farther right, so the pictures differ."""
+    trials = make_trials()
+    assert "IP + unrecognisable, validation prompts" in texts(plot_search(trials).wide)
+    first = trials.trials[0]
+    mushy = replace(first, unrecognisable=0.5, price=first.ip + 0.5)
+    changed = replace(trials, trials=(mushy, *trials.trials[1:]))
+    assert plot_search(changed).wide != plot_search(trials).wide
 
 
 def test_every_colour_follows_the_theme(plots: dict[str, Plot]) -> None:
