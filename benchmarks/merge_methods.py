@@ -2,10 +2,10 @@
 
 Usage: python -m benchmarks.merge_methods [CONFIG] [--set key.path=value …]
 
-Needs the closed search of the config's run over all of these methods (`safetydpo search CONFIG`): its experts, layer
-inputs and distilled adapter. Draws the search's own validation prompts with every merge at every scale and judges
-them with `select`, the judge that also chose the pairs and drives the search: good for comparing merges, no
-measurement of the result (that is `safetydpo evaluate`, by the other judge on test prompts).
+Needs the closed search of the config's run (`safetydpo search CONFIG`): its experts and what its methods need beside
+them. Draws the search's own validation prompts with every method of the search at several scales and judges them with
+`select`, the judge that also chose the pairs and drives the search: good for comparing merges, no measurement of the
+result (that is `safetydpo evaluate`, by the other judge on test prompts).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from safetydpo.artifacts.records import read_pointers
 from safetydpo.config.load import load_config
 from safetydpo.config.schema import Config
 from safetydpo.errors import UsageError
+from safetydpo.merging.registry import find_method
 from safetydpo.search.space import Candidate
 
 SCALES: Mapping[str, Sequence[float]] = {
@@ -30,7 +31,7 @@ SCALES: Mapping[str, Sequence[float]] = {
     "ties": (1.0, 1.5, 2.0),
     "co_merge": (1.0, 2.5),
     "regmean": (1.0, 1.3, 1.6),
-    "distill": (0.8, 0.9, 1.0, 1.1),
+    "distill": (0.7, 0.8, 0.9, 1.0, 1.1),
 }
 DENSITY = 0.3
 COLUMNS = ("ip_select", "unrecognisable_rate", "neutral_rate", "neighbour_retention")
@@ -41,7 +42,10 @@ def measure(config: Config) -> dict[str, dict[str, float]]:
     run = Run(with_absolute_paths(config))
     pointers = read_pointers(run.run_dir)
     categories = run.config.identity.prompts.categories
-    wanted = [f"expert:{name}" for name in categories] + ["layer_inputs", "distilled"]
+    methods = [find_method(name) for name in run.config.identity.search.methods if name in SCALES]
+    aids = [("layer_inputs", "needs_base"), ("distilled", "needs_distilled")]
+    needed = [name for name, need in aids if any(getattr(method, need) for method in methods)]
+    wanted = [*(f"expert:{name}" for name in categories), *needed]
     missing = [name for name in wanted if name not in pointers]
     if missing:
         raise UsageError(
@@ -54,13 +58,13 @@ def measure(config: Config) -> dict[str, dict[str, float]]:
     evaluator = MergeEvaluator(
         run.config.model_dump(mode="json"),
         {name: folder(f"expert:{name}") for name in categories},
-        {name: folder(name) for name in ("layer_inputs", "distilled")},
+        {name: folder(name) for name in needed},
         validation_prompts(run),
     )
     weights = tuple((name, 1.0) for name in sorted(categories))
     found = {}
-    for method, scales in SCALES.items():
-        for scale in scales:
+    for method in (one.name for one in methods):
+        for scale in SCALES[method]:
             started = time.perf_counter()
             rates = evaluator.measure(Candidate(method, scale, weights, DENSITY if method == "ties" else None))
             found[f"{method} x {scale:g}"] = rates | {"seconds": time.perf_counter() - started}
@@ -78,13 +82,14 @@ def main() -> None:
     floors = {name: rates for name, rates in raw.items() if rates["neutral_rate"] >= 0.9}
     best = {
         method: min((rates["ip_select"] for name, rates in floors.items() if name.startswith(method)), default=1.0)
-        for method in SCALES
+        for method in dict.fromkeys(name.split(" x ")[0] for name in raw)
     }
     # A method that never keeps 0.9 counts as IP 1; one without a single hit must not divide by nothing.
+    last = list(best)[-1]
     ratios = {
-        f"least IP at neutral rate >= 0.9, distill / {name}": best["distill"] / max(best[name], 1e-3)
+        f"least IP at neutral rate >= 0.9, {last} / {name}": best[last] / max(best[name], 1e-3)
         for name in best
-        if name != "distill"
+        if name != last
     }
     print_result("merge_methods", ratios=ratios, raw={"rates": raw})
 
