@@ -140,7 +140,7 @@ def _run_batch(
     data = (folder / "data").make_folder()
     with progress_bar(stage.label, total=manifest.num_rows) as board, _checkpointing(folder, stage.id_column):
         _execute(folder / "manifest.parquet", data, stage, execution=execution, board=board, rows=manifest.num_rows)
-    found = read_table(data, stage.output)
+    found = drop_doubled(data, stage.output, id_column=stage.id_column)
     verification = verify_rows(ids, found.column(stage.id_column).to_pylist())
     if not verification.is_exact:
         raise SafetyDPOError(
@@ -157,6 +157,29 @@ def _run_batch(
     }
     (folder / RECORD_FILE).write_bytes(json.dumps(record, indent=2, sort_keys=True).encode())
     (folder / "checkpoint").delete()
+
+
+def drop_doubled(data: Location, schema: pa.Schema, *, id_column: str) -> pa.Table:
+    """Keep the first row of each id, in name order of the files; return the rows that stand there now.
+
+    A run that fails does not wait for its write tasks, and one of them may commit after the next run has looked at what
+    is committed. Either row is as good as the other: both come from the same manifest row and its seed.
+    """
+    seen: set[str] = set()
+    kept = []
+    for file in [file for file in data.walk() if file.path.endswith(".parquet")]:
+        table = read_table(file, schema)
+        ids = table.column(id_column).to_pylist()
+        first = [ids.index(row_id) == index and row_id not in seen for index, row_id in enumerate(ids)]
+        seen |= set(ids)
+        if not all(first):
+            table = table.filter(pa.array(first))
+            if table.num_rows:
+                write_table(file, table)
+            else:
+                file.delete()
+        kept.append(table)
+    return pa.concat_tables(kept) if kept else schema.empty_table()
 
 
 def _execute(

@@ -15,7 +15,7 @@ from safetydpo.artifacts.schemas import IMAGES, LATENTS
 from safetydpo.artifacts.storage import open_location
 from safetydpo.artifacts.tables import read_table
 from tests.ray.closed_artifacts import all_files, close_batch, close_experts, close_pairs, close_pictures, open_run
-from tests.ray.commands import Command
+from tests.ray.commands import Command, Seen
 
 pytestmark = pytest.mark.slow
 USAGE, FAILURE = 2, 1
@@ -91,17 +91,26 @@ def test_a_merge_worker_that_finds_a_damaged_expert(command: Command, root: Path
     assert not [name for name in all_files(tmp_path / "store") if name.startswith("merged")]
 
 
-def test_a_disk_that_fills_while_pictures_are_drawn(on_cluster: Command, small_disk: Path):
-    """64 KiB do not hold 40 pictures; with room, the same command goes on and every picture is there once."""
-    places = [f"store={small_disk}/store"]
-    seen = on_cluster("pairs", *places)
+def test_a_disk_that_fills_while_pictures_are_drawn(command: Command, root: Path, small_disk: Path):
+    """64 KiB do not hold 40 pictures; with room, the same command goes on and every picture is there once.
+
+    In processes of their own: what a failed run has still under way ends with it.
+    """
+    places = [*command.places, f"store={small_disk}/store"]
+
+    def pairs() -> subprocess.CompletedProcess[str]:
+        arguments = [sys.executable, "-m", "ray_jobs.cli", "pairs", str(command.config), *places]
+        return subprocess.run(arguments, cwd=root, capture_output=True, text=True, check=False)
+
+    failed = pairs()
+    seen = Seen(failed.returncode, failed.stdout, failed.stderr)
     seen.assert_one_line("expected", "No space left on device", "free space", code=FAILURE)
     assert not list(small_disk.glob("store/pairs/*/record.json"))
     assert not list(small_disk.glob("store/images/*/*/record.json"))
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
-    done = on_cluster("pairs", *places)
-    assert done.code == 0, done.err
-    run = open_run(on_cluster.config, [*on_cluster.places, *places])
+    done = pairs()
+    assert done.returncode == 0, done.stderr
+    run = open_run(command.config, places)
     batches = [read_table(open_location(str(f)), IMAGES) for f in small_disk.glob("store/images/*/*/data/*.parquet")]
     ids = [image_id for batch in batches for image_id in batch.column("image_id").to_pylist()]
     assert len(ids) == len(set(ids)) == 40

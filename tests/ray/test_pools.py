@@ -7,9 +7,9 @@ import pyarrow as pa
 import pytest
 import ray.data
 
-from ray_jobs.pools import PoolStage, check_error_rate, fill_pool, read_pool
+from ray_jobs.pools import PoolStage, check_error_rate, drop_doubled, fill_pool, read_pool
 from safetydpo.artifacts.storage import Location
-from safetydpo.artifacts.tables import table_from_rows, write_table
+from safetydpo.artifacts.tables import read_table, table_from_rows, write_table
 from safetydpo.config.schema import Config
 from safetydpo.errors import SafetyDPOError
 
@@ -68,6 +68,26 @@ def test_reading_takes_closed_batches_the_good_row_and_id_order(store: Location)
         ("d", 3, "error"),
     ]
     assert read_pool(store, ROWS, wanted={"b"}, id_column="row_id").column("value").to_pylist() == [5]
+
+
+def write_rows(location: Location, ids: str, value: int) -> None:
+    rows = [{"row_id": row_id, "value": value, "status": "ok"} for row_id in ids]
+    write_table(location, table_from_rows(rows, ROWS))
+
+
+def test_rows_that_two_runs_wrote_are_kept_once(store: Location):
+    """abcd, then cdef, then ab again: the second file keeps ef, the third goes, the first is not touched."""
+    for name, ids in (("1", "abcd"), ("2", "cdef"), ("3", "ab")):
+        write_rows(store / f"{name}.parquet", ids, int(name))
+    first = (store / "1.parquet").read_bytes()
+    kept = drop_doubled(store, ROWS, id_column="row_id")
+    assert kept.column("row_id").to_pylist() == list("abcdef")
+    assert kept.column("value").to_pylist() == [1, 1, 1, 1, 2, 2]
+    assert read_table(store, ROWS).equals(kept)
+    assert (store / "1.parquet").read_bytes() == first
+    assert not (store / "3.parquet").exists()
+    assert drop_doubled(store, ROWS, id_column="row_id").equals(kept)
+    assert drop_doubled(store / "none", ROWS, id_column="row_id").num_rows == 0
 
 
 def test_an_absent_pool_is_empty(store: Location):
