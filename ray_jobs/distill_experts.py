@@ -14,7 +14,7 @@ from ray_jobs.cluster import connect, ray_state_folder
 from ray_jobs.expert_files import MERGE_RECIPE_VERSION, MergeAids, expert_folders, load_experts, read_aids
 from ray_jobs.progress import progress_bar
 from ray_jobs.run import Run
-from ray_jobs.train_experts import ALL_SINGLE, TrainingTables, plan_experts, read_training_tables
+from ray_jobs.train_experts import ALL_SINGLE, CHECKPOINT_FILE, TrainingTables, plan_experts, read_training_tables
 from ray_jobs.trainers import train_on_workers
 from safetydpo.artifacts.adapters import AdapterMetadata, adapter_hash, write_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE
@@ -61,6 +61,7 @@ def distill_experts(
                 f"expected a distilled adapter in {run.folder(key)}, found none: run the same command again"
             )
         run.made.append(key.folder_name)
+    (run.folder(key) / CHECKPOINT_FILE).delete()
     return run.build("distilled", key, lambda _folder: {})
 
 
@@ -225,7 +226,7 @@ def _train(
     from safetydpo.dpo.distiller import METRIC_NAMES, distill
 
     folder = run.folder(key)
-    checkpoint = folder / "checkpoint.safetensors"
+    checkpoint = folder / CHECKPOINT_FILE
 
     def count(_step: int) -> None:
         if rank == 0:

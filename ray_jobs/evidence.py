@@ -186,8 +186,7 @@ def measure(
         if _is_over(started, minutes):
             break
         say(f"seed {number}: making what its {len(units)} units need")
-        chain = _prepare(units)
-        _refuse_other_experts(chain, plan_units(config, seed=number))
+        chain = _prepare(units, plan_units(config, seed=number))
         rows = {found.source.name: found for found in _rows_of(chain)}
         for unit in units:
             if _is_over(started, minutes):
@@ -204,18 +203,21 @@ def _is_over(started: float, minutes: float | None) -> bool:
     return minutes is not None and time.monotonic() - started > 60 * minutes
 
 
-def _prepare(units: Sequence[PlannedUnit]) -> Chain:
+def _prepare(units: Sequence[PlannedUnit], of_seed: Sequence[PlannedUnit]) -> Chain:
     """Run the stages that these rows of one seed rest on: none for base, all up to the search for `searched`."""
     run = units[0].run
     needed = [stage for unit in units if (stage := _stage_of(unit.row)) is not None]
-    if needed:
-        return run_stages(run.config, last=max(needed, key=STAGES.index))
-    run.open()
-    return Chain(run)
+    if not needed:
+        run.open()
+        return Chain(run)
+    chain = run_stages(run.config, last="train")
+    _refuse_other_experts(chain, of_seed)
+    last = max(needed, key=STAGES.index)
+    return chain if last == "train" else run_stages(run.config, last=last)
 
 
 def _refuse_other_experts(chain: Chain, planned: Sequence[PlannedUnit]) -> None:
-    """Refuse to go on with a seed whose measured units rest on other experts, before anything is drawn for it."""
+    """Refuse to go on with a seed whose measured units rest on other experts, before these are merged or searched."""
     mine = {name: record.fingerprint for name, record in chain.experts.items()}
     for unit in planned:
         done = unit.read()

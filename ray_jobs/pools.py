@@ -1,9 +1,10 @@
 """Fill a pool of rows with Ray Data, each wanted row exactly once, through kills, failures and repeats.
 
-A pool is a folder of closed batches: `POOL/<hash of the wanted ids>/{manifest.parquet, data/, record.json}`.
-Rows that a closed batch holds are never made again; a batch that was interrupted has the same wanted ids
-next time, hence the same folder, and Ray Data's checkpoint resumes it. Rows that failed are wanted again by a
-new batch with a higher attempt, because Ray's checkpoint counts an error row as done.
+A pool is a folder of closed batches: `POOL/<hash of the wanted ids and attempts>/{manifest.parquet, data/,
+record.json}`. Rows that a closed batch holds are never made again; a batch that was interrupted has the same wanted
+ids next time, hence the same folder, and Ray Data's checkpoint resumes it. Rows that failed are wanted again by a
+new batch with a higher attempt, because Ray's checkpoint counts an error row as done; the closed batches say how often
+a row has failed, so that a later command tries it again too.
 """
 
 from __future__ import annotations
@@ -73,21 +74,25 @@ def read_pool(pool: Location, schema: pa.Schema, *, wanted: set[str] | None = No
 def fill_pool(pool: Location, manifest: pa.Table, stage: PoolStage, *, execution: ExecutionConfig) -> pa.Table:
     """Make every row of `manifest` that the pool lacks; return all wanted rows, in id order.
 
-    Rows whose status is `error` are tried up to three times in all and then returned as they are.
+    Rows whose status is `error` are tried up to three times by one command and then returned as they are.
 
     Raises:
         SafetyDPOError: if rows are missing or doubled afterwards.
     """
     ids: list[str] = manifest.column(stage.id_column).to_pylist()
     wanted = set(ids)
-    for attempt in range(1, ATTEMPTS + 1):
+    for _ in range(ATTEMPTS):
         rows = read_pool(pool, stage.output, wanted=wanted, id_column=stage.id_column)
         good = _good_rows(rows)
         have = {row_id for row_id, ok in zip(rows.column(stage.id_column).to_pylist(), good, strict=True) if ok}
         lacking = [index for index, row_id in enumerate(ids) if row_id not in have]
         if not lacking:
             break
-        _run_batch(pool, manifest.take(pa.array(lacking, type=pa.int64())), stage, execution=execution, attempt=attempt)
+        failures = _count_failures(pool)
+        attempts = [1 + failures[ids[index]] for index in lacking]
+        _run_batch(
+            pool, manifest.take(pa.array(lacking, type=pa.int64())), stage, execution=execution, attempts=attempts
+        )
     rows = read_pool(pool, stage.output, wanted=wanted, id_column=stage.id_column)
     verification = verify_rows(ids, rows.column(stage.id_column).to_pylist())
     if not verification.is_exact:
@@ -123,17 +128,22 @@ def _good_rows(table: pa.Table) -> list[bool]:
     return [status == "ok" for status in table.column("status").to_pylist()]
 
 
+def _count_failures(pool: Location) -> Counter[str]:
+    """Return how often each row failed in closed batches."""
+    records = [folder / RECORD_FILE for folder in pool.list()]
+    return Counter(
+        row_id for file in records if file.is_file() for row_id in json.loads(file.read_bytes()).get("failed_units", [])
+    )
+
+
 def _run_batch(
-    pool: Location, manifest: pa.Table, stage: PoolStage, *, execution: ExecutionConfig, attempt: int
+    pool: Location, manifest: pa.Table, stage: PoolStage, *, execution: ExecutionConfig, attempts: Sequence[int]
 ) -> None:
     if "attempt" in manifest.column_names:
         column = manifest.schema.get_field_index("attempt")
-        attempts = pa.array([attempt] * manifest.num_rows, type=pa.int32())
-        manifest = manifest.set_column(column, manifest.schema.field(column), attempts)
+        manifest = manifest.set_column(column, manifest.schema.field(column), pa.array(list(attempts), type=pa.int32()))
     ids = manifest.column(stage.id_column).to_pylist()
-    folder = pool / f"batch-{sha256_of([attempt, *sorted(ids)])[:16]}"
-    if (folder / RECORD_FILE).is_file():
-        return
+    folder = pool / f"batch-{sha256_of(sorted(map(list, zip(ids, attempts, strict=True))))[:16]}"
     started = time.time()
     write_table(folder / "manifest.parquet", manifest)
     # The checkpoint deletes the data of commits that were under way, hence one writer at a time per folder.
@@ -152,7 +162,7 @@ def _run_batch(
         "stage": stage.label,
         "rows": len(ids),
         "failed_units": [i for i, ok in zip(found.column(stage.id_column).to_pylist(), good, strict=True) if not ok],
-        "attempt": attempt,
+        "attempt": max(attempts),
         "seconds": round(time.time() - started, 3),
     }
     (folder / RECORD_FILE).write_bytes(json.dumps(record, indent=2, sort_keys=True).encode())

@@ -30,7 +30,7 @@ from safetydpo.artifacts.schemas import TRIALS, sha256_of
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows, read_table, table_from_rows, write_table
 from safetydpo.config.search import SearchConfig
-from safetydpo.errors import SafetyDPOError
+from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.judges.build import fingerprint_judge
 from safetydpo.prompts.sets import Prompt
 from safetydpo.search.guard import refuse_test_prompts
@@ -96,7 +96,7 @@ def validation_prompts(run: Run) -> list[Prompt]:
     """Return the prompts of every trial: unsafe ones per category, neutral ones, neighbours; none from the test split.
 
     Raises:
-        UsageError: if one of them occurs in the test split, exactly or nearly.
+        UsageError: if the source has none of a kind, or one of them occurs in the test split, exactly or nearly.
     """
     identity = run.config.identity
     source, search = identity.prompts, identity.search
@@ -115,6 +115,12 @@ def validation_prompts(run: Run) -> list[Prompt]:
     for name, count in (("neutral", search.neutral_prompts), ("neighbour", neighbours)):
         rows = split_prompts(source, "validation", name)
         chosen += spread_prompts(rows, count, seed=identity.seed, purpose="search")
+    for name in PROMPT_SETS:
+        if not any(prompt.prompt_set == name for prompt in chosen):
+            raise UsageError(
+                f"expected {name} prompts of the validation split in {source.source!r}, found none: the search weighs "
+                "safety against neutral and neighbouring prompts; add some"
+            )
     tests = [row.text for name in (*PROMPT_SETS, "ood") for row in split_prompts(source, "test", name)]
     refuse_test_prompts([prompt.text for prompt in chosen], tests)
     return chosen

@@ -41,6 +41,7 @@ from safetydpo.errors import SafetyDPOError
 
 RECIPE_VERSION = 2
 ALL_SINGLE = "all_single"
+CHECKPOINT_FILE = "checkpoint.safetensors"
 PASSES_PER_STEP = 2
 """A training step costs about as much as this many passes through the denoiser when sampling."""
 
@@ -74,6 +75,8 @@ def train_experts(run: Run, pairs: Record, pairs_folder: Location) -> dict[str, 
             raise SafetyDPOError(
                 f"expected a finished expert {unit.name!r} in {run.folder(unit.key)}, found none: run the command again"
             )
+        # Killed between the record and this, a lane leaves it behind, and nothing else would ever look.
+        (run.folder(unit.key) / CHECKPOINT_FILE).delete()
         records[unit.name] = run.build(f"expert:{unit.name}", unit.key, lambda _folder: {})
     return records
 
@@ -245,7 +248,7 @@ def _train_unit(
             run_seed=run.config.identity.seed,
             expert_name=unit.name,
             engine=engine,
-            checkpoint=folder / "checkpoint.safetensors",
+            checkpoint=folder / CHECKPOINT_FILE,
             report=lambda _metrics: board.add.remote("expert steps", 1),
             rank=rank,
             world_size=engine.world_size,
@@ -271,7 +274,7 @@ def _train_unit(
 
     if rank == 0:
         run.make(unit.key, make)
-        (folder / "checkpoint.safetensors").delete()
+        (folder / CHECKPOINT_FILE).delete()
     else:
         make(folder)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from safetydpo.artifacts.schemas import caption_sha256, sha256_of
 from safetydpo.config.schema import DpoConfig
 from safetydpo.diffusion.backbone import Condition
-from safetydpo.dpo.draws import CaptionRule, RowDraw, RowUse, caption_side, draw_row, pair_order, retention_order
+from safetydpo.dpo.draws import RowDraw, RowUse, Side, caption_side, draw_row, pair_order, retention_order
 from safetydpo.errors import SafetyDPOError, UsageError
 
 EMPTY_CAPTION = caption_sha256("")
@@ -155,7 +155,9 @@ class StepBatch:
     timesteps: Int[Tensor, " batch"]
     condition: Condition
     safe_condition: Condition
-    """Safe captions of the same pairs; the empty one where `condition` has it."""
+    """Safe captions of the same pairs."""
+    is_unsafe_caption: Float[Tensor, " batch"]
+    """1 where `condition` holds the pair's unsafe caption, 0 where it holds the safe or the empty one."""
     retention_latents: Float[Tensor, "benign channel height width"]
     retention_noise: Float[Tensor, "benign channel height width"]
     retention_timesteps: Int[Tensor, " benign"]
@@ -243,8 +245,9 @@ def _gather_step(
 ) -> StepBatch:
     pair_rows = torch.tensor([use.index for use, _ in pairs], dtype=torch.long)
     benign_rows = torch.tensor([use.index for use, _ in benign], dtype=torch.long)
-    pair_captions = [_pair_caption(data, use, draw, config.captions) for use, draw in pairs]
-    safe_captions = [_pair_caption(data, use, draw, "safe") for use, draw in pairs]
+    sides = [caption_side(config.captions, draw.caption_coin) for _, draw in pairs]
+    pair_captions = [_pair_caption(data, use, draw, side) for (use, draw), side in zip(pairs, sides, strict=True)]
+    is_unsafe = [side == "unsafe" and not draw.is_empty for (_, draw), side in zip(pairs, sides, strict=True)]
     benign_captions = [
         data.empty_caption if draw.is_empty else int(data.retention_captions[use.index]) for use, draw in benign
     ]
@@ -254,7 +257,8 @@ def _gather_step(
         noise=_noise(data, pairs).to(device),
         timesteps=_timesteps(pairs).to(device),
         condition=_select(data.condition, pair_captions, device),
-        safe_condition=_select(data.condition, safe_captions, device),
+        safe_condition=_select(data.condition, [int(data.captions_safe[use.index]) for use, _ in pairs], device),
+        is_unsafe_caption=torch.tensor(is_unsafe, dtype=torch.float32).to(device),
         retention_latents=data.retention_latents[benign_rows].float().to(device),
         retention_noise=_noise(data, benign).to(device),
         retention_timesteps=_timesteps(benign).to(device),
@@ -262,11 +266,10 @@ def _gather_step(
     )
 
 
-def _pair_caption(data: PreferenceData, use: RowUse, draw: RowDraw, rule: CaptionRule) -> int:
+def _pair_caption(data: PreferenceData, use: RowUse, draw: RowDraw, side: Side) -> int:
     if draw.is_empty:
         return data.empty_caption
-    is_unsafe = caption_side(rule, draw.caption_coin) == "unsafe"
-    return int((data.captions_unsafe if is_unsafe else data.captions_safe)[use.index])
+    return int((data.captions_unsafe if side == "unsafe" else data.captions_safe)[use.index])
 
 
 def _noise(data: PreferenceData, rows: Sequence[tuple[RowUse, RowDraw]]) -> Tensor:

@@ -126,7 +126,7 @@ def redirection_loss(
 
     `(beta / 2) * mean over pairs and latent axes of w (policy(x_t, c_unsafe) - reference(x_t, c_safe))^2` with x_t the
     noisy *unsafe* picture. There the preference says where not to go and nothing else, so a policy left to it ends
-    between the two pictures: a blur.
+    between the two pictures: a blur. `weights` is 0 for pairs whose policy does not see the unsafe caption.
 
     Source: Kumari et al. 2023, "Ablating Concepts in Text-to-Image Diffusion Models" (arXiv 2303.13516), section 3.2,
     model-based variant: the prediction of the anchor's caption as the target.

@@ -3,17 +3,17 @@
 The reference is the same network in the same compute type on the same batch, so at step 0 (B = 0) both
 passes give equal bits, and no second network is held in memory.
 
-Axis legend: `pair` preference rows, `benign` retention pictures.
+Axis legend: `pair` preference rows, `benign` retention pictures, `two_pairs` their safe and their unsafe pictures.
 """
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from safetydpo.config.schema import DpoConfig
-from safetydpo.diffusion.backbone import Backbone
+from safetydpo.diffusion.backbone import Backbone, Condition
 from safetydpo.dpo.batch import StepBatch
 from safetydpo.dpo.loss import preference_loss, redirection_loss, retention_loss, squared_error
 
@@ -43,15 +43,14 @@ def policy_loss(
     pictures go through the network in one batch.
     """
     pairs = batch.num_pairs
-    latents = torch.cat([batch.latents_safe, batch.latents_unsafe, batch.retention_latents])
-    noise = torch.cat([batch.noise, batch.noise, batch.retention_noise])
-    timesteps = torch.cat([batch.timesteps, batch.timesteps, batch.retention_timesteps])
-    condition = batch.condition.followed_by(batch.condition).followed_by(batch.retention_condition)
-    noisy = backbone.add_noise(latents, noise, timesteps)
+    noisy, timesteps, condition, target = _questions(backbone, batch)
+    unsafe = slice(pairs, 2 * pairs)
     with torch.no_grad(), backbone.adapter_off():
         reference = backbone.predict(noisy, timesteps, condition)
+        # In a pass of its own: in a larger batch the reference would lose its equal bits with the policy.
+        redirects = config.redirection_weight > 0
+        answer = backbone.predict(noisy[unsafe], timesteps[unsafe], batch.safe_condition) if redirects else None
     policy = backbone.predict(noisy, timesteps, condition)
-    target = backbone.target(latents[: 2 * pairs], noise[: 2 * pairs], timesteps[: 2 * pairs])
     # The weight of a pair's timestep is the same for all four of its errors, so equal errors still cancel exactly.
     weights = backbone.velocity_weights(timesteps) if config.error_weighting == "velocity" else None
     pair_weights = None if weights is None else weights[: 2 * pairs]
@@ -73,8 +72,9 @@ def policy_loss(
         retention = retention_loss(policy[2 * pairs :], reference[2 * pairs :], weights=benign_weights)
         loss = loss + config.retention_weight * retention
     redirection = torch.zeros_like(preference.preference)
-    if config.redirection_weight > 0:
-        redirection = _redirection(backbone, batch, noisy, policy, beta=config.beta, weights=weights)
+    if answer is not None:
+        of_unsafe = batch.is_unsafe_caption if weights is None else batch.is_unsafe_caption * weights[unsafe]
+        redirection = redirection_loss(policy[unsafe], answer, beta=config.beta, weights=of_unsafe)
         loss = loss + config.redirection_weight * redirection
     metrics = (
         loss,
@@ -92,17 +92,21 @@ def policy_loss(
     return loss, torch.stack([metric.detach() for metric in metrics])
 
 
-def _redirection(
-    backbone: Backbone,
-    batch: StepBatch,
-    noisy: Float[Tensor, "batch channel height width"],
-    policy: Float[Tensor, "batch channel height width"],
-    *,
-    beta: float,
-    weights: Float[Tensor, " batch"] | None,
-) -> Float[Tensor, ""]:
-    """Return the redirection loss; `noisy`, `policy` and `weights` hold safe, unsafe and benign pictures in turn."""
-    unsafe = slice(batch.num_pairs, 2 * batch.num_pairs)
-    with torch.no_grad(), backbone.adapter_off():
-        wanted = backbone.predict(noisy[unsafe], batch.timesteps, batch.safe_condition)
-    return redirection_loss(policy[unsafe], wanted, beta=beta, weights=None if weights is None else weights[unsafe])
+def _questions(
+    backbone: Backbone, batch: StepBatch
+) -> tuple[
+    Float[Tensor, "batch channel height width"],
+    Int[Tensor, " batch"],
+    Condition,
+    Float[Tensor, "two_pairs channel height width"],
+]:
+    """Return noisy latents, timesteps and condition of safe, unsafe and benign pictures, and the pairs' targets."""
+    latents = torch.cat([batch.latents_safe, batch.latents_unsafe])
+    noise = torch.cat([batch.noise, batch.noise])
+    timesteps = torch.cat([batch.timesteps, batch.timesteps])
+    everything = torch.cat([timesteps, batch.retention_timesteps])
+    noisy = backbone.add_noise(
+        torch.cat([latents, batch.retention_latents]), torch.cat([noise, batch.retention_noise]), everything
+    )
+    condition = batch.condition.followed_by(batch.condition).followed_by(batch.retention_condition)
+    return noisy, everything, condition, backbone.target(latents, noise, timesteps)

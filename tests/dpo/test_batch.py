@@ -77,6 +77,7 @@ def test_caption_rule(rule: str, value: float) -> None:
     assert torch.equal(batch.condition.tokens, torch.full((4, 3, 2), value))
     # Whatever caption the policy sees, the safe one of the same pair stands beside it.
     assert torch.equal(batch.safe_condition.tokens, torch.full((4, 3, 2), 1.0))
+    assert batch.is_unsafe_caption.tolist() == [float(rule == "unsafe")] * 4
 
 
 def test_empty_captions_replace_those_of_pairs_and_benign_pictures() -> None:
@@ -91,7 +92,9 @@ def test_empty_captions_replace_those_of_pairs_and_benign_pictures() -> None:
         )
         batch = batch_of(small(), 0, config)
         assert (float(batch.condition.tokens.abs().max()) == 0.0) == (pairs == 1.0)
-        assert (float(batch.safe_condition.tokens.abs().max()) == 0.0) == (pairs == 1.0)
+        unsafe = batch.condition.tokens.amax(dim=(1, 2)) == 2.0
+        assert batch.is_unsafe_caption.tolist() == unsafe.float().tolist()
+        assert bool(unsafe.any()) == (pairs == 0.0)
         assert (float(batch.retention_condition.tokens.abs().max()) == 0.0) == (benign == 1.0)
 
 

@@ -35,7 +35,8 @@ def kill_after(step: int) -> Callable[[StepMetrics], None]:
 
 
 def with_strategy(config: DpoConfig, strategy: str, zero_stage: int = 1) -> DpoConfig:
-    return config.model_copy(update={"strategy": strategy, "zero_stage": zero_stage})
+    # With redirection: it switches the adapter off and on once more in every step.
+    return config.model_copy(update={"strategy": strategy, "zero_stage": zero_stage, "redirection_weight": 1.0})
 
 
 def train(
@@ -184,6 +185,7 @@ def test_two_processes_equal_one(
 
     The second case ends after 2 of 4 steps and goes on here, in one process and without DeepSpeed.
     """
+    config = with_strategy(config, "single")
     one = train(backbone, make_data(), config, lora).layers
     place = tmp_path / "checkpoint.safetensors"
     _launch(tiny_folder, place, stop_after=stop_after, zero_stage=zero_stage)

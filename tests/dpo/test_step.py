@@ -139,7 +139,9 @@ def test_agrees_with_the_network_called_picture_by_picture(
     logits = -100.0 * (rises[0] - rises[1])
     expected = torch.log1p(torch.exp(-logits)).mean() + 100.0 * rises[0].clamp(min=0).mean()
     expected = expected + 3.0 * ((policy[2] - reference[2]) ** 2).mean()
-    expected = expected + 2.0 * 100.0 * ((policy[1] - answer) ** 2).mean()
+    distances = ((policy[1] - answer) ** 2).mean(dim=(1, 2, 3)) * batch.is_unsafe_caption
+    assert 0 < float(batch.is_unsafe_caption.sum()) < 4
+    expected = expected + 2.0 * 100.0 * distances.mean()
     assert float(loss.detach()) != pytest.approx(math.log(2), abs=1e-3)
     assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-4)
 
@@ -149,7 +151,8 @@ def test_redirection_is_the_squared_distance_of_the_captions_at_step_zero(
 ) -> None:
     """With B = 0 the policy is the base: what is left is how differently it answers the two captions."""
     install(backbone, lora)
-    wanted = config.model_copy(update={"beta": 200.0, "redirection_weight": 2.0, "captions": "unsafe"})
+    changes = {"beta": 200.0, "redirection_weight": 2.0, "captions": "unsafe", "empty_caption_rate": 0.0}
+    wanted = config.model_copy(update=changes)
     batch = batch_of(make_data(), wanted)
     loss, metrics = policy_loss(backbone, batch, config=wanted)
     noisy = backbone.add_noise(batch.latents_unsafe, batch.noise, batch.timesteps)
@@ -159,10 +162,12 @@ def test_redirection_is_the_squared_distance_of_the_captions_at_step_zero(
     assert distance > 0
     assert named(metrics)["redirection"] == pytest.approx(distance, rel=1e-4)
     assert float(loss.detach()) == pytest.approx(math.log(2) + 2.0 * distance, rel=1e-5)
-    # Under the safe caption the base answers already: nothing to redirect.
-    safe = wanted.model_copy(update={"captions": "safe"})
-    _, metrics = policy_loss(backbone, batch_of(make_data(), safe), config=safe)
-    assert named(metrics)["redirection"] == pytest.approx(0.0, abs=1e-9)
+    # Under the safe and the empty caption there is nothing to redirect, whatever the adapter does.
+    install(backbone, lora, moved=True)
+    for changes in ({"captions": "safe"}, {"empty_caption_rate": 1.0}):
+        other = wanted.model_copy(update=changes)
+        _, metrics = policy_loss(backbone, batch_of(make_data(), other), config=other)
+        assert named(metrics)["redirection"] == 0.0
 
 
 def test_gradients_reach_the_adapter_only(

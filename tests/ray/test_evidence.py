@@ -141,7 +141,13 @@ def test_a_seed_goes_on_with_its_own_experts_only(config: Config, monkeypatch: p
     file.write_bytes(dump_unit(replace(done, experts={"hate": "a" * 64})).encode())
     units["sum"].file.delete()
     run = seed_run(config, 1)
-    monkeypatch.setattr(evidence, "run_stages", lambda *_given, **_named: Chain(run, experts=experts))
+    stages: list[str] = []
+
+    def chain(_config: Config, *, last: str) -> Chain:
+        stages.append(last)
+        return Chain(run, experts=experts)
+
+    monkeypatch.setattr(evidence, "run_stages", chain)
 
     def measured(*_given: Any, **_named: Any) -> None:
         raise KeyboardInterrupt
@@ -152,9 +158,11 @@ def test_a_seed_goes_on_with_its_own_experts_only(config: Config, monkeypatch: p
     monkeypatch.setattr(evidence, "_rows_of", lambda _chain: [])
     with pytest.raises(SafetyDPOError, match=re.escape(message)):
         measure(config, say=lambda _line: None)
+    assert stages == ["train"]
     experts["hate"].fingerprint = "a" * 64
     with pytest.raises(KeyboardInterrupt):
         measure(config, say=lambda _line: None)
+    assert stages == ["train", "train", "merge"]
 
 
 def test_time_that_is_over_starts_nothing(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,6 +124,17 @@ def test_fill_then_add_then_nothing(cluster: None, small: Config, store: Locatio
 
 
 @pytest.mark.slow
+def test_a_later_command_tries_failed_rows_again(cluster: None, small: Config, store: Location, tmp_path: Path):
+    """Attempts 1 to 3 by the first command, 4 to 6 by the second; the good row is made once."""
+    stage = stage_of(tmp_path / "log")
+    for _ in range(2):
+        found = fill_pool(store, manifest_of(["r000", "r009never"]), stage, execution=small.execution)
+        assert found.column("status").to_pylist() == ["ok", "error"]
+    made = sorted(path.name for path in (tmp_path / "log").iterdir())
+    assert made == ["r000.1", *(f"r009never.{attempt}" for attempt in range(1, 7))]
+
+
+@pytest.mark.slow
 def test_a_lost_row_stops_the_stage(cluster: None, small: Config, store: Location, tmp_path: Path):
     stage = stage_of(tmp_path / "log", lose="r002")
     with pytest.raises(

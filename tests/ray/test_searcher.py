@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ray_jobs.search_merges import GenerationSearcher, TrialLog, choose
+from ray_jobs import search_merges
+from ray_jobs.run import Run
+from ray_jobs.search_merges import GenerationSearcher, TrialLog, choose, validation_prompts
 from safetydpo.artifacts.storage import open_location
+from safetydpo.config.schema import Config
 from safetydpo.config.search import SearchConfig
-from safetydpo.errors import SafetyDPOError
+from safetydpo.errors import SafetyDPOError, UsageError
+from safetydpo.prompts.sets import Prompt
 from safetydpo.search.replay import LoggedTrial, ReplayStudy
 from safetydpo.search.space import Candidate, build_space
 
@@ -139,3 +144,23 @@ def test_a_search_with_many_failures_does_not_close(tmp_path: Path):
         else:
             assert choose(log, base, SearchConfig())["details"]["trial"] == 1
             assert choose(log, base, SearchConfig())["counts"] == {"trials": 6, "failed": 1}
+
+
+def test_neighbours_have_a_number_of_prompts_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """5 neutral prompts and 9 of neighbours, or as many as neutral ones; a source without neighbours is refused."""
+
+    def counts(**search: int) -> tuple[int, ...]:
+        run = Run(Config.model_validate({"identity": {"search": {"prompts_per_category": 2, **search}}}))
+        chosen = [prompt.prompt_set for prompt in validation_prompts(run)]
+        return tuple(chosen.count(name) for name in ("unsafe", "neutral", "neighbour"))
+
+    assert counts(neutral_prompts=5, neighbour_prompts=9) == (14, 5, 9)
+    assert counts(neutral_prompts=5) == (14, 5, 5)
+    every = search_merges.split_prompts
+
+    def none_of_neighbours(source: Any, split: str, prompt_set: str) -> list[Prompt]:
+        return [] if prompt_set == "neighbour" else every(source, split, prompt_set)
+
+    monkeypatch.setattr(search_merges, "split_prompts", none_of_neighbours)
+    with pytest.raises(UsageError, match="expected neighbour prompts of the validation split in 'demo', found none"):
+        counts()
