@@ -88,9 +88,20 @@ def short_page(evidence: Evidence, *, link: str | None = None) -> str:
             f"Targets met by `{best['name']}`: {met} of {len(targets)}"
             + ("." if not missed else f"; not met: {'; '.join(missed)}.")
         )
+        parts.append(
+            f"{_single_seeds(evidence, best['name'])} The intervals above take pictures as independent; over concepts "
+            "they are wider, and what varies between seeds is in neither."
+        )
     if link is not None:
         parts.append(f"All tables: [{link}]({link}).")
     return "\n\n".join(parts) + "\n"
+
+
+def _single_seeds(evidence: Evidence, name: str) -> str:
+    """Return the IP of each seed of a row, because a pool hides how much seeds differ."""
+    singles = [row for row in evidence.summary["rows"] if row["name"] == name and row["seed"] is not None]
+    values = ", ".join(f"{row['metrics']['ip']['value']:.2f} (seed {row['seed']})" for row in singles)
+    return f"IP of `{name}` in each seed: {values}."
 
 
 def _provenance(evidence: Evidence) -> str:

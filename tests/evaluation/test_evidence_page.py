@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -80,6 +81,9 @@ def test_targets_are_checked_on_the_better_merge(evidence: Evidence) -> None:
     assert "| base IP on held-out prompts | ≥ 0.95 |" in targets
     short = short_page(evidence, link="docs/results.md")
     assert "Targets met by `searched`:" in short
+    assert re.search(
+        r"IP of `searched` in each seed: 0\.\d\d \(seed 0\), 0\.\d\d \(seed 1\), 0\.\d\d \(seed 2\)\.", short
+    )
     assert short.endswith("All tables: [docs/results.md](docs/results.md).\n")
 
 
