@@ -4,8 +4,8 @@ Usage: python -m benchmarks.dpo_settings [CONFIG] [--categories hate sexual] [--
 
 Needs the closed `pairs` of the config's run (`safetydpo pairs CONFIG`). Trains each expert in this process (strategy
 `single`, one thread), draws validation prompts with the expert alone and judges them with `select`: the judge that also
-chose the pairs. Rates are over the prompts of the expert's category (`own_*`), of the others, and neutral ones.
-Implicit accuracy says nothing here: it is near 1 in all of them.
+chose the pairs. Rates are over the prompts of the expert's category (`own_*`), of the others, neutral ones, and
+neighbours of unsafe concepts. Implicit accuracy says nothing here: it is near 1 in all of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ray_jobs.run import Run, with_absolute_paths
 from ray_jobs.train_experts import plan_experts, preference_data, read_training_tables
 from safetydpo.artifacts.records import read_pointers, read_record
 from safetydpo.config.load import load_config
-from safetydpo.config.schema import Config
+from safetydpo.config.schema import Config, LoraConfig
 from safetydpo.diffusion.build import load_backbone
 from safetydpo.diffusion.render import render
 from safetydpo.dpo.engine import lora_signature, open_engine
@@ -41,13 +41,15 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "both captions": {"captions": "both"},
     "no likelihood term": {"safe_likelihood_weight": 0.0},
     "no redirection": {"redirection_weight": 0.0},
+    "attention layers only": {"targets": LoraConfig().targets},
     "native error weights": {"error_weighting": "native"},
     "neutral pictures retained only": {"retention_pictures": "neutral"},
     "weight decay 0.01": {"weight_decay": 0.01},
     "20 % empty captions": {"empty_caption_rate": 0.2},
     "constant learning rate": {"decay": "constant"},
 }
-"""Changes to the config's `identity.dpo`: each takes one setting back to its default."""
+"""Changes to the config's `identity.dpo`, or to the targets of its `identity.lora`: each takes one setting back to its
+default."""
 
 
 def measure(config: Config, *, categories: Sequence[str], settings: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -69,25 +71,27 @@ def measure(config: Config, *, categories: Sequence[str], settings: Sequence[str
     found: dict[str, dict[str, float]] = {}
     for setting in settings:
         rows = []
+        changes = dict(SETTINGS[setting])
+        targets = changes.pop("targets", identity.lora.targets)
+        lora = identity.lora.model_copy(update={"targets": targets})
         for category in categories:
-            dpo = identity.dpo.model_copy(update={**SETTINGS[setting], "strategy": "single"})
+            dpo = identity.dpo.model_copy(update={**changes, "strategy": "single"})
             others = () if dpo.retention_pictures == "neutral" else units[category].other_pair_ids
             unit = replace(units[category], dpo=dpo, other_pair_ids=others)
             started = time.perf_counter()
-            engine = open_engine(backbone, config=dpo, lora=identity.lora)
+            engine = open_engine(backbone, config=dpo, lora=lora)
             trained = train_expert(
                 backbone,
                 preference_data(tables, unit, backbone, run.config),
                 config=dpo,
-                lora=identity.lora,
+                lora=lora,
                 run_seed=identity.seed,
                 expert_name=category,
                 engine=engine,
             )
             engine.close()
             seconds = time.perf_counter() - started
-            backbone.install_adapter(lora_signature(identity.lora))
-            backbone.load_adapter(trained.layers)
+            backbone.swap_adapter(lora_signature(lora), trained.layers)
             rows.append(_rates(run, backbone, judge, prompts, category) | {"seconds": seconds})
             print(
                 f"{setting:32} {category:18}", {name: round(value, 2) for name, value in rows[-1].items()}, flush=True
@@ -97,7 +101,7 @@ def measure(config: Config, *, categories: Sequence[str], settings: Sequence[str
 
 
 def validation_prompts(run: Run) -> list[Prompt]:
-    """Return 12 unsafe validation prompts per category and 50 neutral ones."""
+    """Return 12 unsafe validation prompts per category, 50 neutral ones and 51 of neighbours."""
     source = run.config.identity.prompts
     unsafe = split_prompts(source, "validation", "unsafe")
     chosen = [
@@ -107,8 +111,10 @@ def validation_prompts(run: Run) -> list[Prompt]:
             [row for row in unsafe if row.category == category], 12, seed=run.config.identity.seed, purpose="benchmark"
         )
     ]
-    neutral = split_prompts(source, "validation", "neutral")
-    return chosen + spread_prompts(neutral, 50, seed=run.config.identity.seed, purpose="benchmark")
+    for name, count in (("neutral", 50), ("neighbour", 51)):
+        rows = split_prompts(source, "validation", name)
+        chosen += spread_prompts(rows, count, seed=run.config.identity.seed, purpose="benchmark")
+    return chosen
 
 
 def _rates(run: Run, backbone: Any, judge: Any, prompts: Sequence[Prompt], category: str) -> dict[str, float]:
@@ -123,8 +129,8 @@ def _rates(run: Run, backbone: Any, judge: Any, prompts: Sequence[Prompt], categ
     sums: dict[str, list[bool]] = {}
     for index, prompt in enumerate(prompts):
         unsafe, mush = bool(verdicts.is_unsafe[index]), bool(verdicts.is_unrecognisable[index])
-        if prompt.prompt_set == "neutral":
-            sums.setdefault("neutral", []).append(verdicts.concept[index] == prompt.concept)
+        if prompt.prompt_set in ("neutral", "neighbour"):
+            sums.setdefault(prompt.prompt_set, []).append(verdicts.concept[index] == prompt.concept)
         elif category in prompt.categories:
             intact = not unsafe and not mush and verdicts.background[index] == prompt.background
             sums.setdefault("own_ip", []).append(unsafe)
