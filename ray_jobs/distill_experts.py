@@ -14,7 +14,14 @@ from ray_jobs.cluster import connect, ray_state_folder
 from ray_jobs.expert_files import MERGE_RECIPE_VERSION, MergeAids, expert_folders, load_experts, read_aids
 from ray_jobs.progress import progress_bar
 from ray_jobs.run import Run
-from ray_jobs.train_experts import ALL_SINGLE, CHECKPOINT_FILE, TrainingTables, plan_experts, read_training_tables
+from ray_jobs.train_experts import (
+    ALL_SINGLE,
+    CHECKPOINT_FILE,
+    TrainingTables,
+    benign_fingerprint,
+    plan_experts,
+    read_training_tables,
+)
 from ray_jobs.trainers import train_on_workers
 from safetydpo.artifacts.adapters import AdapterMetadata, adapter_hash, write_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE
@@ -87,7 +94,7 @@ def _key(
             "base": run.base_fingerprint,
             "experts": fingerprint_rows((name, record.fingerprint) for name, record in members.items()),
             "pairs": fingerprint_rows((f"{name}:{pair}", "") for name, pair_ids in taught.items() for pair in pair_ids),
-            "benign": pairs.inputs["retention_prompts"],
+            "benign": benign_fingerprint(pairs),
             # The merge that it starts from is made here and stands in no artifact of its own.
             "start": f"merge recipe {MERGE_RECIPE_VERSION}, density {identity.merge.density}",
             **aids.fingerprints(),
@@ -173,7 +180,7 @@ def distillation_data(tables: TrainingTables, taught: Mapping[str, list[str]], b
     rows += [
         TaughtRow(BASE, image_id, caption_sha256(prompt))
         for (_owner, side), (image_id, prompt) in tables.images.items()
-        if side == "benign" and image_id in tables.latents
+        if side == "benign"
     ]
     sampler = config.identity.sampler
     return DistillationData.from_tables(

@@ -115,7 +115,7 @@ def _unit(
     identity = run.config.identity
     others = other_pair_ids if dpo.retention_weight > 0 and dpo.retention_pictures != "neutral" else set()
     # Benign pictures take part in training only with the retention term; without it they must not change a hash.
-    benign = pairs.inputs["retention_prompts"] if dpo.retention_weight > 0 else ""
+    benign = benign_fingerprint(pairs) if dpo.retention_weight > 0 else ""
     key = ArtifactKey(
         stage="experts",
         name=name,
@@ -136,6 +136,18 @@ def _unit(
         recipe_version=RECIPE_VERSION,
     )
     return ExpertUnit(name, tuple(sorted(pair_ids)), tuple(sorted(others)), categories, dpo, key)
+
+
+def benign_fingerprint(pairs: Record) -> str:
+    """Return what stands for the benign pictures in the key of a training: their prompts, without those that failed.
+
+    A picture that failed when the pairs closed may be drawn by another run of the same store later; a training under
+    the same key must not change by that, so it leaves the picture out for good.
+    """
+    prompts = str(pairs.inputs["retention_prompts"])
+    if not pairs.failed_units:
+        return prompts
+    return fingerprint_rows([(prompts, ""), *((image_id, "failed") for image_id in pairs.failed_units)])
 
 
 def _train(run: Run, units: Sequence[ExpertUnit], pairs_folder: Location) -> None:
@@ -296,8 +308,11 @@ class TrainingTables:
 
 
 def read_training_tables(run: Run, pairs_folder: Location) -> TrainingTables:
-    """Read manifest, latents and caption features of a pairs artifact."""
-    manifest = read_table(pairs_folder / "images.parquet", IMAGE_MANIFEST).to_pylist()
+    """Read manifest, latents and caption features of a pairs artifact; pictures that failed are not among them."""
+    record = read_record(pairs_folder)
+    failed = set(record.failed_units) if record is not None else set()
+    everything = read_table(pairs_folder / "images.parquet", IMAGE_MANIFEST).to_pylist()
+    manifest = [row for row in everything if row["image_id"] not in failed]
     pairs = read_table(pairs_folder / "prompt_pairs.parquet", PROMPT_PAIRS).to_pylist()
     wanted = {row["image_id"] for row in manifest}
     latents = read_pool(derived_pool(run, "latents"), LATENTS, wanted=wanted, id_column="image_id")
@@ -336,11 +351,7 @@ def preference_data(tables: TrainingTables, unit: ExpertUnit, backbone: Any, con
         )
         for pair_id in unit.pair_ids
     ]
-    kept_pictures = [
-        picture
-        for (_owner, side), picture in tables.images.items()
-        if side == "benign" and picture[0] in tables.latents
-    ]
+    kept_pictures = [picture for (_owner, side), picture in tables.images.items() if side == "benign"]
     sides = ("safe", "unsafe") if unit.dpo.retention_pictures == "others" else ("safe",)
     kept_pictures += [tables.images[pair_id, side] for pair_id in unit.other_pair_ids for side in sides]
     # Two pairs may share a picture; it is kept once.

@@ -35,7 +35,6 @@ def make_tables(*, benign: bool = True) -> TrainingTables:
         ("p2", "unsafe"): ("i3", "a dagger"),
         ("p2", "safe"): ("i4", "a bouquet"),
         ("dog", "benign"): ("i5", "a dog"),
-        ("cat", "benign"): ("failed", "a dog"),
     }
     if not benign:
         images = {key: value for key, value in images.items() if key[1] != "benign"}
@@ -49,7 +48,7 @@ def make_tables(*, benign: bool = True) -> TrainingTables:
 
 def test_rows_by_hand() -> None:
     """p1 is a pair of both experts: each answers both its pictures under the unsafe prompt. The base answers the safe
-    pictures under their own prompts, p1's once, and the benign picture that could be drawn."""
+    pictures under their own prompts, p1's once, and the benign picture."""
     taught = {"hate": ["p1"], "violence": ["p1", "p2"]}
     data = distillation_data(make_tables(), taught, BACKBONE, Config())
     wanted = [("hate", "i1", "a bomb"), ("hate", "i2", "a bomb"), ("violence", "i1", "a bomb")]

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from ray_jobs.train_experts import CHECKPOINT_FILE, train_experts
+import json
+from dataclasses import asdict, replace
+
+from ray_jobs.train_experts import (
+    CHECKPOINT_FILE,
+    benign_fingerprint,
+    plan_experts,
+    read_training_tables,
+    train_experts,
+)
+from safetydpo.artifacts.layout import RECORD_FILE
+from safetydpo.artifacts.schemas import IMAGE_MANIFEST
+from safetydpo.artifacts.tables import table_from_rows, write_table
 from tests.ray.closed_artifacts import close_experts, close_pairs, open_run
 from tests.ray.commands import Command
 
@@ -17,3 +29,20 @@ def test_a_checkpoint_that_a_killed_lane_left_behind_is_removed(command: Command
     assert set(records) == set(files)
     assert not left.exists()
     assert files["shocking"].exists()
+
+
+def test_a_picture_that_failed_is_left_out_for_good(command: Command) -> None:
+    """Its row is not read, although a later run may have drawn it into the pool; and the experts' keys know it."""
+    run = open_run(command.config, [*command.places, "identity.dpo.retention_weight=1"])
+    pairs, folder = close_pairs(run)
+    row = {"owner_id": "o", "side": "benign", "prompt": "a dog", "seed": 1, "adapter": "", "attempt": 1}
+    rows = [{"image_id": image_id, **row, "owner_id": image_id} for image_id in ("good", "bad")]
+    write_table(folder / "images.parquet", table_from_rows(rows, IMAGE_MANIFEST))
+    failed = replace(pairs, failed_units=("bad",))
+    before = {unit.name: unit.key.hash for unit in plan_experts(run, pairs, folder)}
+    after = {unit.name: unit.key.hash for unit in plan_experts(run, failed, folder)}
+    assert all(before[name] != after[name] for name in before)
+    assert benign_fingerprint(pairs) == pairs.inputs["retention_prompts"] != benign_fingerprint(failed)
+    assert set(read_training_tables(run, folder).images) == {("good", "benign"), ("bad", "benign")}
+    (folder / RECORD_FILE).write_bytes(json.dumps(asdict(failed)).encode())
+    assert set(read_training_tables(run, folder).images) == {("good", "benign")}
