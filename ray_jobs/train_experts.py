@@ -162,7 +162,8 @@ def _train(run: Run, units: Sequence[ExpertUnit], pairs_folder: Location) -> Non
     errors: list[BaseException] = []
     with progress_bar("expert steps", total=total) as board, ray_state_folder() as state:
         threads = [
-            threading.Thread(target=_run_lane, args=(run, index, lane, pairs_folder, board, state, errors))
+            # Daemons: Ctrl-C reaches the main thread alone, which must not wait for lanes that lost their Ray.
+            threading.Thread(target=_run_lane, args=(run, index, lane, pairs_folder, board, state, errors), daemon=True)
             for index, lane in enumerate(lanes)
         ]
         for thread in threads:

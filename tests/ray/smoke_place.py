@@ -74,22 +74,26 @@ class Place:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return time.time() - started
 
-    def kill_when(self, reached: Callable[[], bool], stage: str, *, seconds: float = 240) -> None:
-        """Start a command, SIGKILL its process group once `reached`, and see all of its processes end."""
+    def kill_when(
+        self, reached: Callable[[], bool], stage: str, *, sent: int = signal.SIGKILL, seconds: float = 240
+    ) -> subprocess.CompletedProcess[str]:
+        """Start a command, signal its process group once `reached`, and see all of its processes end."""
         process = subprocess.Popen(
             self.command(stage),
             cwd=ROOT,
             env=self.environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
             start_new_session=True,
         )
         try:
             assert wait_for(lambda: reached() or process.poll() is not None, seconds=seconds), "not reached in time"
             assert process.poll() is None, f"ended with {process.returncode} before it could be killed"
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            os.killpg(process.pid, sent)
+            output, errors = process.communicate(timeout=60 * PATIENCE)
             assert wait_for(lambda: not self.processes(), seconds=60), f"still there: {self.processes()}"
+            return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
         finally:
             for survivor in self.processes():
                 with contextlib.suppress(psutil.NoSuchProcess):

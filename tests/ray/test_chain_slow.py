@@ -106,6 +106,13 @@ def test_killed_and_run_again_gives_equal_bytes(finished: Place, tmp_path: Path,
         assert max(record["counts"]["resumed_at"] for record in place.records("train")) > 0
 
 
+def test_ctrl_c_in_the_middle_of_training_ends_it_in_one_line(finished: Place, tmp_path: Path) -> None:
+    place = finished.before("train", tmp_path)
+    done = place.kill_when(lambda: any(place.store.glob(TRIGGERS["train"])), "train", sent=signal.SIGINT)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "stopped; the same command goes on from here\n"
+
+
 DISTIL = (
     "identity.merge.methods=[distill]",
     "identity.merge.distill={steps: 40, warmup_steps: 1, rows_per_step: 8, benign_rate: 0.5, processes: 2, rank: 4, "
