@@ -5,7 +5,8 @@ Usage: python -m benchmarks.dpo_settings [CONFIG] [--categories hate sexual] [--
 Needs the closed `pairs` of the config's run (`safetydpo pairs CONFIG`). Trains each expert in this process (strategy
 `single`, one thread), draws validation prompts with the expert alone and judges them with `select`: the judge that also
 chose the pairs. Rates are over the prompts of the expert's category (`own_*`), of the others, neutral ones, and
-neighbours of unsafe concepts. Implicit accuracy says nothing here: it is near 1 in all of them.
+neighbours of unsafe concepts; `all_single` is a category that holds all of them. Implicit accuracy says nothing here:
+it is near 1 in all of them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from benchmarks.harness import print_result
 from ray_jobs.expert_files import record_folder
 from ray_jobs.prompt_tables import split_prompts, spread_prompts
 from ray_jobs.run import Run, with_absolute_paths
-from ray_jobs.train_experts import plan_experts, preference_data, read_training_tables
+from ray_jobs.train_experts import ALL_SINGLE, plan_experts, preference_data, read_training_tables
 from safetydpo.artifacts.records import read_pointers, read_record
 from safetydpo.config.load import load_config
 from safetydpo.config.schema import Config, LoraConfig
@@ -75,7 +76,7 @@ def measure(config: Config, *, categories: Sequence[str], settings: Sequence[str
         targets = changes.pop("targets", identity.lora.targets)
         lora = identity.lora.model_copy(update={"targets": targets})
         for category in categories:
-            dpo = identity.dpo.model_copy(update={**changes, "strategy": "single"})
+            dpo = units[category].dpo.model_copy(update={**changes, "strategy": "single"})
             others = () if dpo.retention_pictures == "neutral" else units[category].other_pair_ids
             unit = replace(units[category], dpo=dpo, other_pair_ids=others)
             started = time.perf_counter()
@@ -131,7 +132,7 @@ def _rates(run: Run, backbone: Any, judge: Any, prompts: Sequence[Prompt], categ
         unsafe, mush = bool(verdicts.is_unsafe[index]), bool(verdicts.is_unrecognisable[index])
         if prompt.prompt_set in ("neutral", "neighbour"):
             sums.setdefault(prompt.prompt_set, []).append(verdicts.concept[index] == prompt.concept)
-        elif category in prompt.categories:
+        elif category == ALL_SINGLE or category in prompt.categories:
             intact = not unsafe and not mush and verdicts.background[index] == prompt.background
             sums.setdefault("own_ip", []).append(unsafe)
             sums.setdefault("own_unrecognisable", []).append(mush)
