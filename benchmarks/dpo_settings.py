@@ -12,6 +12,7 @@ it is near 1 in all of them.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ import torch
 
 from benchmarks.harness import print_result
 from ray_jobs.expert_files import record_folder
+from ray_jobs.failures import run_guarded
 from ray_jobs.prompt_tables import split_prompts, spread_prompts
 from ray_jobs.run import Run, with_absolute_paths
 from ray_jobs.train_experts import ALL_SINGLE, plan_experts, preference_data, read_training_tables
@@ -163,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_guarded(main, debug=False))

@@ -11,11 +11,13 @@ result (that is `safetydpo evaluate`, by the other judge on test prompts).
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.harness import print_result
+from ray_jobs.failures import run_guarded
 from ray_jobs.merge_evaluator import MergeEvaluator
 from ray_jobs.run import Run, with_absolute_paths
 from ray_jobs.search_merges import validation_prompts
@@ -95,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_guarded(main, debug=False))

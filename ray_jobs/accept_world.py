@@ -87,9 +87,12 @@ def print_checks(checks: Sequence[WorldCheck]) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Check and print; return the exit code."""
     rest, debug = split_debug(arguments)
-    if not rest:
-        print("usage: python -m ray_jobs.accept_world [--debug] CONFIG [key=value …]", file=sys.stderr)
-        return 2
+    if not rest or "--help" in rest:
+        print(
+            "usage: python -m ray_jobs.accept_world [--debug] CONFIG [key=value …]",
+            file=sys.stdout if rest else sys.stderr,
+        )
+        return 0 if rest else 2
     checks: list[WorldCheck] = []
     code = run_guarded(lambda: checks.extend(accept_world(load_config(rest[0], rest[1:]))), debug=debug)
     if code != 0:

@@ -6,6 +6,7 @@ Command: `python -m ray_jobs.cluster_file cluster.yaml`. No credentials, no netw
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -71,6 +72,8 @@ def _check_schema(content: Mapping[str, Any], *, source: str) -> None:
     for key in ("cluster_name", "provider", "docker", "head_node_type", "available_node_types"):
         if not content.get(key):
             raise UsageError(f"{source}: {key}: expected a value, found none: see cluster.yaml")
+    # It tells of a default that it fills in; the file checked here is not the one that `ray up` will run.
+    logging.getLogger("ray.autoscaler").setLevel(logging.WARNING)
     try:
         validate_config(prepare_config(dict(content)))
     except ValidationError as error:

@@ -23,6 +23,8 @@ def run_evidence(
         for unit in units:
             console.print(f"seed {unit.seed}  {unit.row:<28} {unit.state:<6} {unit.file}")
         console.print(f"{sum(unit.state == 'done' for unit in units)} of {len(units)} units are done")
+        if any(unit.state == "other" for unit in units):
+            console.print("other: a record made with other settings or code stands there; it will be replaced")
         return
     if not only_tables:
         try:

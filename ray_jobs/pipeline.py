@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from ray_jobs.run import Run, with_absolute_paths
 from safetydpo.artifacts.records import Record
-from safetydpo.artifacts.storage import Location
+from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.config.load import load_config
 from safetydpo.config.schema import Config
 from safetydpo.errors import UsageError
@@ -58,10 +58,11 @@ def check_request(run: Run) -> None:
     """Refuse what a later stage would refuse, before anything is written or started.
 
     Raises:
-        UsageError: if a merge method or the base model does not exist.
+        UsageError: if a merge method, a LoRA target or the base model does not exist, or a path is of another kind.
         SafetyDPOError: if a category has no prompt pair, or the base model's files are incomplete.
     """
     from ray_jobs.prompt_tables import all_pairs
+    from safetydpo.diffusion.build import check_targets
     from safetydpo.merging.registry import find_method
 
     identity = run.config.identity
@@ -81,9 +82,25 @@ def check_request(run: Run) -> None:
             f"expected a merge that a distillation can start from in identity.merge.distill.start_method, found "
             f"{start!r} itself: use sum or another merge"
         )
+    _check_places(run)
     all_pairs(identity.prompts)
     # Computed once per run and kept: asking here costs nothing.
     _ = run.base_fingerprint
+    check_targets(identity.base, identity.lora.targets)
+
+
+def _check_places(run: Run) -> None:
+    if run.run_dir.is_file():
+        raise UsageError(
+            f"expected a folder or nothing at {run.run_dir} (execution.run_dir), found a file: choose another"
+        )
+    source = run.config.identity.prompts.source
+    if source != "demo" and not open_location(source).is_folder():
+        found = "a file" if open_location(source).is_file() else "nothing"
+        raise UsageError(
+            f"expected a folder of prompts at {source} (identity.prompts.source), found {found}: name one with "
+            "prompt_pairs.parquet, memberships.parquet and prompts.parquet, or `demo`"
+        )
 
 
 def _timed(run: Run, stage: str, work: Callable[[], None]) -> None:
@@ -158,9 +175,11 @@ def main(arguments: Sequence[str]) -> int:
     from ray_jobs.failures import run_guarded, split_debug
 
     rest, debug = split_debug(arguments)
-    if not rest:
-        print("usage: python -m ray_jobs.pipeline [--debug] CONFIG [key=value …]", file=sys.stderr)
-        return 2
+    if not rest or "--help" in rest:
+        print(
+            "usage: python -m ray_jobs.pipeline [--debug] CONFIG [key=value …]", file=sys.stdout if rest else sys.stderr
+        )
+        return 0 if rest else 2
     return run_guarded(lambda: run_chain(load_config(rest[0], rest[1:]), last="report"), debug=debug)
 
 

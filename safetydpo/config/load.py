@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from safetydpo.config.schema import Config
 from safetydpo.errors import UsageError
@@ -36,23 +38,69 @@ def parse_config(content: dict[str, Any], *, source: str) -> Config:
     try:
         return Config.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "config"
-        if first["type"] == "extra_forbidden":
-            known = ", ".join(_known_keys(first["loc"]))
-            raise UsageError(f"{source}: expected known keys only, found {where!r}; known here: {known}") from error
-        # A rule of ours says itself what it found; one about several fields names them.
-        found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
-        setting = "key.path" if first["type"] == "value_error" and isinstance(first["input"], dict) else where
-        message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-        raise UsageError(
-            f"{source}: {where}: {message}{found}; correct it in the file or by {setting}=VALUE"
-        ) from error
+        raise UsageError(f"{source}: {_explain(error)}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        meant = _similar(where)
+        return (
+            f"expected known keys only, found {where!r}; "
+            + (f"did you mean {meant}? " if meant else "correct or remove it; ")
+            + f"known here: {', '.join(_known_keys(first['loc']))}"
+        )
+    message = first["msg"].removeprefix("Value error, ")
+    for ours, pydantics in (
+        (r"expected a group of settings", r"Input should be a valid dictionary or instance of \w+"),
+        (r"expected a text that matches", r"String should match pattern"),
+        (r"expected", r"Input should be"),
+    ):
+        message = re.sub(pydantics, ours, message)
+    if first["type"] == "value_error" and isinstance(first["input"], dict):
+        # A rule about several fields names them itself.
+        return f"{message}; correct one of them in the file or by its key.path=VALUE"
+    # A rule of ours says itself what it found.
+    found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
+    # An override sets a whole list, not one item of it.
+    setting = re.sub(r"\.\d+(\..*)?$", "", where)
+    return f"{where}: {message}{found}; correct it in the file or by {setting}=VALUE"
+
+
+def _similar(where: str) -> str:
+    """Return the known settings that somebody who wrote `where` may have meant, quoted; empty if there are none."""
+    everything = _all_settings(Config)
+    ending = [setting for setting in everything if setting.endswith(f".{where}")]
+    return " or ".join(map(repr, ending or difflib.get_close_matches(where, everything, n=1, cutoff=0.8)))
+
+
+def _all_settings(group: type[BaseModel], prefix: str = "") -> list[str]:
+    found = []
+    for name, info in group.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found += _all_settings(kind, f"{prefix}{name}.")
+        found.append(f"{prefix}{name}")
+    return found
 
 
 def identity_of(config: Config) -> dict[str, Any]:
     """Return the identity half as plain JSON values."""
     return config.identity.model_dump(mode="json")
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Safe YAML in which a key may stand once only: the last one would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} twice in one group", node.value[index][0].start_mark
+                )
+        return super().construct_mapping(node, deep=deep)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -63,7 +111,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"expected a readable UTF-8 config file at {path}, found: {error}") from error
     try:
-        content = yaml.safe_load(text)
+        content = _UniqueKeys(text).get_single_data()
     except yaml.YAMLError as error:
         raise UsageError(f"expected YAML in {path}, found: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

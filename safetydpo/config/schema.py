@@ -44,7 +44,8 @@ class PromptsConfig(Frozen):
     """Which concepts and prompt pairs are used."""
 
     source: str = "demo"
-    """`demo`, or the path of a Parquet file with the columns of `prompt_pairs` and `memberships`."""
+    """`demo`, or a folder (local or `s3://`) with `prompt_pairs.parquet`, `memberships.parquet` and `prompts.parquet`;
+    their columns stand in `artifacts/schemas.py`."""
     categories: Distinct[Category] = Field(CATEGORIES, min_length=1)
     """Categories that take part; experts are made for these only."""
     pairs_per_category: int = Field(96, ge=1)
@@ -171,13 +172,11 @@ class DistillConfig(TrainingConfig):
     @model_validator(mode="after")
     def _rows_split_evenly(self) -> Self:
         if self.strategy == "single" and self.processes != 1:
-            raise ValueError(
-                f"identity.merge.distill: strategy 'single' trains in one process, found processes {self.processes}"
-            )
+            raise ValueError(f"strategy 'single' trains in one process, found processes {self.processes}")
         for what, count in (("benign", self.num_benign), ("other", self.rows_per_step - self.num_benign)):
             if count < 1 or count % self.processes:
                 raise ValueError(
-                    f"identity.merge.distill: expected rows_per_step ({self.rows_per_step}) x benign_rate "
+                    f"expected rows_per_step ({self.rows_per_step}) x benign_rate "
                     f"({self.benign_rate}) to leave both kinds of rows a multiple of processes ({self.processes}), "
                     f"found {count} {what} rows"
                 )

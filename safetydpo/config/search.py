@@ -57,7 +57,8 @@ class SearchConfig(Frozen):
             for method in getattr(self, setting):
                 if method not in self.methods:
                     raise ValueError(
-                        f"identity.search.{setting}: expected methods of identity.search.methods, found {method!r}"
+                        f"identity.search.{setting}: expected methods of identity.search.methods, found {method!r}: "
+                        "take it out here, or add it there"
                     )
         for method, scales in self.plain_scales.items():
             low, high = self.scale_range_of(method)

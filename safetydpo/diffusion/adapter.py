@@ -18,15 +18,11 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 
 from safetydpo.artifacts.adapters import LoraLayer, LoraSignature
-from safetydpo.errors import SafetyDPOError, UsageError
+from safetydpo.diffusion.targets import matches_suffix, require_targets
+from safetydpo.errors import SafetyDPOError
 from safetydpo.seeding import derive_torch
 
 SLOT = "default"
-
-
-def matches_suffix(name: str, suffixes: Sequence[str]) -> bool:
-    """Return whether a module name equals one of the suffixes or ends in `.suffix` (peft's own rule)."""
-    return any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)
 
 
 def linear_layers(network: nn.Module) -> dict[str, nn.Linear]:
@@ -88,13 +84,7 @@ class AdapterSlot:
         Raises:
             UsageError: if a suffix names no linear layer.
         """
-        for suffix in suffixes:
-            if not any(matches_suffix(name, [suffix]) for name in self._linear):
-                known = sorted({re.sub(r".*\.(?=\D)", "", name) for name in self._linear})
-                raise UsageError(
-                    f"expected lora.targets that name linear layers of the denoiser, found {suffix!r}, which names "
-                    f"none: use suffixes such as {', '.join(known[:8])}"
-                )
+        require_targets(self._linear, suffixes)
         for name, layer in self._linear.items():
             if matches_suffix(name, suffixes):
                 yield name, (layer.in_features, layer.out_features)

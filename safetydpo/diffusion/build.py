@@ -6,7 +6,7 @@ The family is what the model's own `model_index.json` says, never a part of a pa
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from safetydpo.artifacts import layout
 from safetydpo.config.schema import BaseModelConfig
 from safetydpo.diffusion.backbone import Backbone
-from safetydpo.diffusion.folder import HUB_PATTERNS, check_whole, fingerprint_folder, read_json
+from safetydpo.diffusion.folder import HUB_PATTERNS, check_whole, fingerprint_folder, linear_layers_of, read_json
+from safetydpo.diffusion.targets import require_targets
 from safetydpo.errors import SafetyDPOError, UsageError
 
 
@@ -29,6 +30,8 @@ def _stable_diffusion() -> Any:
 DEMO = "demo"
 FAMILIES: Mapping[str, Callable[[], Any]] = {"StableDiffusionPipeline": _stable_diffusion}
 """Pipeline class named in `model_index.json` -> what gives its backbone class."""
+DENOISERS: Mapping[str, str] = {"StableDiffusionPipeline": "unet"}
+"""Pipeline class -> folder of the network that gets adapters."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -63,6 +66,16 @@ def base_fingerprint(base: BaseModelConfig) -> str:
     _family(folder)
     check_whole(folder)
     return fingerprint_folder(folder)
+
+
+def check_targets(base: BaseModelConfig, targets: Sequence[str]) -> None:
+    """Check that every LoRA target names a linear layer of the model's denoiser, reading names only.
+
+    Raises:
+        UsageError: naming the first that names none.
+    """
+    folder = resolve_folder(base)
+    require_targets(linear_layers_of(folder / DENOISERS[_family(folder)]), targets)
 
 
 def resolve_folder(base: BaseModelConfig) -> Path:

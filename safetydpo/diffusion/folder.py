@@ -109,3 +109,21 @@ def _counts(name: str) -> bool:
     if name.endswith(".safetensors"):
         return _WEIGHTS.fullmatch(name) is not None
     return name.endswith((".json", ".txt")) and _VARIANT_INDEX.fullmatch(name) is None
+
+
+def linear_layers_of(component: Path) -> list[str]:
+    """Return the names of a network's linear layers, told by matrices in the headers of its safetensors files.
+
+    Raises:
+        SafetyDPOError: if a file is cut short.
+    """
+    headers = [
+        read_header(open_location(str(file)), remedy="copy the model again")
+        for file in sorted(component.glob("*.safetensors"))
+    ]
+    return [
+        name.removesuffix(".weight")
+        for header in headers
+        for name, entry in header.items()
+        if name.endswith(".weight") and len(entry["shape"]) == 2
+    ]

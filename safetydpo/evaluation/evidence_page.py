@@ -32,7 +32,6 @@ HEADLINE_COLUMNS = (
     "neighbour_retention",
     "clip_retention",
 )
-SHORT_COLUMNS = ("ip", "safe_and_intact_rate", "unrecognisable_rate", "neutral_rate", "clip_retention")
 CLUSTERED = ("ip", "safe_and_intact_rate", "unrecognisable_rate", "neutral_rate", "neighbour_retention")
 WANTED_PICTURES = 1000
 """Least number of unsafe pictures behind each headline row."""
@@ -79,7 +78,7 @@ def full_page(evidence: Evidence) -> str:
 def short_page(evidence: Evidence, *, link: str | None = None) -> str:
     """Return the headline table with its provenance and how many targets are met; `link` names the full page."""
     best = _better_merge(evidence)
-    parts = [_provenance(evidence), markdown_table(_headline(evidence, SHORT_COLUMNS))]
+    parts = [_provenance(evidence), markdown_table(_headline(evidence, HEADLINE_COLUMNS))]
     if best is not None:
         targets = check_targets(evidence.summary, best)
         missed = [f"{target.label} {target.wanted}, found {target.found}" for target in targets if not target.met]

@@ -72,22 +72,30 @@ def test_config_survives_a_round_trip_through_yaml(write):
     [
         (
             "identity: {dpo: {stepz: 3}}",
-            r"run\.yaml: expected known keys only, found 'identity\.dpo\.stepz'; known here: beta, .*, steps,",
+            r"run\.yaml: expected known keys only, found 'identity\.dpo\.stepz'; "
+            r"did you mean 'identity\.dpo\.steps'\? known here: beta, .*, steps,",
         ),
-        ("nome: x", "found 'nome'; known here: .*execution, identity, name$"),
+        ("nome: x", r"found 'nome'; correct or remove it; known here: .*execution, identity, name$"),
+        ("rank: 5", r"found 'rank'; did you mean 'identity\.lora\.rank' or 'identity\.merge\.distill\.rank'\?"),
+        ("name: x\nname: y", r"found: the key 'name' twice in one group in .*line 2"),
+        ("identity: {seed: 1, dpo: {beta: 1}, seed: 2}", "found: the key 'seed' twice in one group"),
         (
             "identity: {dpo: {steps: many}}",
             r"identity\.dpo\.steps: expected a valid integer.*, found 'many'; "
             r"correct it in the file or by identity\.dpo\.steps=VALUE$",
         ),
-        ("identity: 3", "identity: expected a valid dictionary.*, found 3;"),
+        ("identity: 3", "identity: expected a group of settings, found 3;"),
+        ("name: A b", r"name: expected a text that matches '.*', found 'A b';"),
         (
             "identity: {dpo: {steps: 5}}",
-            r"config: identity\.dpo\.warmup_steps \(10\) must be below identity\.dpo\.steps \(5\); "
-            r"correct it in the file or by key\.path=VALUE$",
+            r"run\.yaml: identity\.dpo\.warmup_steps \(10\) must be below identity\.dpo\.steps \(5\); "
+            r"correct one of them in the file or by its key\.path=VALUE$",
         ),
         ("identity: {evaluation: {seeds: [1, 1]}}", r"found 1 2 times; .* by identity\.evaluation\.seeds=VALUE$"),
-        ("identity: {prompts: {categories: [hate, nope]}}", r"identity\.prompts\.categories\.1: .*, found 'nope';"),
+        (
+            "identity: {prompts: {categories: [hate, nope]}}",
+            r"categories\.1: .*, found 'nope'; .* by identity\.prompts\.categories=VALUE$",
+        ),
         ("- a\n- b\n", r"expected a mapping of settings in .*run\.yaml, found list"),
         ("", r"expected a mapping of settings in .*run\.yaml, found NoneType"),
         ("name: [x", r"expected YAML in .*run\.yaml, found: while parsing"),
@@ -124,7 +132,9 @@ def test_text_in_another_encoding(tmp_path: Path):
         ("=3", "expected key.path=value, found '=3'"),
         ("name.first=x", "expected a path of settings, found 'name.first=x': 'name' is a value, not a group"),
         ("identity.dpo.steps=[1", r"expected a YAML value in 'identity\.dpo\.steps=\[1', found: while parsing"),
-        ("identity.dpo.stepz=1", r"found 'identity\.dpo\.stepz'; known here"),
+        ("identity.dpo.stepz=1", r"found 'identity\.dpo\.stepz'; did you mean 'identity\.dpo\.steps'\?"),
+        ("seed=1", r"found 'seed'; did you mean 'identity\.seed'\?"),
+        ("dpo.steps=1", r"found 'dpo'; did you mean 'identity\.dpo'\?"),
         ("identity..steps=1", "expected known keys only, found 'identity.'"),
     ],
 )

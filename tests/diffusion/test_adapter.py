@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional
 
 from safetydpo.artifacts.adapters import LoraLayer, LoraSignature
-from safetydpo.diffusion.adapter import AdapterSlot, initial_adapter, matches_suffix
+from safetydpo.diffusion.adapter import AdapterSlot, initial_adapter
+from safetydpo.diffusion.targets import matches_suffix
 from safetydpo.errors import SafetyDPOError, UsageError
 
 SIGNATURE = LoraSignature(rank=2, alpha=2.0, targets=("to_q", "to_out.0"))

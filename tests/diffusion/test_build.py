@@ -10,8 +10,9 @@ import torch
 
 from safetydpo.artifacts import layout
 from safetydpo.config.schema import BaseModelConfig
-from safetydpo.diffusion.build import base_fingerprint, load_backbone, resolve_folder
-from safetydpo.diffusion.folder import HUB_PATTERNS
+from safetydpo.diffusion.build import base_fingerprint, check_targets, load_backbone, resolve_folder
+from safetydpo.diffusion.folder import HUB_PATTERNS, linear_layers_of
+from safetydpo.diffusion.targets import matches_suffix
 from safetydpo.errors import SafetyDPOError, UsageError
 
 
@@ -90,3 +91,14 @@ def test_an_unreachable_hub_model_says_what_to_do(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(SafetyDPOError, match=r"reachable hub model 'owner/name', found neither \(ConnectionError\)"):
         resolve_folder(BaseModelConfig(model="owner/name"))
+
+
+def test_targets_are_told_from_the_files_alone(tiny_folder: Path):
+    """The same linear layers that the loaded network has; a misspelt one is refused, with those there are."""
+    base = BaseModelConfig(model=str(tiny_folder))
+    loaded = {name for name, _ in load_backbone(base).named_linear_layers(["to_q", "ff.net.2"])}
+    found = set(linear_layers_of(tiny_folder / "unet"))
+    assert {name for name in found if matches_suffix(name, ["to_q", "ff.net.2"])} == loaded
+    check_targets(base, ["to_q", "ff.net.2"])
+    with pytest.raises(UsageError, match=r"linear layers of the denoiser, found 'to_w', which names none: use .*to_q"):
+        check_targets(base, ["to_q", "to_w"])

@@ -39,7 +39,7 @@ def _no_ray_is_started():
         ("identity.merge.methods=[sum,suum]", ("out of average", "found 'suum': correct identity.merge.methods")),
         ("identity.search.methods=[tyes]", ("out of average", "found 'tyes': correct identity.search.methods")),
         ("identity.base.model=/nowhere", ("found '/nowhere', which does not exist: correct the path",)),
-        ("execution.gpus_per_worker=1.5", ("expected a fraction in (0, 1]", "found 1.5; correct it")),
+        ("execution.gpus_per_worker=1.5", ("expected a fraction in (0, 1]", "found 1.5; correct one of them")),
     ],
 )
 def test_bad_settings_are_usage_errors_before_anything_is_made(command: Command, setting: str, parts: tuple[str, ...]):
@@ -47,11 +47,42 @@ def test_bad_settings_are_usage_errors_before_anything_is_made(command: Command,
     assert all_files(command.folder) == []
 
 
+def test_a_run_folder_that_is_a_file(command: Command, tmp_path: Path):
+    (tmp_path / "taken").write_text("x")
+    command("pairs", f"run_dir={tmp_path}/taken").assert_one_line(
+        f"expected a folder or nothing at {tmp_path}/taken (execution.run_dir), found a file: choose another",
+        code=USAGE,
+    )
+    assert (tmp_path / "taken").read_text() == "x"
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_a_prompt_source_that_is_no_folder(command: Command, tmp_path: Path, is_file: bool):
+    source = tmp_path / "prompts"
+    if is_file:
+        source.write_text("x")
+    found = "a file" if is_file else "nothing"
+    command("pairs", f"identity.prompts.source={source}").assert_one_line(
+        f"expected a folder of prompts at {source} (identity.prompts.source), found {found}: name one with",
+        "prompt_pairs.parquet, memberships.parquet and prompts.parquet",
+        code=USAGE,
+    )
+
+
+def test_a_target_that_names_no_layer_is_refused_before_pictures_are_drawn(command: Command, tmp_path: Path):
+    command("pairs", "identity.lora.targets=[to_q,to_w]").assert_one_line(
+        "expected lora.targets that name linear layers of the denoiser, found 'to_w'", code=USAGE
+    )
+    assert not (tmp_path / "store").exists()
+
+
 def test_an_unknown_key_in_the_file(command: Command, tmp_path: Path):
     config = tmp_path / "mine.yaml"
     config.write_text(command.config.read_text() + "executoin: {num_workers: 2}\n")
     seen = command.raw("run", str(config), *command.places)
-    seen.assert_one_line(f"{config}: expected known keys only, found 'executoin'; known here: ", code=USAGE)
+    seen.assert_one_line(
+        f"{config}: expected known keys only, found 'executoin'; did you mean 'execution'? ", code=USAGE
+    )
     assert all_files(tmp_path) == ["mine.yaml"]
 
 
