@@ -243,7 +243,10 @@ def test_the_job_entry_point_tells_errors_alike(
 
 def test_the_job_entry_point_without_a_config(capsys: pytest.CaptureFixture[str]):
     assert pipeline.main(["--debug"]) == USAGE
-    assert capsys.readouterr().err == "usage: python -m ray_jobs.pipeline [--debug] CONFIG [key=value …]\n"
+    usage = "usage: python -m ray_jobs.pipeline [--debug] CONFIG [key=value …]\n"
+    assert capsys.readouterr().err == usage
+    assert pipeline.main(["--help"]) == 0
+    assert capsys.readouterr().out == usage
 
 
 def test_a_real_process_ends_with_the_code_and_one_line(root: Path, configs: Path):
