@@ -185,7 +185,6 @@ def test_two_processes_equal_one(
 
     The second case ends after 2 of 4 steps and goes on here, in one process and without DeepSpeed.
     """
-    config = with_strategy(config, "single")
     one = train(backbone, make_data(), config, lora).layers
     place = tmp_path / "checkpoint.safetensors"
     _launch(tiny_folder, place, stop_after=stop_after, zero_stage=zero_stage)

@@ -25,8 +25,7 @@ def main(model: str, checkpoint: str, store: str, rank: int, world_size: int, st
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     backbone = StableDiffusion.from_folder(Path(model))
     lora = LoraConfig(rank=2)
-    changes = {"strategy": "deepspeed", "zero_stage": stage, "redirection_weight": 1.0}
-    config = small_config().model_copy(update=changes)
+    config = small_config().model_copy(update={"strategy": "deepspeed", "zero_stage": stage})
     engine = open_engine(backbone, config=config, lora=lora, world_size=world_size)
 
     def report(metrics: StepMetrics) -> None:

@@ -109,6 +109,10 @@ class Place:
                     found.append(process)
         return found
 
+    def is_left_alone(self) -> bool:
+        """Whether every process of a finished command ends by itself; Ray's take a moment longer than the command."""
+        return wait_for(lambda: not self.processes(), seconds=30)
+
     def artifacts(self, stage: str) -> dict[str, str]:
         """Every closed artifact of a stage: {folder: fingerprint}, and {file: sha256} of its adapters."""
         found = {}

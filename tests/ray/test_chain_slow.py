@@ -32,7 +32,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Place:
     place = Place(folder / "store", folder / "run")
     seconds = place.run("run", seconds=600)
     print(f"smoke chain: {seconds:.0f} s in all, {place.times()}")
-    assert not place.processes()
+    assert place.is_left_alone()
     return place
 
 
@@ -93,7 +93,7 @@ def test_killed_and_run_again_gives_equal_bytes(finished: Place, tmp_path: Path,
     earlier = place.files()
     place.kill_when(lambda: any(place.store.glob(TRIGGERS[stage])), stage)
     place.run(stage)
-    assert not place.processes()
+    assert place.is_left_alone()
     wanted = finished.artifacts(stage)
     if stage == "merge":
         # The searched adapter lies among the merged ones.
@@ -129,7 +129,7 @@ def test_a_distillation_of_two_processes_killed_and_run_again_gives_equal_bytes(
     place = finished.before("merge", tmp_path / "killed", changes=DISTIL)
     place.kill_when(lambda: any(place.store.glob("distilled/*/checkpoint.safetensors")), "merge")
     place.run("merge")
-    assert not place.processes()
+    assert place.is_left_alone()
     wanted = undisturbed.artifacts("merge")
     assert place.artifacts("merge") == wanted
     assert {name.split("/")[0] for name in wanted} == {"layer_inputs", "distilled", "merged"}
