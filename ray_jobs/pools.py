@@ -179,9 +179,10 @@ def drop_doubled(data: Location, schema: pa.Schema, *, id_column: str) -> pa.Tab
     kept = []
     for file in [file for file in data.walk() if file.path.endswith(".parquet")]:
         table = read_table(file, schema)
-        ids = table.column(id_column).to_pylist()
-        first = [ids.index(row_id) == index and row_id not in seen for index, row_id in enumerate(ids)]
-        seen |= set(ids)
+        first = []
+        for row_id in table.column(id_column).to_pylist():
+            first.append(row_id not in seen)
+            seen.add(row_id)
         if not all(first):
             table = table.filter(pa.array(first))
             if table.num_rows:

@@ -76,8 +76,8 @@ def write_rows(location: Location, ids: str, value: int) -> None:
 
 
 def test_rows_that_two_runs_wrote_are_kept_once(store: Location):
-    """abcd, then cdef, then ab again: the second file keeps ef, the third goes, the first is not touched."""
-    for name, ids in (("1", "abcd"), ("2", "cdef"), ("3", "ab")):
+    """abcd, then cdeef, then ab again: the second file keeps ef, the third goes, the first is not touched."""
+    for name, ids in (("1", "abcd"), ("2", "cdeef"), ("3", "ab")):
         write_rows(store / f"{name}.parquet", ids, int(name))
     first = (store / "1.parquet").read_bytes()
     kept = drop_doubled(store, ROWS, id_column="row_id")
