@@ -172,11 +172,13 @@ class DistillConfig(TrainingConfig):
     @model_validator(mode="after")
     def _rows_split_evenly(self) -> Self:
         if self.strategy == "single" and self.processes != 1:
-            raise ValueError(f"strategy 'single' trains in one process, found processes {self.processes}")
+            raise ValueError(
+                f"identity.merge.distill: strategy 'single' trains in one process, found processes {self.processes}"
+            )
         for what, count in (("benign", self.num_benign), ("other", self.rows_per_step - self.num_benign)):
             if count < 1 or count % self.processes:
                 raise ValueError(
-                    f"expected rows_per_step ({self.rows_per_step}) x benign_rate "
+                    f"identity.merge.distill: expected rows_per_step ({self.rows_per_step}) x benign_rate "
                     f"({self.benign_rate}) to leave both kinds of rows a multiple of processes ({self.processes}), "
                     f"found {count} {what} rows"
                 )

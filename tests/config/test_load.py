@@ -91,6 +91,10 @@ def test_config_survives_a_round_trip_through_yaml(write):
             r"run\.yaml: identity\.dpo\.warmup_steps \(10\) must be below identity\.dpo\.steps \(5\); "
             r"correct one of them in the file or by its key\.path=VALUE$",
         ),
+        (
+            "identity: {merge: {distill: {strategy: single, processes: 2}}}",
+            r"run\.yaml: identity\.merge\.distill: strategy 'single' trains .* found processes 2; correct one of",
+        ),
         ("identity: {evaluation: {seeds: [1, 1]}}", r"found 1 2 times; .* by identity\.evaluation\.seeds=VALUE$"),
         (
             "identity: {prompts: {categories: [hate, nope]}}",
