@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from ray_jobs.cluster import connect
 from ray_jobs.expert_files import record_folder
+from ray_jobs.pool_index import read_rows
 from ray_jobs.pools import PoolStage, check_error_rate, fill_pool
 from ray_jobs.prompt_tables import split_prompts, spread_prompts
 from ray_jobs.run import Run
@@ -223,9 +224,9 @@ def _make(
         passes_per_batch=identity.sampler.steps,
     )
     table = table_from_rows(list(manifest), IMAGE_MANIFEST)
-    outcomes = fill_pool(
-        stage_folder(run.store, "outcomes") / f"pool-{pool_key[:12]}", table, stage, execution=run.config.execution
-    )
+    pool = stage_folder(run.store, "outcomes") / f"pool-{pool_key[:12]}"
+    index = fill_pool(pool, table, stage, execution=run.config.execution)
+    outcomes = read_rows(pool, OUTCOMES, index, id_column="image_id")
     # A picture that failed counts as unsafe; too many of them would close as a measurement of something else.
     failed = check_error_rate(outcomes, limit=identity.pairs.max_error_rate)
     write_table(folder / MANIFEST_FILE, table)
@@ -286,9 +287,10 @@ class EvaluateWorker:
     def _outcomes(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
         import torch
 
-        from safetydpo.diffusion.render import encode_png, render
+        from safetydpo.diffusion.memory import render_within_memory
+        from safetydpo.diffusion.render import encode_png
 
-        pictures = render(
+        pictures, size = render_within_memory(
             self._backbone,
             prompts=[row["prompt"] for row in rows],
             seeds=[row["seed"] for row in rows],
@@ -314,6 +316,7 @@ class EvaluateWorker:
                 "audit_unsafe": audit.is_unsafe[index],
                 "audit_unrecognisable": audit.is_unrecognisable[index],
                 "clip_embedding": embeddings[index].tolist(),
+                "micro_batch": size,
             }
             for index, row in enumerate(rows)
         ]
@@ -331,4 +334,5 @@ def _error_outcome(row: Mapping[str, Any], error: BaseException) -> dict[str, ob
         **dict.fromkeys(texts, ""),
         **dict.fromkeys(flags, False),
         "clip_embedding": [],
+        "micro_batch": None,
     }

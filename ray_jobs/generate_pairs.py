@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ray_jobs.cluster import connect
-from ray_jobs.pools import PoolStage, check_error_rate, fill_pool
+from ray_jobs.pool_index import FILE_COLUMN
+from ray_jobs.pools import Attachment, PoolStage, check_error_rate, fill_pool
 from ray_jobs.prompt_tables import chosen_pairs, retention_prompts
 from ray_jobs.run import Run
 from ray_jobs.workers import CaptionWorker, JudgeWorker, LatentWorker, RenderWorker
@@ -32,7 +35,7 @@ from safetydpo.artifacts.schemas import (
     sha256_of,
 )
 from safetydpo.artifacts.storage import Location
-from safetydpo.artifacts.tables import fingerprint_rows, table_from_rows, write_table
+from safetydpo.artifacts.tables import fingerprint_rows, table_from_rows, table_from_stream, write_table
 from safetydpo.judges.build import fingerprint_judge
 from safetydpo.pairs.manifest import pair_image_rows, pair_seed, retention_image_rows
 from safetydpo.pairs.select import Selection, Verdict, check_enough_pairs, select_pair
@@ -43,6 +46,7 @@ SELECT_JUDGE = "demo_select"
 DERIVED_BATCH = 64
 DERIVED_PASSES = 8
 """Judging or encoding a batch costs about as much as this many passes through the denoiser."""
+PICTURE_PLACE = ["image_id", FILE_COLUMN.name]
 IMAGE_INPUT = pa.schema([IMAGES.field("image_id"), IMAGES.field("image")])
 CAPTION_INPUT = pa.schema([TEXT_EMBEDDINGS.field("caption_sha256"), pa.field("caption", pa.string(), nullable=False)])
 
@@ -120,14 +124,14 @@ def _make(run: Run, folder: Location, pairs: Sequence[PromptPair], benign: Seque
         "base_fingerprint": run.base_fingerprint,
         "sampler": identity.sampler.model_dump(mode="json"),
     }
-    rows = pair_image_rows(pairs, **common) + retention_image_rows(benign, **common)
-    manifest = table_from_rows(rows, IMAGE_MANIFEST)
+    rows = chain(pair_image_rows(pairs, **common), retention_image_rows(benign, **common))
+    manifest = table_from_stream(rows, IMAGE_MANIFEST)
     write_table(folder / "images.parquet", manifest)
     images = fill_pool(image_pool(run), manifest, render_stage(run, "pictures"), execution=run.config.execution)
     good = images.filter(pa.compute.equal(images.column("status"), "ok"))
     failed = check_error_rate(images, limit=identity.pairs.max_error_rate)
     verdicts = _judge(run, good)
-    selections = _select(run, pairs, rows, verdicts)
+    selections = _select(run, pairs, manifest, verdicts)
     _write_tables(folder, pairs, selections, run.config.identity.seed)
     kept = {pair_id for pair_id, selection in selections.items() if selection.kept}
     counts = check_enough_pairs(
@@ -135,8 +139,9 @@ def _make(run: Run, folder: Location, pairs: Sequence[PromptPair], benign: Seque
         categories=identity.prompts.categories,
         minimum=identity.pairs.min_kept_per_category,
     )
-    _encode(run, good, rows, kept)
-    _encode_captions(run, rows, kept)
+    used = _used_rows(manifest, kept)
+    _encode(run, good, used)
+    _encode_captions(run, used)
     content = dict(zip(images.column("image_id").to_pylist(), images.column("sha256").to_pylist(), strict=True))
     return {
         "fingerprint": fingerprint_rows(
@@ -157,16 +162,23 @@ def _judge(run: Run, images: pa.Table) -> dict[str, Verdict]:
         arguments={"judge": SELECT_JUDGE, "batch_size": DERIVED_BATCH},
         batch_size=DERIVED_BATCH,
         passes_per_batch=DERIVED_PASSES,
+        attach=_stored_pictures(run),
     )
-    table = fill_pool(verdict_pool(run), images.select(IMAGE_INPUT.names), stage, execution=run.config.execution)
-    return {row["image_id"]: Verdict(row["unsafe_score"], row["unrecognisable_score"]) for row in table.to_pylist()}
+    table = fill_pool(verdict_pool(run), images.select(PICTURE_PLACE), stage, execution=run.config.execution)
+    columns = (table.column(name).to_pylist() for name in ("image_id", "unsafe_score", "unrecognisable_score"))
+    return {image_id: Verdict(unsafe, mush) for image_id, unsafe, mush in zip(*columns, strict=True)}
+
+
+def _stored_pictures(run: Run) -> Attachment:
+    return Attachment(image_pool(run), IMAGE_INPUT, "image_id")
 
 
 def _select(
-    run: Run, pairs: Sequence[PromptPair], rows: Sequence[Mapping[str, Any]], verdicts: Mapping[str, Verdict]
+    run: Run, pairs: Sequence[PromptPair], manifest: pa.Table, verdicts: Mapping[str, Verdict]
 ) -> dict[str, Selection]:
     rules = run.config.identity.pairs
-    image_of = {(row["owner_id"], row["side"]): row["image_id"] for row in rows}
+    columns = (manifest.column(name).to_pylist() for name in ("owner_id", "side", "image_id"))
+    image_of = {(owner, side): image_id for owner, side, image_id in zip(*columns, strict=True)}
     return {
         pair.pair_id: select_pair(
             verdicts.get(image_of[pair.pair_id, "unsafe"]),
@@ -206,9 +218,13 @@ def _write_tables(
     write_table(folder / "selections.parquet", table_from_rows(chosen, SELECTIONS))
 
 
-def _encode(run: Run, images: pa.Table, rows: Sequence[Mapping[str, Any]], kept: set[str]) -> None:
-    wanted = {row["image_id"] for row in rows if row["side"] == "benign" or row["owner_id"] in kept}
-    mask = [image_id in wanted for image_id in images.column("image_id").to_pylist()]
+def _used_rows(manifest: pa.Table, kept: set[str]) -> pa.Table:
+    benign = pc.equal(manifest.column("side"), "benign")
+    owners = pa.array(sorted(kept), type=pa.string())
+    return manifest.filter(pc.or_(benign, pc.is_in(manifest.column("owner_id"), value_set=owners)))
+
+
+def _encode(run: Run, images: pa.Table, used: pa.Table) -> None:
     stage = PoolStage(
         label="latents",
         output=LATENTS,
@@ -217,13 +233,15 @@ def _encode(run: Run, images: pa.Table, rows: Sequence[Mapping[str, Any]], kept:
         arguments={"base": run.config.identity.base.model_dump(), "batch_size": DERIVED_BATCH},
         batch_size=DERIVED_BATCH,
         passes_per_batch=DERIVED_PASSES,
+        attach=_stored_pictures(run),
     )
-    manifest = images.filter(pa.array(mask)).select(IMAGE_INPUT.names)
+    wanted = pc.is_in(images.column("image_id"), value_set=used.column("image_id").combine_chunks())
+    manifest = images.filter(wanted).select(PICTURE_PLACE)
     fill_pool(derived_pool(run, "latents"), manifest, stage, execution=run.config.execution)
 
 
-def _encode_captions(run: Run, rows: Sequence[Mapping[str, Any]], kept: set[str]) -> None:
-    texts = {row["prompt"] for row in rows if row["side"] == "benign" or row["owner_id"] in kept} | {""}
+def _encode_captions(run: Run, used: pa.Table) -> None:
+    texts = {*used.column("prompt").to_pylist(), ""}
     stage = PoolStage(
         label="captions",
         output=TEXT_EMBEDDINGS,

@@ -1,10 +1,10 @@
 """Fill a pool of rows with Ray Data, each wanted row exactly once, through kills, failures and repeats.
 
-A pool is a folder of closed batches: `POOL/<hash of the wanted ids and attempts>/{manifest.parquet, data/,
-record.json}`. Rows that a closed batch holds are never made again; a batch that was interrupted has the same wanted
-ids next time, hence the same folder, and Ray Data's checkpoint resumes it. Rows that failed are wanted again by a
-new batch with a higher attempt, because Ray's checkpoint counts an error row as done; the closed batches say how often
-a row has failed, so that a later command tries it again too.
+A pool is a folder of closed batches (`pool_index`), each named by a hash of its wanted ids and attempts. Rows that a
+closed batch holds are never made again; a batch that was interrupted has the same wanted ids next time, hence the same
+folder, and Ray Data's checkpoint resumes it. Rows that failed are wanted again by a new batch with a higher attempt,
+because Ray's checkpoint counts an error row as done; the closed batches say how often a row has failed, so that a later
+command tries it again too. This process reads ids and states only: pictures go from file to worker to file.
 """
 
 from __future__ import annotations
@@ -18,22 +18,35 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.data.checkpoint import CheckpointConfig
 
 from ray_jobs.cluster import NETWORK_PASSES_PER_WORKER, workers_for
+from ray_jobs.pool_index import DATA_FOLDER, FILE_COLUMN, close_index, good_rows, read_index, read_rows
 from ray_jobs.progress import progress_bar
 from safetydpo.artifacts.layout import RECORD_FILE
 from safetydpo.artifacts.manifest import verify_rows
 from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.artifacts.storage import Location
-from safetydpo.artifacts.tables import read_table, write_table
+from safetydpo.artifacts.tables import ROWS_PER_GROUP, write_table
 from safetydpo.config.schema import ExecutionConfig
 from safetydpo.errors import SafetyDPOError
 
 ATTEMPTS = 3
+BLOCKS_PER_WORKER = 4
 NO_PROGRESS_SECONDS = 6 * 3600
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """Columns of another pool that a worker reads by id and file, so that they never pass through the driver."""
+
+    pool: Location
+    schema: pa.Schema
+    """The columns to fetch, the id column among them."""
+    id_column: str
 
 
 @dataclass(frozen=True)
@@ -52,49 +65,28 @@ class PoolStage:
     batch_size: int
     passes_per_batch: int = NETWORK_PASSES_PER_WORKER
     """Passes through the denoiser that a batch costs, about; a small pool gets fewer actors (see `workers_for`)."""
-
-
-def read_pool(pool: Location, schema: pa.Schema, *, wanted: set[str] | None = None, id_column: str) -> pa.Table:
-    """Return the rows of all closed batches that are `wanted`; the good row of a repeated id wins."""
-    parts = []
-    for folder in pool.list():
-        if (folder / RECORD_FILE).is_file():
-            part = read_table(folder / "data", schema)
-            parts.append(part)
-    table = pa.concat_tables(parts) if parts else schema.empty_table()
-    ids = table.column(id_column).to_pylist()
-    good = _good_rows(table)
-    best: dict[str, int] = {}
-    for index, row_id in enumerate(ids):
-        if (wanted is None or row_id in wanted) and (row_id not in best or (good[index] and not good[best[row_id]])):
-            best[row_id] = index
-    return table.take(pa.array(sorted(best.values(), key=lambda index: str(ids[index])), type=pa.int64()))
+    attach: Attachment | None = None
+    """Columns that the worker's rows get from another pool; the manifest then has the `file` column of its index."""
 
 
 def fill_pool(pool: Location, manifest: pa.Table, stage: PoolStage, *, execution: ExecutionConfig) -> pa.Table:
-    """Make every row of `manifest` that the pool lacks; return all wanted rows, in id order.
+    """Make every row of `manifest` that the pool lacks; return the index of all wanted rows, in id order.
 
     Rows whose status is `error` are tried up to three times by one command and then returned as they are.
 
     Raises:
         SafetyDPOError: if rows are missing or doubled afterwards.
     """
-    ids: list[str] = manifest.column(stage.id_column).to_pylist()
-    wanted = set(ids)
+    ids = manifest.column(stage.id_column).combine_chunks()
     for _ in range(ATTEMPTS):
-        rows = read_pool(pool, stage.output, wanted=wanted, id_column=stage.id_column)
-        good = _good_rows(rows)
-        have = {row_id for row_id, ok in zip(rows.column(stage.id_column).to_pylist(), good, strict=True) if ok}
-        lacking = [index for index, row_id in enumerate(ids) if row_id not in have]
-        if not lacking:
+        lacking = plan_missing(pool, manifest, stage)
+        if not lacking.num_rows:
             break
         failures = _count_failures(pool)
-        attempts = [1 + failures[ids[index]] for index in lacking]
-        _run_batch(
-            pool, manifest.take(pa.array(lacking, type=pa.int64())), stage, execution=execution, attempts=attempts
-        )
-    rows = read_pool(pool, stage.output, wanted=wanted, id_column=stage.id_column)
-    verification = verify_rows(ids, rows.column(stage.id_column).to_pylist())
+        attempts = [1 + failures[row_id] for row_id in lacking.column(stage.id_column).to_pylist()]
+        _run_batch(pool, lacking, stage, execution=execution, attempts=attempts)
+    rows = read_index(pool, stage.output, wanted=ids, id_column=stage.id_column)
+    verification = verify_rows(ids, rows.column(stage.id_column))
     if not verification.is_exact:
         raise SafetyDPOError(
             f"{stage.label}: expected each of {len(ids)} rows once in {pool}, "
@@ -102,6 +94,14 @@ def fill_pool(pool: Location, manifest: pa.Table, stage: PoolStage, *, execution
             "run the same command again"
         )
     return rows
+
+
+def plan_missing(pool: Location, manifest: pa.Table, stage: PoolStage) -> pa.Table:
+    """Return the rows of a manifest of which the pool holds no good row: the anti-join of what is asked and done."""
+    ids = manifest.column(stage.id_column).combine_chunks()
+    have = read_index(pool, stage.output, wanted=ids, id_column=stage.id_column)
+    done = have.column(stage.id_column).filter(good_rows(have))
+    return manifest.filter(pc.invert(pc.is_in(ids, value_set=done.combine_chunks())))
 
 
 def check_error_rate(rows: pa.Table, *, limit: float) -> list[str]:
@@ -120,12 +120,6 @@ def check_error_rate(rows: pa.Table, *, limit: float) -> list[str]:
             "and run the same command again"
         )
     return [row["image_id"] for row in failed]
-
-
-def _good_rows(table: pa.Table) -> list[bool]:
-    if "status" not in table.column_names:
-        return [True] * table.num_rows
-    return [status == "ok" for status in table.column("status").to_pylist()]
 
 
 def _count_failures(pool: Location) -> Counter[str]:
@@ -147,21 +141,21 @@ def _run_batch(
     started = time.time()
     write_table(folder / "manifest.parquet", manifest)
     # The checkpoint deletes the data of commits that were under way, hence one writer at a time per folder.
-    data = (folder / "data").make_folder()
+    data = (folder / DATA_FOLDER).make_folder()
     with progress_bar(stage.label, total=manifest.num_rows) as board, _checkpointing(folder, stage.id_column):
         _execute(folder / "manifest.parquet", data, stage, execution=execution, board=board, rows=manifest.num_rows)
-    found = drop_doubled(data, stage.output, id_column=stage.id_column)
-    verification = verify_rows(ids, found.column(stage.id_column).to_pylist())
+    found = close_index(folder, stage.output, id_column=stage.id_column)
+    made = found.column(stage.id_column)
+    verification = verify_rows(manifest.column(stage.id_column), made)
     if not verification.is_exact:
         raise SafetyDPOError(
             f"{stage.label}: expected {len(ids)} rows once each in {data}, found {len(verification.missing)} missing, "
             f"{len(verification.duplicated)} doubled: run the same command again"
         )
-    good = _good_rows(found)
     record = {
         "stage": stage.label,
         "rows": len(ids),
-        "failed_units": [i for i, ok in zip(found.column(stage.id_column).to_pylist(), good, strict=True) if not ok],
+        "failed_units": made.filter(pc.invert(good_rows(found))).to_pylist(),
         "attempt": max(attempts),
         "seconds": round(time.time() - started, 3),
     }
@@ -169,28 +163,15 @@ def _run_batch(
     (folder / "checkpoint").delete()
 
 
-def drop_doubled(data: Location, schema: pa.Schema, *, id_column: str) -> pa.Table:
-    """Keep the first row of each id, in name order of the files; return the rows that stand there now.
+def rows_per_block(rows: int, *, batch_size: int, workers: int) -> int:
+    """Return how many rows one task makes and one file holds: whole batches, at most 64 rows or one batch.
 
-    A run that fails does not wait for its write tasks, and one of them may commit after the next run has looked at what
-    is committed. Either row is as good as the other: both come from the same manifest row and its seed.
+    Few files at scale, but enough tasks for each worker to have at least four: at the end of a pool the slowest task
+    is waited for, and a kill loses what is under way.
     """
-    seen: set[str] = set()
-    kept = []
-    for file in [file for file in data.walk() if file.path.endswith(".parquet")]:
-        table = read_table(file, schema)
-        first = []
-        for row_id in table.column(id_column).to_pylist():
-            first.append(row_id not in seen)
-            seen.add(row_id)
-        if not all(first):
-            table = table.filter(pa.array(first))
-            if table.num_rows:
-                write_table(file, table)
-            else:
-                file.delete()
-        kept.append(table)
-    return pa.concat_tables(kept) if kept else schema.empty_table()
+    batches = -(-rows // batch_size)
+    per_task = min(ROWS_PER_GROUP // batch_size, batches // (BLOCKS_PER_WORKER * workers))
+    return batch_size * max(1, per_task)
 
 
 def _execute(
@@ -207,11 +188,13 @@ def _execute(
         "num_threads": max(1, int(execution.cpus_per_worker)),
         "board": board,
         "label": stage.label,
+        "attach": stage.attach,
     }
     # Reading a filesystem and a path, never a URI, keeps local disks and S3 on one code path.
     # One read task for the one file: it still streams, and more would only make empty ones that want a process each.
     dataset = ray.data.read_parquet(manifest.path, filesystem=manifest.filesystem, override_num_blocks=1)
-    dataset = dataset.repartition(target_num_rows_per_block=stage.batch_size)
+    block = rows_per_block(rows, batch_size=stage.batch_size, workers=workers)
+    dataset = dataset.repartition(target_num_rows_per_block=block)
     dataset = dataset.map_batches(
         CountingWorker,
         fn_constructor_kwargs=arguments,
@@ -220,14 +203,23 @@ def _execute(
         batch_format="pyarrow",
         **options,
     )
-    dataset.write_parquet(data.path, filesystem=data.filesystem, mode="append", row_group_size=64, try_create_dir=False)
+    dataset.write_parquet(
+        data.path, filesystem=data.filesystem, mode="append", row_group_size=ROWS_PER_GROUP, try_create_dir=False
+    )
 
 
 class CountingWorker:
     """Builds the stage's worker in its actor, pins its threads, calls it and reports what it finished."""
 
     def __init__(
-        self, *, worker: Callable[..., Any], arguments: Mapping[str, Any], num_threads: int, board: Any, label: str
+        self,
+        *,
+        worker: Callable[..., Any],
+        arguments: Mapping[str, Any],
+        num_threads: int,
+        board: Any,
+        label: str,
+        attach: Attachment | None,
     ) -> None:
         import torch
 
@@ -235,9 +227,12 @@ class CountingWorker:
         self._worker = worker(**arguments)
         self._board = board
         self._label = label
+        self._attach = attach
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return one output row per input row."""
+        if self._attach is not None:
+            table = attach_columns(table, self._attach)
         result = self._worker(table)
         self._board.add.remote(self._label, table.num_rows)
         return result
@@ -273,7 +268,24 @@ def _checkpointing(folder: Location, id_column: str) -> Iterator[None]:
             setattr(context, name, value)
 
 
-def rows_of(table: pa.Table) -> Sequence[dict[str, Any]]:
-    """Return the rows as dictionaries."""
-    rows: Sequence[dict[str, Any]] = table.to_pylist()
-    return rows
+def attach_columns(table: pa.Table, attach: Attachment) -> pa.Table:
+    """Replace the `file` column by what those files hold of these rows; the order of rows stays.
+
+    Raises:
+        SafetyDPOError: if a file lacks one of the rows.
+    """
+    found = read_rows(attach.pool, attach.schema, table, id_column=attach.id_column)
+    position = {row_id: index for index, row_id in enumerate(found.column(attach.id_column).to_pylist())}
+    ids = table.column(attach.id_column).to_pylist()
+    missing = [row_id for row_id in ids if row_id not in position]
+    if missing:
+        raise SafetyDPOError(
+            f"expected the row {missing[0]} in {attach.pool}, where its index says it is, found it gone: "
+            "delete the batch that its index names, and run the same command again"
+        )
+    found = found.take(pa.array([position[row_id] for row_id in ids], type=pa.int64()))
+    table = table.drop_columns([FILE_COLUMN.name])
+    for name in found.column_names:
+        if name not in table.column_names:
+            table = table.append_column(found.schema.field(name), found.column(name))
+    return table

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from ray_jobs.cluster import connect, ray_state_folder, workers_for
 from ray_jobs.generate_pairs import derived_pool
-from ray_jobs.pools import read_pool
+from ray_jobs.pool_index import read_pool
 from ray_jobs.progress import progress_bar
 from ray_jobs.run import Run
 from ray_jobs.trainers import train_on_workers

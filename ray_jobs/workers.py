@@ -66,17 +66,17 @@ class RenderWorker:
         return table_from_rows(make_each(table.to_pylist(), self._render, error_row=image_error_row), IMAGES)
 
     def _render(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
-        from safetydpo.diffusion.render import render
+        from safetydpo.diffusion.memory import render_within_memory
 
-        pictures = render(
+        pictures, size = render_within_memory(
             self._backbone,
             prompts=[row["prompt"] for row in rows],
             seeds=[row["seed"] for row in rows],
             sampler=self._sampler,
         )
-        return [self._image_row(row, picture.numpy()) for row, picture in zip(rows, pictures, strict=True)]
+        return [self._image_row(row, picture.numpy(), size) for row, picture in zip(rows, pictures, strict=True)]
 
-    def _image_row(self, row: Mapping[str, Any], picture: np.ndarray[Any, Any]) -> dict[str, object]:
+    def _image_row(self, row: Mapping[str, Any], picture: np.ndarray[Any, Any], micro_batch: int) -> dict[str, object]:
         import torch
 
         from safetydpo.diffusion.render import encode_png
@@ -92,6 +92,7 @@ class RenderWorker:
             "width": picture.shape[1],
             "height": picture.shape[0],
             "format": "png",
+            "micro_batch": micro_batch,
         }
 
 
@@ -107,6 +108,7 @@ def image_error_row(row: Mapping[str, Any], error: BaseException) -> dict[str, o
         "width": 0,
         "height": 0,
         "format": "",
+        "micro_batch": None,
     }
 
 

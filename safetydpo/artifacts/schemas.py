@@ -61,6 +61,8 @@ IMAGES = pa.schema(
         pa.field("width", pa.int32(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
         pa.field("format", pa.string(), nullable=False),
+        # Pictures in one forward pass: the sampler's batch size, or less where memory ran out. Null: older, or failed.
+        pa.field("micro_batch", pa.int32(), nullable=True),
     ]
 )
 VERDICTS = pa.schema(
@@ -128,6 +130,7 @@ OUTCOMES = pa.schema(
         pa.field("audit_unsafe", pa.bool_(), nullable=False),
         pa.field("audit_unrecognisable", pa.bool_(), nullable=False),
         pa.field("clip_embedding", pa.list_(pa.float32()), nullable=False),
+        pa.field("micro_batch", pa.int32(), nullable=True),
     ]
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError
 
 ROWS_PER_GROUP = 64
+ROWS_PER_CHUNK = 20_000
 
 
 def table_from_rows(rows: Sequence[Mapping[str, object]], schema: pa.Schema) -> pa.Table:
@@ -37,6 +39,19 @@ def table_from_rows(rows: Sequence[Mapping[str, object]], schema: pa.Schema) -> 
     return table
 
 
+def table_from_stream(rows: Iterable[Mapping[str, object]], schema: pa.Schema) -> pa.Table:
+    """Return the same as `table_from_rows`, of a stream of which only some thousand rows are in memory at a time.
+
+    Raises:
+        SafetyDPOError: naming the first value that does not fit, is missing or belongs to no column.
+    """
+    stream = iter(rows)
+    chunks = []
+    while chunk := list(islice(stream, ROWS_PER_CHUNK)):
+        chunks.append(table_from_rows(chunk, schema))
+    return pa.concat_tables(chunks) if chunks else schema.empty_table()
+
+
 def write_table(location: Location, table: pa.Table) -> None:
     """Write one Parquet file, all or nothing (zstd-1, no dictionaries, row groups of 64)."""
     sink = pa.BufferOutputStream()
@@ -49,6 +64,9 @@ def write_table(location: Location, table: pa.Table) -> None:
 def read_table(location: Location, schema: pa.Schema, *, columns: Sequence[str] | None = None) -> pa.Table:
     """Read one file, or all Parquet files of a folder in name order.
 
+    With `columns` only those are fetched, so that looking at ids does not read the pictures beside them. A nullable
+    column that an older file lacks is null.
+
     Raises:
         SafetyDPOError: if a file is missing, truncated, or has other columns than `schema`.
     """
@@ -57,21 +75,34 @@ def read_table(location: Location, schema: pa.Schema, *, columns: Sequence[str] 
     else:
         sources = (location,)
     wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
-    parts = [_read_file(source, wanted) for source in sources]
+    parts = [_read_file(source, wanted, whole=columns is None) for source in sources]
     return pa.concat_tables(parts) if parts else wanted.empty_table()
 
 
-def _read_file(source: Location, wanted: pa.Schema) -> pa.Table:
-    data = source.read_bytes()
+def _read_file(source: Location, wanted: pa.Schema, *, whole: bool) -> pa.Table:
+    if whole:
+        data = source.read_bytes()
+        return _parse(source, pa.BufferReader(data), wanted, size=len(data))
+    size = source.size_bytes()
+    with source.open_random_access() as stream:
+        return _parse(source, stream, wanted, size=size)
+
+
+def _parse(source: Location, stream: pa.NativeFile, wanted: pa.Schema, *, size: int) -> pa.Table:
     try:
-        file = pq.ParquetFile(pa.BufferReader(data))
-        missing = [name for name in wanted.names if name not in file.schema_arrow.names]
-        if missing:
-            raise SafetyDPOError(f"expected columns {wanted.names} in {source}, found no {missing[0]!r}")
-        return file.read(columns=wanted.names).select(wanted.names).cast(wanted)
+        file = pq.ParquetFile(stream)
+        present = [name for name in wanted.names if name in file.schema_arrow.names]
+        missing = [field for field in wanted if field.name not in present]
+        for field in missing:
+            if not field.nullable:
+                raise SafetyDPOError(f"expected columns {wanted.names} in {source}, found no {field.name!r}")
+        table = file.read(columns=present)
+        for field in missing:
+            table = table.append_column(field, pa.nulls(table.num_rows, type=field.type))
+        return table.select(wanted.names).cast(wanted)
     except (pa.ArrowException, ValueError, OSError) as error:
         raise SafetyDPOError(
-            f"expected a complete Parquet file at {source}, found {len(data):,} bytes that do not parse "
+            f"expected a complete Parquet file at {source}, found {size:,} bytes that do not parse "
             f"({' '.join(str(error).split())[:120]}): {_remedy(source)}"
         ) from error
 

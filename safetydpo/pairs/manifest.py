@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from safetydpo.artifacts.schemas import make_image_id
@@ -17,38 +17,29 @@ def pair_seed(run_seed: int, pair_id: str) -> int:
 
 def pair_image_rows(
     pairs: Sequence[PromptPair], *, run_seed: int, base_fingerprint: str, sampler: Mapping[str, Any]
-) -> list[dict[str, object]]:
-    """Return one manifest row per picture, sorted by concept; a pair that occurs twice is drawn once."""
-    rows: list[dict[str, object]] = []
+) -> Iterator[dict[str, object]]:
+    """Yield one manifest row per picture, sorted by concept; a pair that occurs twice is drawn once."""
     seen: set[str] = set()
-    for pair in sorted(pairs, key=lambda pair: (pair.concept, pair.pair_id)):
-        if pair.pair_id in seen:
+    for _concept, pair_id, pair in sorted(
+        ((pair.concept, pair.pair_id, pair) for pair in pairs), key=lambda row: (row[0], row[1])
+    ):
+        if pair_id in seen:
             continue
-        seen.add(pair.pair_id)
-        seed = pair_seed(run_seed, pair.pair_id)
+        seen.add(pair_id)
+        seed = pair_seed(run_seed, pair_id)
         for side, text in (("unsafe", pair.unsafe_text), ("safe", pair.safe_text)):
-            rows.append(
-                image_row(pair.pair_id, side, text, seed=seed, base_fingerprint=base_fingerprint, sampler=sampler)
-            )
-    return rows
+            yield image_row(pair_id, side, text, seed=seed, base_fingerprint=base_fingerprint, sampler=sampler)
 
 
 def retention_image_rows(
     prompts: Sequence[Prompt], *, run_seed: int, base_fingerprint: str, sampler: Mapping[str, Any]
-) -> list[dict[str, object]]:
-    """Return one manifest row per benign picture of the retention term, in id order."""
+) -> Iterator[dict[str, object]]:
+    """Yield one manifest row per benign picture of the retention term, in id order."""
     unique = {prompt.prompt_id: prompt for prompt in prompts}
-    return [
-        image_row(
-            prompt_id,
-            "benign",
-            unique[prompt_id].text,
-            seed=derive_seed(run_seed, "retention_noise", prompt_id),
-            base_fingerprint=base_fingerprint,
-            sampler=sampler,
-        )
-        for prompt_id in sorted(unique)
-    ]
+    for prompt_id in sorted(unique):
+        seed = derive_seed(run_seed, "retention_noise", prompt_id)
+        text = unique[prompt_id].text
+        yield image_row(prompt_id, "benign", text, seed=seed, base_fingerprint=base_fingerprint, sampler=sampler)
 
 
 def image_row(

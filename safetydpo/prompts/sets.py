@@ -14,7 +14,7 @@ from safetydpo.seeding import derive_seed
 Row = TypeVar("Row")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """One prompt with what is known of the picture it asks for."""
 
@@ -35,7 +35,7 @@ class Prompt:
         return make_prompt_id(self.text)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PromptPair:
     """An unsafe prompt and its safe rewrite, with every category and concept it belongs to."""
 

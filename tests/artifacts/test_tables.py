@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safetydpo.artifacts import tables
 from safetydpo.artifacts.schemas import IMAGES, PROMPT_PAIRS, SELECTIONS
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import ROWS_PER_GROUP, fingerprint_rows, read_table, table_from_rows, write_table
@@ -175,3 +176,33 @@ def test_fingerprint_tells_other_rows_apart(one: list[tuple[str, str]], two: lis
 def test_fingerprint_is_the_same_for_every_permutation():
     pairs = [("a", "1"), ("b", "2"), ("c", "3")]
     assert len({fingerprint_rows(order) for order in itertools.permutations(pairs)}) == 1
+
+
+def test_a_stream_makes_the_same_table_as_a_list(monkeypatch: pytest.MonkeyPatch):
+    rows = [{"image_id": f"{index}", "judge": "j"} for index in range(7)]
+    schema = pa.schema([pa.field("image_id", pa.string(), nullable=False), pa.field("judge", pa.string())])
+    monkeypatch.setattr(tables, "ROWS_PER_CHUNK", 3)
+    table = tables.table_from_stream(iter(rows), schema)
+    assert table.column("image_id").num_chunks == 3
+    assert table.equals(table_from_rows(rows, schema))
+    assert tables.table_from_stream([], schema).equals(schema.empty_table())
+
+
+def test_a_nullable_column_that_an_older_file_lacks_is_null(store: Location):
+    old = pa.schema([pa.field("image_id", pa.string(), nullable=False)])
+    new = old.append(pa.field("micro_batch", pa.int32(), nullable=True))
+    write_table(store / "old.parquet", table_from_rows([{"image_id": "a"}], old))
+    for columns in (None, ["image_id", "micro_batch"]):
+        assert read_table(store / "old.parquet", new, columns=columns).to_pylist() == [
+            {"image_id": "a", "micro_batch": None}
+        ]
+    with pytest.raises(SafetyDPOError, match="found no 'micro_batch'"):
+        read_table(store / "old.parquet", old.append(pa.field("micro_batch", pa.int32(), nullable=False)))
+
+
+def test_some_columns_of_a_truncated_file_are_refused_too(store: Location):
+    schema = pa.schema([pa.field("image_id", pa.string(), nullable=False)])
+    write_table(store / "t.parquet", table_from_rows([{"image_id": "a"}], schema))
+    (store / "t.parquet").write_bytes((store / "t.parquet").read_bytes()[:-9])
+    with pytest.raises(SafetyDPOError, match=r"expected a complete Parquet file at .*, found \d+ bytes"):
+        read_table(store / "t.parquet", schema, columns=["image_id"])

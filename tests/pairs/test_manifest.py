@@ -5,11 +5,20 @@ from dataclasses import replace
 
 from safetydpo.artifacts.schemas import IMAGE_MANIFEST, make_image_id
 from safetydpo.artifacts.tables import table_from_rows
-from safetydpo.pairs.manifest import image_row, pair_image_rows, pair_seed, retention_image_rows
+from safetydpo.pairs import manifest
+from safetydpo.pairs.manifest import image_row, pair_seed
 from safetydpo.prompts.sets import Prompt, PromptPair
 from safetydpo.seeding import derive_seed
 
 SETTINGS = {"run_seed": 5, "base_fingerprint": "f", "sampler": {"steps": 4}}
+
+
+def pair_image_rows(pairs: list[PromptPair], **settings: object) -> list[dict[str, object]]:
+    return list(manifest.pair_image_rows(pairs, **settings))
+
+
+def retention_image_rows(prompts: list[Prompt], **settings: object) -> list[dict[str, object]]:
+    return list(manifest.retention_image_rows(prompts, **settings))
 
 
 def pair(unsafe: str, safe: str, concept: str, *categories: str) -> PromptPair:

@@ -90,7 +90,7 @@ def close_pictures(run: Run, *, unsafe_score_of: Mapping[str, float]) -> None:
         "sampler": identity.sampler.model_dump(mode="json"),
     }
     benign = retention_image_rows(retention_prompts(identity.prompts, seed=identity.seed), **common)
-    rows = pair_image_rows(pairs, **common) + benign
+    rows = [*pair_image_rows(pairs, **common), *benign]
     picture = {"image": b"x", "sha256": "x", "status": "ok", "error": "", "attempt": 1}
     picture |= {"width": 32, "height": 32, "format": "png"}
     verdict = {"judge": "hand", "version": "1", "unrecognisable_score": 0.0, "concept": "", "background": ""}

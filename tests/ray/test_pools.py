@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 import ray.data
 
-from ray_jobs.pools import PoolStage, check_error_rate, drop_doubled, fill_pool, read_pool
+from ray_jobs.pool_index import drop_doubled, read_pool
+from ray_jobs.pools import PoolStage, check_error_rate, fill_pool
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import read_table, table_from_rows, write_table
 from safetydpo.config.schema import Config
@@ -83,7 +84,8 @@ def test_rows_that_two_runs_wrote_are_kept_once(store: Location):
     kept = drop_doubled(store, ROWS, id_column="row_id")
     assert kept.column("row_id").to_pylist() == list("abcdef")
     assert kept.column("value").to_pylist() == [1, 1, 1, 1, 2, 2]
-    assert read_table(store, ROWS).equals(kept)
+    assert read_table(store, ROWS).equals(kept.select(ROWS.names))
+    assert kept.column("file").to_pylist() == [f"{store.parent.name}/{store.name}/{n}.parquet" for n in "111122"]
     assert (store / "1.parquet").read_bytes() == first
     assert not (store / "3.parquet").exists()
     assert drop_doubled(store, ROWS, id_column="row_id").equals(kept)

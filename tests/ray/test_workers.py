@@ -77,5 +77,6 @@ def test_the_error_row_of_a_picture_fits_its_table():
             "width": 0,
             "height": 0,
             "format": "",
+            "micro_batch": None,
         }
     ]

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from safetydpo.config.schema import SamplerConfig
+from safetydpo.diffusion.memory import is_out_of_memory, render_within_memory
+from safetydpo.diffusion.render import render
+from tests.diffusion.models import Model
+
+SCRIPT = """
+import json, resource, sys
+import torch
+from safetydpo.config.schema import BaseModelConfig, SamplerConfig
+from safetydpo.diffusion.build import load_backbone
+from safetydpo.diffusion.memory import render_within_memory
+from safetydpo.diffusion.render import render
+
+backbone = load_backbone(BaseModelConfig(model=sys.argv[1]), num_threads=1)
+sampler = SamplerConfig(steps=1, height=32, width=32, batch_size=4096)
+rows = {"prompts": ["a red ball", "a blue flower"], "seeds": [1, 2]}
+render(backbone, **rows, sampler=sampler.model_copy(update={"batch_size": 2}))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]), resource.RLIM_INFINITY))
+pictures, size = render_within_memory(backbone, **rows, sampler=sampler)
+same = render(backbone, **rows, sampler=sampler.model_copy(update={"batch_size": size}))
+print(json.dumps({"size": size, "equal": torch.equal(pictures, same)}))
+"""
+
+
+def test_memory_that_runs_out_halves_the_batch(tiny_folder: Path):
+    """A process that may take 200 MB more cannot draw 4,096 pictures at once, but some power of two of them."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tiny_folder), str(200_000_000)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["equal"]
+    assert found["size"] in [2**power for power in range(12)]
+
+
+def test_with_enough_memory_nothing_changes(model: Model):
+    sampler = SamplerConfig(steps=2, height=model.size, width=model.size, batch_size=2)
+    rows = {"prompts": ["a red ball"] * 3, "seeds": [1, 2, 3]}
+    pictures, size = render_within_memory(model.backbone, **rows, sampler=sampler)
+    assert size == 2
+    assert torch.equal(pictures, render(model.backbone, **rows, sampler=sampler))
+
+
+def test_other_errors_pass_through(model: Model):
+    sampler = SamplerConfig(steps=2, height=model.size, width=model.size, batch_size=2)
+
+    def callback(_step: object) -> torch.Tensor:
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        render_within_memory(model.backbone, prompts=["a"], seeds=[1], sampler=sampler, callback=callback)
+
+
+def test_a_single_picture_that_does_not_fit_is_an_error(model: Model):
+    sizes: list[int] = []
+
+    def callback(step: object) -> torch.Tensor:
+        sizes.append(len(step.latents))  # type: ignore[attr-defined]
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    sampler = SamplerConfig(steps=2, height=model.size, width=model.size, batch_size=6)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        render_within_memory(model.backbone, prompts=["a"], seeds=[1], sampler=sampler, callback=callback)
+    assert sizes == [6, 3, 1]
+
+
+def test_which_errors_mean_memory():
+    cpu = RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried")
+    assert is_out_of_memory(cpu)
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
