@@ -47,6 +47,8 @@ _LOCAL_RAY_FLAGS = {
     # Ray warns when more processes than this are alive; most of ours wait for their turn.
     "RAY_worker_maximum_startup_concurrency": "16",
 }
+SPARE_CPUS = 1
+"""CPUs that a pool's actors must leave: Ray Data reads and writes in tasks of their own, and would wait for ever."""
 NETWORK_PASSES_PER_WORKER = 64
 """Passes through the denoiser that are worth a process of their own: starting one costs about as much."""
 
@@ -59,7 +61,7 @@ def connect(config: Config) -> None:
     """
     if not ray.is_initialized():
         _initialise(config)
-    check_resources(config.execution, num_workers=config.execution.num_workers)
+    check_resources(config.execution, num_workers=config.execution.num_workers, spare_cpus=SPARE_CPUS)
     if needs_distillation(config):
         # Asked for at the end of hours of training; said at their beginning.
         processes = config.identity.merge.distill.processes
@@ -171,8 +173,12 @@ def workers_for(execution: ExecutionConfig, *, tasks: int, passes_per_task: int)
     return max(1, min(execution.num_workers, tasks, worth))
 
 
-def check_resources(execution: ExecutionConfig, *, num_workers: int, setting: str = "execution.num_workers") -> None:
+def check_resources(
+    execution: ExecutionConfig, *, num_workers: int, setting: str = "execution.num_workers", spare_cpus: int = 0
+) -> None:
     """Compare what `num_workers` (the value of `setting`) ask for together with what the cluster has.
+
+    `spare_cpus` must be left over beside them.
 
     Raises:
         UsageError: expected, found, what to do.
@@ -182,11 +188,13 @@ def check_resources(execution: ExecutionConfig, *, num_workers: int, setting: st
         ("CPU", execution.cpus_per_worker, "cpus_per_worker"),
         ("GPU", execution.gpus_per_worker, "gpus_per_worker"),
     ):
-        needed = per_worker * num_workers
+        spare = spare_cpus if resource == "CPU" else 0
+        needed = per_worker * num_workers + spare
         found = total.get(resource, 0.0)
         if needed > found:
+            rest = f", and {spare} that reads and writes" if spare else ""
             raise UsageError(
-                f"expected {needed:g} {resource}s ({setting} {num_workers} x execution.{name} {per_worker:g}), "
+                f"expected {needed:g} {resource}s ({setting} {num_workers} x execution.{name} {per_worker:g}{rest}), "
                 f"found {found:g} in the cluster: lower either, or add nodes"
             )
 

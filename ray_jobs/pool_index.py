@@ -99,8 +99,12 @@ def _best_rows(table: pa.Table, *, id_column: str) -> pa.Table:
     if not table.num_rows:
         return table
     keys = pa.table({"id": table.column(id_column), "failed": pc.invert(good_rows(table))})
-    # The sort is stable, so that among equally good rows the first batch wins.
-    table = table.take(pc.sort_indices(keys, sort_keys=[("id", "ascending"), ("failed", "ascending")]))
+    order = [("id", "ascending"), ("failed", "ascending")]
+    if "attempt" in table.column_names:
+        keys = keys.append_column("attempt", table.column("attempt"))
+        order.append(("attempt", "descending"))
+    # The sort is stable, so that among equal rows the first batch wins.
+    table = table.take(pc.sort_indices(keys, sort_keys=order))
     ids = table.column(id_column).combine_chunks()
     first = pa.concat_arrays([pa.array([True]), pc.not_equal(ids[1:], ids[:-1])])
     return table.filter(first)
@@ -109,7 +113,7 @@ def _best_rows(table: pa.Table, *, id_column: str) -> pa.Table:
 def good_rows(table: pa.Table) -> pa.ChunkedArray:
     """Return which rows were made; a table without a status has none that failed."""
     if "status" not in table.column_names:
-        return pa.chunked_array([pa.array([True] * table.num_rows)])
+        return pa.chunked_array([pa.array([True] * table.num_rows, type=pa.bool_())])
     return pc.equal(table.column("status"), "ok")
 
 

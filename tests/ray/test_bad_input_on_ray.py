@@ -30,8 +30,8 @@ def on_cluster(command: Command, cluster: None, monkeypatch: pytest.MonkeyPatch)
 
 def test_fewer_cpus_than_asked(on_cluster: Command, tmp_path: Path):
     on_cluster("pairs", "execution.num_workers=9").assert_one_line(
-        "expected 9 CPUs (execution.num_workers 9 x execution.cpus_per_worker 1), found 4 in the cluster: lower "
-        "either, or add nodes",
+        "expected 10 CPUs (execution.num_workers 9 x execution.cpus_per_worker 1, and 1 that reads and writes), "
+        "found 4 in the cluster: lower either, or add nodes",
         code=USAGE,
     )
     assert not (tmp_path / "store").exists()

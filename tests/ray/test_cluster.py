@@ -57,7 +57,7 @@ def test_processes_of_a_distillation_are_asked_for_before_anything_runs(monkeypa
     distill = {"processes": 3, "rows_per_step": 6, "benign_rate": 0.5}
     for methods, refused in ((["sum"], False), (["sum", "distill"], True)):
         identity = {"merge": {"distill": distill}, "search": {"methods": methods}}
-        config = Config.model_validate({"identity": identity, "execution": {"num_workers": 2}})
+        config = Config.model_validate({"identity": identity, "execution": {"num_workers": 1}})
         if refused:
             with pytest.raises(
                 UsageError, match=r"expected 3 CPUs \(identity\.merge\.distill\.processes 3 x .* found 2"
@@ -95,8 +95,13 @@ def test_what_fits_is_let_through(cluster: None):
     [
         (
             {"num_workers": 3, "cpus_per_worker": 1.5},
-            r"expected 4\.5 CPUs \(execution\.num_workers 3 x execution\.cpus_per_worker 1\.5\), "
+            r"expected 5\.5 CPUs \(execution\.num_workers 3 x execution\.cpus_per_worker 1\.5, and 1 that reads and "
+            r"writes\), "
             r"found 4 in the cluster: lower either, or add nodes",
+        ),
+        (
+            {"num_workers": 4},
+            r"expected 5 CPUs \(execution\.num_workers 4 x execution\.cpus_per_worker 1, and 1 that reads and writes\)",
         ),
         (
             {"gpus_per_worker": 1},
@@ -107,4 +112,4 @@ def test_what_fits_is_let_through(cluster: None):
 def test_more_than_the_cluster_has(cluster: None, execution: dict[str, float], message: str):
     asked = ExecutionConfig.model_validate(execution)
     with pytest.raises(UsageError, match=message):
-        check_resources(asked, num_workers=asked.num_workers)
+        check_resources(asked, num_workers=asked.num_workers, spare_cpus=1)

@@ -94,7 +94,9 @@ def test_the_best_row_is_the_first_good_one_else_the_first(rows: list[tuple[str,
 
 
 def test_rows_without_a_status_are_good():
-    assert good_rows(pa.table({"image_id": ["a", "b"]})).to_pylist() == [True, True]
+    table = pa.table({"image_id": ["a", "b"]})
+    assert good_rows(table).to_pylist() == [True, True]
+    assert table.slice(2).filter(good_rows(table.slice(2))).num_rows == 0
 
 
 def test_attached_pictures_come_in_the_order_of_the_rows(store: Location):

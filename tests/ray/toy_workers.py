@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
+
+from ray_jobs.workers import RenderWorker
 
 INPUT = pa.schema([pa.field("row_id", pa.string()), pa.field("attempt", pa.int32())])
 OUTPUT = pa.schema(
@@ -49,3 +53,12 @@ class LengthWorker:
             },
             schema=OUTPUT,
         )
+
+
+class PoisonedRender(RenderWorker):
+    """Draws pictures, and fails on every call that holds a prompt with the word poison."""
+
+    def _render(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
+        if any("poison" in row["prompt"] for row in rows):
+            raise ValueError("this prompt cannot be drawn")
+        return super()._render(rows)

@@ -1,0 +1,317 @@
+"""Stage 1 in numbers: pictures per second against a plain diffusers loop, what Ray costs, memory, a million rows.
+
+Usage: python -m benchmarks.pairs [--images 2000] [--steps 4] [--rounds 3] [--parts speed memory manifest]
+
+- `images_per_second_vs_diffusers_loop`: our job (two actors, one thread each) against `StableDiffusionPipeline` called
+  with one prompt after another (two threads), same model, steps, guidance and bfloat16. Beside it stands the bound: the
+  pictures per second if the U-Net's and decoder's operations ran at the speed of a large matrix product on both cores.
+- `ray_vs_hand_batched`: one actor against a loop over full batches in one process; one thread each, PNG included.
+- `two_actors_vs_one`: the same job with two actors.
+- `memory_10k_vs_1k_rows`: the most memory that the driver and its workers hold together (proportional set size).
+- the manifest of a million pictures: planned, written, read back, and anti-joined with a pool that holds half of them.
+
+Times of our job run from the call to the closed batch, start of actors included; Ray itself is up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.harness import print_result
+from ray_jobs.cluster import connect, disconnect
+from ray_jobs.failures import run_guarded
+from ray_jobs.generate_pairs import render_stage
+from ray_jobs.pool_index import close_index
+from ray_jobs.pools import fill_pool, plan_missing
+from ray_jobs.run import Run
+from safetydpo.artifacts.schemas import IMAGE_MANIFEST, IMAGES
+from safetydpo.artifacts.storage import Location, open_location
+from safetydpo.artifacts.tables import read_table, table_from_rows, table_from_stream, write_table
+from safetydpo.config.schema import Config
+from safetydpo.demo.prompts import write_prompts
+from safetydpo.diffusion.build import load_backbone, resolve_folder
+from safetydpo.diffusion.render import encode_png, render
+from safetydpo.pairs.manifest import image_row, pair_image_rows
+from safetydpo.prompts.sets import PromptPair
+
+MILLION = 1_000_000
+
+
+def config_of(*, steps: int, dtype: str, workers: int, batch_size: int) -> Config:
+    """Return a run with that many actors of one thread."""
+    return Config.model_validate(
+        {
+            "name": "bench-pairs",
+            "identity": {"base": {"dtype": dtype}, "sampler": {"steps": steps, "batch_size": batch_size}},
+            "execution": {"num_workers": workers, "cpus_per_worker": 1},
+        }
+    )
+
+
+def manifest_of(run: Run, count: int) -> pa.Table:
+    """Return a manifest of `count` pictures of the demo's training prompts, each with its own seed."""
+    prompts = [row.text for role in ("unsafe", "safe", "neutral") for row in write_prompts("train", role)]  # type: ignore[arg-type]
+    common: dict[str, Any] = {
+        "base_fingerprint": run.base_fingerprint,
+        "sampler": run.config.identity.sampler.model_dump(mode="json"),
+    }
+    rows = (
+        image_row(f"bench-{index}", "benign", prompts[index % len(prompts)], seed=index, **common)
+        for index in range(count)
+    )
+    return table_from_stream(rows, IMAGE_MANIFEST)
+
+
+def run_job(run: Run, manifest: pa.Table) -> float:
+    """Fill an empty pool with the manifest's pictures; return seconds."""
+    folder = tempfile.mkdtemp(prefix="safetydpo-bench-")
+    try:
+        started = time.perf_counter()
+        rows = fill_pool(
+            open_location(folder) / "pool", manifest, render_stage(run, "pictures"), execution=run.config.execution
+        )
+        seconds = time.perf_counter() - started
+    finally:
+        shutil.rmtree(folder)
+    assert rows.column("status").to_pylist() == ["ok"] * manifest.num_rows
+    return seconds
+
+
+def diffusers_loop(run: Run, manifest: pa.Table) -> Callable[[], None]:
+    """Return the loop that a user would write: one pipeline call per prompt, one generator per picture."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        resolve_folder(run.config.identity.base), torch_dtype=torch.bfloat16, safety_checker=None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    sampler = run.config.identity.sampler
+    prompts, seeds = manifest.column("prompt").to_pylist(), manifest.column("seed").to_pylist()
+
+    def loop() -> None:
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            pipeline(
+                prompt,
+                num_inference_steps=sampler.steps,
+                guidance_scale=sampler.guidance_scale,
+                height=sampler.height,
+                width=sampler.width,
+                generator=torch.Generator().manual_seed(seed),
+            )
+
+    return loop
+
+
+def hand_batched(run: Run, manifest: pa.Table) -> Callable[[], None]:
+    """Return a loop over full batches in this process, PNG files included."""
+    backbone = load_backbone(run.config.identity.base)
+    sampler = run.config.identity.sampler
+    rows = manifest.to_pylist()
+
+    def loop() -> None:
+        for start in range(0, len(rows), sampler.batch_size):
+            batch = rows[start : start + sampler.batch_size]
+            pictures = render(
+                backbone,
+                prompts=[row["prompt"] for row in batch],
+                seeds=[row["seed"] for row in batch],
+                sampler=sampler,
+            )
+            for picture in pictures:
+                encode_png(picture)
+
+    return loop
+
+
+def bound_images_per_second(run: Run) -> dict[str, float]:
+    """Return operations of one picture, the machine's speed in a large bfloat16 product, and their quotient."""
+    backbone = load_backbone(run.config.identity.base)
+    with FlopCounterMode(display=False) as counter:
+        render(backbone, prompts=["a"], seeds=[0], sampler=run.config.identity.sampler)
+    operations = counter.get_total_flops() / run.config.identity.sampler.batch_size
+    torch.set_num_threads(2)
+    a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
+    speeds = []
+    for _ in range(20):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        speeds.append(2 * 2048**3 / (time.perf_counter() - started))
+    best = max(speeds)
+    return {
+        "gigaflop_per_picture": operations / 1e9,
+        "gigaflop_per_second": best / 1e9,
+        "bound_images_per_second": best / operations,
+    }
+
+
+def measure_speed(*, images: int, steps: int, rounds: int, batch_size: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """Run the four ways in turn, `rounds` times; return ratios of median rates and what they were made of."""
+    two, one = (
+        Run(config_of(steps=steps, dtype="bfloat16", workers=workers, batch_size=batch_size)) for workers in (2, 1)
+    )
+    manifest = manifest_of(two, images)
+    few = manifest.slice(0, max(50, images // 20))
+    loop, by_hand = diffusers_loop(two, few), hand_batched(one, manifest)
+    bound = bound_images_per_second(two)
+    rates: dict[str, list[float]] = {"diffusers loop": [], "by hand": [], "one actor": [], "two actors": []}
+    for _ in range(rounds):
+        torch.set_num_threads(2)
+        rates["diffusers loop"].append(few.num_rows / _seconds(loop))
+        torch.set_num_threads(1)
+        rates["by hand"].append(images / _seconds(by_hand))
+        rates["one actor"].append(images / run_job(one, manifest))
+        rates["two actors"].append(images / run_job(two, manifest))
+        print({name: round(values[-1], 2) for name, values in rates.items()}, flush=True)
+    middle = {name: statistics.median(values) for name, values in rates.items()}
+    ratios = {
+        "images_per_second_vs_diffusers_loop": middle["two actors"] / middle["diffusers loop"],
+        "bound_vs_diffusers_loop": bound["bound_images_per_second"] / middle["diffusers loop"],
+        "ray_vs_hand_batched": middle["one actor"] / middle["by hand"],
+        "two_actors_vs_one": middle["two actors"] / middle["one actor"],
+    }
+    return ratios, {"images": images, "steps": steps, "images_per_second": rates, **bound}
+
+
+def _seconds(way: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    way()
+    return time.perf_counter() - started
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """Yield a list whose only item becomes the most bytes that this process and Ray's workers hold together."""
+    peak, stop = [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.25):
+            total = 0
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    total += process.memory_full_info().pss
+            peak[0] = max(peak[0], total)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+
+
+def measure_memory(*, batch_size: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """Draw 1,000 and then 10,000 pictures of one step; return the ratio of the peaks."""
+    run = Run(config_of(steps=1, dtype="bfloat16", workers=2, batch_size=batch_size))
+    peaks: dict[int, float] = {}
+    run_job(run, manifest_of(run, 200))
+    for count in (1_000, 10_000):
+        manifest = manifest_of(run, count)
+        with peak_memory() as peak:
+            run_job(run, manifest)
+        peaks[count] = peak[0] / 1e9
+        print(f"{count} rows: {peaks[count]:.3f} GB at most", flush=True)
+    return {"memory_10k_vs_1k_rows": peaks[10_000] / peaks[1_000]}, {"peak_gigabytes": peaks}
+
+
+def measure_manifest() -> tuple[dict[str, float], dict[str, Any]]:
+    """Plan, write, read and anti-join a million rows in this process; return seconds and its peak memory."""
+    run = Run(config_of(steps=50, dtype="float32", workers=1, batch_size=8))
+    stage = render_stage(run, "pictures")
+    common: dict[str, Any] = {
+        "base_fingerprint": run.base_fingerprint,
+        "sampler": run.config.identity.sampler.model_dump(mode="json"),
+    }
+    seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="safetydpo-bench-") as name:
+        folder = open_location(name)
+        started = time.perf_counter()
+        pairs = (
+            PromptPair(
+                f"unsafe text {i} of an ordinary length, as a person writes it",
+                f"safe text {i} of an ordinary length, as a person writes it",
+                "hate",
+                ("hate",),
+                f"concept-{i % 700:03d}",
+                "bench",
+            )
+            for i in range(MILLION // 2)
+        )
+        manifest = table_from_stream(pair_image_rows(list(pairs), run_seed=0, **common), IMAGE_MANIFEST)
+        seconds["plan"] = time.perf_counter() - started
+        started = time.perf_counter()
+        write_table(folder / "manifest.parquet", manifest)
+        manifest = read_table(folder / "manifest.parquet", IMAGE_MANIFEST)
+        seconds["write and read"] = time.perf_counter() - started
+        _close_half(folder / "pool", manifest)
+        started = time.perf_counter()
+        missing = plan_missing(folder / "pool", manifest, stage)
+        seconds["anti-join"] = time.perf_counter() - started
+        assert missing.num_rows == MILLION // 2
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    raw = {"rows": MILLION, "seconds": seconds, "peak_gigabytes": peak}
+    print(raw, flush=True)
+    return {"manifest_seconds_vs_120": sum(seconds.values()) / 120, "manifest_gigabytes_vs_2": peak / 2}, raw
+
+
+def _close_half(pool: Location, manifest: pa.Table) -> None:
+    empty = {"image": None, "sha256": "x", "status": "ok", "error": "", "attempt": 1, "width": 32, "height": 32}
+    half = manifest.slice(0, manifest.num_rows // 2).column("image_id").to_pylist()
+    for start in range(0, len(half), 50_000):
+        rows = ({"image_id": i, **empty, "format": "png", "micro_batch": 8} for i in half[start : start + 50_000])
+        write_table(pool / "batch" / "data" / f"{start:07d}.parquet", table_from_rows(list(rows), IMAGES))
+    close_index(pool / "batch", IMAGES, id_column="image_id")
+    (pool / "batch" / "record.json").write_bytes(b"{}")
+
+
+def main() -> None:
+    """Read the arguments, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--parts", nargs="*", default=["manifest", "speed", "memory"])
+    arguments = parser.parse_args()
+    ratios: dict[str, float] = {}
+    raw: dict[str, Any] = {}
+    # First, before anything else has made this process large.
+    if "manifest" in arguments.parts:
+        found, raw["manifest"] = measure_manifest()
+        ratios |= found
+    if {"speed", "memory"} & set(arguments.parts):
+        connect(config_of(steps=1, dtype="bfloat16", workers=2, batch_size=16))
+        try:
+            if "speed" in arguments.parts:
+                found, raw["speed"] = measure_speed(
+                    images=arguments.images,
+                    steps=arguments.steps,
+                    rounds=arguments.rounds,
+                    batch_size=arguments.batch_size,
+                )
+                ratios |= found
+            if "memory" in arguments.parts:
+                found, raw["memory"] = measure_memory(batch_size=arguments.batch_size)
+                ratios |= found
+        finally:
+            disconnect()
+    print_result("pairs", ratios=ratios, raw=raw)
+
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(main, debug=False))
