@@ -86,6 +86,8 @@ class Place:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # A shell starts background commands with Ctrl-C ignored, and tests run in one would hand that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             assert wait_for(lambda: reached() or process.poll() is not None, seconds=seconds), "not reached in time"
