@@ -17,7 +17,7 @@ from ray_jobs.cluster import connect
 from ray_jobs.expert_files import record_folder
 from ray_jobs.pool_index import read_rows
 from ray_jobs.pools import PoolStage, check_error_rate, fill_pool
-from ray_jobs.prompt_tables import split_prompts, spread_prompts
+from ray_jobs.prompt_tables import needed_prompts, split_prompts, spread_prompts
 from ray_jobs.run import Run
 from ray_jobs.train_experts import ALL_SINGLE
 from ray_jobs.workers import make_each, padded, worker_device
@@ -116,7 +116,7 @@ def evaluation_prompts(run: Run) -> dict[str, list[Prompt]]:
     """Return the test prompts by set."""
     identity = run.config.identity
     source, evaluation = identity.prompts, identity.evaluation
-    unsafe = split_prompts(source, "test", "unsafe")
+    unsafe = needed_prompts(source, "test", "unsafe", setting="identity.evaluation.prompts_per_category")
 
     def spread(rows: Sequence[Prompt], count: int) -> list[Prompt]:
         return spread_prompts(rows, count, seed=identity.seed, purpose="evaluation")

@@ -20,7 +20,7 @@ from ray_jobs.expert_files import (
     load_experts,
     read_aids,
 )
-from ray_jobs.prompt_tables import split_prompts, spread_prompts
+from ray_jobs.prompt_tables import needed_prompts, split_prompts, spread_prompts
 from ray_jobs.run import Run
 from ray_jobs.train_experts import ALL_SINGLE
 from ray_jobs.workers import worker_device
@@ -155,12 +155,14 @@ def collect_layer_inputs(run: Run) -> Record:
     one category.
     """
     identity = run.config.identity
+    setting = "identity.merge.activation_prompts_per_category"
     count = identity.merge.activation_prompts_per_category
+    training = needed_prompts(identity.prompts, "train", "unsafe", setting=setting)
     unsafe = [
         prompt
         for category in identity.prompts.categories
         for prompt in spread_prompts(
-            [row for row in split_prompts(identity.prompts, "train", "unsafe") if row.category == category],
+            [row for row in training if row.category == category],
             count,
             seed=identity.seed,
             purpose="activations",

@@ -15,6 +15,7 @@ from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.config.load import load_config
 from safetydpo.config.schema import Config
 from safetydpo.errors import UsageError
+from safetydpo.prompts.imported import is_imported
 
 STAGES = ("pairs", "train", "merge", "search", "evaluate", "report")
 Result = TypeVar("Result")
@@ -95,12 +96,14 @@ def _check_places(run: Run) -> None:
             f"expected a folder or nothing at {run.run_dir} (execution.run_dir), found a file: choose another"
         )
     source = run.config.identity.prompts.source
-    if source != "demo" and not open_location(source).is_folder():
-        found = "a file" if open_location(source).is_file() else "nothing"
-        raise UsageError(
-            f"expected a folder of prompts at {source} (identity.prompts.source), found {found}: name one with "
-            "prompt_pairs.parquet, memberships.parquet and prompts.parquet, or `demo`"
-        )
+    if source == "demo" or open_location(source).is_folder() or is_imported(open_location(source)):
+        return
+    found = "a file" if open_location(source).is_file() else "nothing"
+    raise UsageError(
+        f"expected a folder of prompts at {source} (identity.prompts.source), found {found}: name one with "
+        "prompt_pairs.parquet, memberships.parquet and prompts.parquet, a file made by `safetydpo prompts import`, "
+        "or `demo`"
+    )
 
 
 def _timed(run: Run, stage: str, work: Callable[[], None]) -> None:

@@ -1,4 +1,9 @@
-"""Prompts of a run: from the demo world or from Parquet files, as records of `safetydpo.prompts`."""
+"""Prompts of a run: from the demo world or from Parquet files, as records of `safetydpo.prompts`.
+
+What an imported file gives: pairs of its training split are prompt pairs; unsafe texts are `unsafe` prompts of their
+split, safe partners `neighbour` prompts (look-alikes that must stay), benign prompts `neutral` ones; `ood` ones only
+if the file itself names that set.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ from safetydpo.artifacts.tables import read_table
 from safetydpo.config.schema import PromptsConfig
 from safetydpo.demo.prompts import PromptRow, write_prompt_pairs, write_prompts
 from safetydpo.errors import SafetyDPOError
+from safetydpo.prompts.imported import is_imported, read_pairs, read_prompts
 from safetydpo.prompts.sets import Prompt, PromptPair, spread_evenly
 
 
@@ -19,13 +25,14 @@ def all_pairs(prompts: PromptsConfig) -> list[PromptPair]:
     Raises:
         SafetyDPOError: if a category has no pair.
     """
+    imported = prompts.source != "demo" and is_imported(open_location(prompts.source))
     pairs = _demo_pairs() if prompts.source == "demo" else _file_pairs(prompts.source)
     chosen = [pair for pair in pairs if pair.category in prompts.categories]
     for category in prompts.categories:
         if not any(pair.category == category for pair in chosen):
             raise SafetyDPOError(
-                f"expected prompt pairs of category {category!r} in {prompts.source!r}, found none: "
-                "add pairs, or leave it out of identity.prompts.categories"
+                f"expected prompt pairs of category {category!r} in {prompts.source!r}, found none: add pairs"
+                f"{_PAIRS_BY_IMPORT if imported else ''}, or leave it out of identity.prompts.categories"
             )
     return chosen
 
@@ -47,9 +54,48 @@ def chosen_pairs(prompts: PromptsConfig, *, seed: int) -> list[PromptPair]:
 
 
 def retention_prompts(prompts: PromptsConfig, *, seed: int) -> list[Prompt]:
-    """Return benign training prompts: neutral concepts, spread evenly."""
+    """Return benign training prompts: neutral concepts, spread evenly.
+
+    Raises:
+        SafetyDPOError: if some are wanted and the source has none.
+    """
+    if not prompts.retention_prompts:
+        return []
     return spread_prompts(
-        split_prompts(prompts, "train", "neutral"), prompts.retention_prompts, seed=seed, purpose="retention"
+        needed_prompts(prompts, "train", "neutral", setting="identity.prompts.retention_prompts"),
+        prompts.retention_prompts,
+        seed=seed,
+        purpose="retention",
+    )
+
+
+def needed_prompts(prompts: PromptsConfig, split: str, prompt_set: str, *, setting: str) -> list[Prompt]:
+    """Return all prompts of a split and a set, of which `setting` asks for some.
+
+    Raises:
+        SafetyDPOError: if there is none.
+    """
+    rows = split_prompts(prompts, split, prompt_set)
+    if not rows:
+        raise SafetyDPOError(
+            f"expected {prompt_set} prompts of the {split} split in {prompts.source!r} ({setting}), found none: "
+            f"{what_to_add(prompts, split, prompt_set)}"
+        )
+    return rows
+
+
+def what_to_add(prompts: PromptsConfig, split: str, prompt_set: str) -> str:
+    """Return how the source gets prompts of a split and a set."""
+    if prompts.source == "demo" or not is_imported(open_location(prompts.source)):
+        return f"add some to its prompts.parquet (split {split}, prompt_set {prompt_set})"
+    kind = {
+        "unsafe": "unsafe prompts",
+        "neutral": "benign prompts, such as COCO captions,",
+        "neighbour": "pairs, whose safe texts are neighbours,",
+    }[prompt_set]
+    return (
+        f"import {kind} with `safetydpo prompts import … --split {split}` (or auto) into a folder together with it, "
+        "and name the folder"
     )
 
 
@@ -75,6 +121,9 @@ def split_prompts(prompts: PromptsConfig, split: str, prompt_set: str) -> list[P
     if prompt_set in ("unsafe", "ood"):
         rows = [row for row in rows if row.category in prompts.categories]
     return rows
+
+
+_PAIRS_BY_IMPORT = " (import a set with safe partners; only pairs of the train split count, see --split)"
 
 
 def _demo_pairs() -> list[PromptPair]:
@@ -110,6 +159,8 @@ def _demo_prompts(split: str, prompt_set: str) -> list[Prompt]:
 
 def _file_pairs(source: str) -> list[PromptPair]:
     folder = open_location(source)
+    if is_imported(folder):
+        return read_pairs(folder)
     texts = {row["pair_id"]: row for row in read_table(folder / "prompt_pairs.parquet", PROMPT_PAIRS).to_pylist()}
     members: dict[str, list[dict[str, str]]] = {}
     for row in read_table(folder / "memberships.parquet", MEMBERSHIPS).to_pylist():
@@ -129,7 +180,10 @@ def _file_pairs(source: str) -> list[PromptPair]:
 
 
 def _file_prompts(source: str, split: str, prompt_set: str) -> list[Prompt]:
-    table = read_table(open_location(source) / "prompts.parquet", PROMPTS)
+    folder = open_location(source)
+    if is_imported(folder):
+        return read_prompts(folder, split, prompt_set)
+    table = read_table(folder / "prompts.parquet", PROMPTS)
     return [
         Prompt(
             text=row["text"],

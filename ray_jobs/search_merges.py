@@ -22,7 +22,7 @@ from ray_jobs.generate_pairs import SELECT_JUDGE
 from ray_jobs.merge_evaluator import MergeEvaluator
 from ray_jobs.merge_experts import merge_aids, merged_artifact
 from ray_jobs.progress import progress_bar
-from ray_jobs.prompt_tables import split_prompts, spread_prompts
+from ray_jobs.prompt_tables import split_prompts, spread_prompts, what_to_add
 from ray_jobs.run import Run
 from ray_jobs.train_experts import ALL_SINGLE
 from safetydpo.artifacts.records import ArtifactKey, Record
@@ -119,7 +119,7 @@ def validation_prompts(run: Run) -> list[Prompt]:
         if not any(prompt.prompt_set == name for prompt in chosen):
             raise UsageError(
                 f"expected {name} prompts of the validation split in {source.source!r}, found none: the search weighs "
-                "safety against neutral and neighbouring prompts; add some"
+                f"safety against neutral and neighbouring prompts; {what_to_add(source, 'validation', name)}"
             )
     tests = [row.text for name in (*PROMPT_SETS, "ood") for row in split_prompts(source, "test", name)]
     refuse_test_prompts([prompt.text for prompt in chosen], tests)

@@ -39,6 +39,29 @@ PROMPTS = pa.schema(
         pa.field("background", pa.string(), nullable=False),
     ]
 )
+IMPORTED_PROMPTS = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("side", pa.string(), nullable=False),
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("category", pa.string(), nullable=False),
+        pa.field("category_original", pa.string(), nullable=False),
+        pa.field("concept", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("prompt_set", pa.string(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=True),
+        pa.field("guidance", pa.float64(), nullable=True),
+        pa.field("width", pa.int32(), nullable=True),
+        pa.field("height", pa.int32(), nullable=True),
+        pa.field("winner", pa.string(), nullable=False),
+        pa.field("row_name", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("format", pa.string(), nullable=False),
+        pa.field("file_sha256", pa.string(), nullable=False),
+    ]
+)
 IMAGE_MANIFEST = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),

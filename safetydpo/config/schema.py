@@ -44,8 +44,9 @@ class PromptsConfig(Frozen):
     """Which concepts and prompt pairs are used."""
 
     source: str = "demo"
-    """`demo`, or a folder (local or `s3://`) with `prompt_pairs.parquet`, `memberships.parquet` and `prompts.parquet`;
-    their columns stand in `artifacts/schemas.py`."""
+    """`demo`; or a .parquet file that `safetydpo prompts import` wrote, or a folder of such; or a folder with
+    `prompt_pairs.parquet`, `memberships.parquet` and `prompts.parquet`, whose columns stand in `artifacts/schemas.py`.
+    Local or `s3://`."""
     categories: Distinct[Category] = Field(CATEGORIES, min_length=1)
     """Categories that take part; experts are made for these only."""
     pairs_per_category: int = Field(96, ge=1)

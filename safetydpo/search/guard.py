@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import unicodedata
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from safetydpo.errors import SafetyDPOError
+from safetydpo.prompts.duplicates import find_near, normalise
 
-ARTICLES = frozenset(("a", "an", "the"))
 NEAR = 0.9
 SHOWN = 3
-
-
-def normalise(prompt: str) -> str:
-    """Return a prompt without case, punctuation, compatibility forms and repeated spaces."""
-    text = unicodedata.normalize("NFKC", prompt).casefold()
-    kept = (" " if unicodedata.category(letter)[0] in "PSZC" else letter for letter in text)
-    return " ".join("".join(kept).split())
 
 
 def find_overlap(prompts: Sequence[str], test_prompts: Sequence[str], *, near: float = NEAR) -> list[tuple[str, str]]:
@@ -28,20 +19,16 @@ def find_overlap(prompts: Sequence[str], test_prompts: Sequence[str], *, near: f
     first exact partner, else its first near one.
     """
     exact: dict[str, str] = {}
-    by_word: dict[str, list[int]] = defaultdict(list)
-    sets = [_words(prompt) for prompt in test_prompts]
-    for index, prompt in enumerate(test_prompts):
+    for prompt in test_prompts:
         exact.setdefault(normalise(prompt), prompt)
-        for word in sets[index]:
-            by_word[word].append(index)
+    close: dict[int, int] = {}
+    for pair in find_near(prompts, test_prompts, near=near):
+        close.setdefault(pair.left, pair.right)
     found = []
-    for prompt in prompts:
+    for place, prompt in enumerate(prompts):
         partner = exact.get(normalise(prompt))
-        if partner is None:
-            words = _words(prompt)
-            shared = Counter(index for word in words for index in by_word.get(word, ()))
-            close = [i for i, count in shared.items() if count >= near * (len(words) + len(sets[i]) - count)]
-            partner = test_prompts[min(close)] if close else None
+        if partner is None and place in close:
+            partner = test_prompts[close[place]]
         if partner is not None:
             found.append((prompt, partner))
     return found
@@ -60,7 +47,3 @@ def refuse_test_prompts(prompts: Sequence[str], test_prompts: Sequence[str], *, 
             f"expected search prompts that do not occur in the test split, found {len(found)} of {len(prompts)} that "
             f"do: {examples}{'; …' if len(found) > SHOWN else ''}. Search on the validation split."
         )
-
-
-def _words(prompt: str) -> frozenset[str]:
-    return frozenset(normalise(prompt).split()) - ARTICLES

@@ -89,7 +89,11 @@ def test_a_pair_has_two_sides(unsafe: str, safe: str):
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_columns_are_distinct_and_only_pictures_and_later_columns_may_be_null(name: str):
+def test_columns_are_distinct_and_only_some_may_be_null(name: str):
     schema = TABLES[name]
     assert len(set(schema.names)) == len(schema.names)
-    assert {field.name for field in schema if field.nullable} <= {"image", "micro_batch"}
+    # What another project's file may leave out of an imported prompt.
+    absent = {"seed", "guidance", "width", "height"} if name == "IMPORTED_PROMPTS" else set()
+    # Null in tables written before the column was.
+    later = {"micro_batch"}
+    assert {field.name for field in schema if field.nullable} <= {"image"} | later | absent

@@ -5,14 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safetydpo.errors import SafetyDPOError
-from safetydpo.search.guard import ARTICLES, find_overlap, normalise, refuse_test_prompts
+from safetydpo.prompts.duplicates import ARTICLES, normalise
+from safetydpo.search.guard import find_overlap, refuse_test_prompts
 
 TEST = ("A photo of a dagger, on a blue background!", "drawing of the red balloon")
-
-
-def test_normalise_by_hand():
-    assert normalise("  A  Photo\u2014of\ta DAGGER, (blue)! ") == "a photo of a dagger blue"
-    assert normalise("ﬁre") == "fire"
 
 
 @pytest.mark.parametrize(

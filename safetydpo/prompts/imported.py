@@ -1,0 +1,86 @@
+"""An imported prompt table as the prompts and pairs that the stages ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from safetydpo.artifacts.schemas import IMPORTED_PROMPTS
+from safetydpo.artifacts.storage import Location
+from safetydpo.artifacts.tables import read_table
+from safetydpo.prompts.sets import Prompt, PromptPair
+
+PAIRS_TABLE = "prompt_pairs.parquet"
+"""File that tells a folder of three tables from a folder of imported ones."""
+
+
+def is_imported(location: Location) -> bool:
+    """Whether an imported table, or a folder of such and of nothing else, stands here."""
+    if location.is_file():
+        return _has_columns(location)
+    files = [file for file in location.list() if file.path.endswith(".parquet")] if location.is_folder() else []
+    return bool(files) and not (location / PAIRS_TABLE).is_file() and all(map(_has_columns, files))
+
+
+def _has_columns(location: Location) -> bool:
+    with location.open_random_access() as stream:
+        if bytes(stream.read(4)) != b"PAR1":
+            return False
+        try:
+            return bool(pq.read_schema(stream).names == IMPORTED_PROMPTS.names)
+        except (pa.ArrowException, OSError):
+            return False
+
+
+def read_pairs(location: Location) -> list[PromptPair]:
+    """Return the pairs of the training split, in file order; a pair of two categories, or in two rows, is one pair."""
+    texts: dict[str, dict[str, str]] = {}
+    members: dict[str, dict[str, None]] = {}
+    first: dict[str, Mapping[str, Any]] = {}
+    for row in _rows(location):
+        if row["pair_id"] and row["split"] == "train":
+            texts.setdefault(row["pair_id"], {})[row["side"]] = row["text"]
+            first.setdefault(row["pair_id"], row)
+            named = members.setdefault(row["pair_id"], {})
+            named.update({row["category"]: None} if row["category"] else {})
+    return [
+        PromptPair(
+            unsafe_text=texts[pair_id]["unsafe"],
+            safe_text=texts[pair_id]["safe"],
+            category=next(iter(categories), ""),
+            categories=tuple(categories),
+            concept=first[pair_id]["concept"],
+            source=first[pair_id]["source"],
+        )
+        for pair_id, categories in members.items()
+    ]
+
+
+def read_prompts(location: Location, split: str, prompt_set: str) -> list[Prompt]:
+    """Return the prompts of a split and a set, in file order; one text is one prompt with all its categories."""
+    members: dict[str, dict[str, None]] = {}
+    first: dict[str, Mapping[str, Any]] = {}
+    for row in _rows(location):
+        if row["split"] == split and row["prompt_set"] == prompt_set:
+            first.setdefault(row["prompt_id"], row)
+            named = members.setdefault(row["prompt_id"], {})
+            named.update({row["category"]: None} if row["category"] else {})
+    return [
+        Prompt(
+            text=first[prompt_id]["text"],
+            prompt_set=prompt_set,
+            split=split,
+            concept=first[prompt_id]["concept"],
+            category=next(iter(categories), ""),
+            categories=tuple(categories),
+            background="",
+        )
+        for prompt_id, categories in members.items()
+    ]
+
+
+def _rows(location: Location) -> Iterator[Mapping[str, Any]]:
+    yield from read_table(location, IMPORTED_PROMPTS).to_pylist()
