@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ray_jobs import write_command
 from safetydpo.errors import UsageError
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(write_command.app, name="prompts")
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, such as configs/demo.yaml", show_default=False)]
 Settings = Annotated[
     list[str] | None,
