@@ -158,10 +158,7 @@ def test_every_line_is_a_pair_or_a_reject_and_nothing_raises(text: str, finish_r
     assert len({item.line for item in items}) == len(items)
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-)
+json_values = st.text(max_size=70) | st.none() | st.integers() | st.lists(st.booleans(), max_size=2)
 
 
 @given(st.dictionaries(st.sampled_from(["unsafe", "safe", "x"]), json_values))
