@@ -148,12 +148,12 @@ def _places(out: str, journal: Path | None) -> tuple[Location, Path]:
     """Return the folder of the tables and the folder of the journal, both made so that only their owner reads them."""
     from safetydpo.artifacts.storage import open_location
 
-    location = open_location(out)
-    if journal is None and not location.is_local:
+    if journal is None and "://" in out:
         raise UsageError(
             f"expected --journal with a local folder beside --out {out}, found none: answers are appended to a file, "
             "which an object store cannot do"
         )
+    location = open_location(out)
     folders = [location.local_path] if location.is_local else []
     folders += [journal] if journal is not None else []
     for folder in folders:
@@ -238,7 +238,7 @@ def _print_record(record: Record, *, out: str) -> None:
         names = ", ".join(f"{row['concept']} ({row['pairs']})" for row in short[:SHORT_LISTED])
         more = f" and {len(short) - SHORT_LISTED} more (record.json)" if len(short) > SHORT_LISTED else ""
         console.print(
-            f"[yellow]warning:[/yellow] {len(short)} concepts have too few pairs: {names}{more}; "
-            "--max-requests allows more tries",
+            f"[yellow]warning:[/yellow] too few pairs for {len(short)} of {counts['concepts']} concepts: {names}{more};"
+            " --max-requests allows more tries",
             soft_wrap=True,
         )

@@ -83,8 +83,13 @@ class ChatServer:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *_: object) -> None:
+                """A client that is stopped resets its connections; the standard server prints that to stderr."""
+
+        self.http = Server(("127.0.0.1", 0), Handler)
 
     @property
     def url(self) -> str:

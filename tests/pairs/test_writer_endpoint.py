@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable
 
@@ -242,6 +243,12 @@ def test_the_settings_hold_no_secret_and_no_place():
         max_retries=0,
     )
     assert writer.settings == {"writer": "endpoint", "model": "m", "temperature": 1, "max_tokens": 2, "seed": 3}
+
+
+def test_without_the_client(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with serve() as server, pytest.raises(UsageError, match=r"found none: pip install 'safetydpo\[writer\]'"):
+        ask(server)
 
 
 def test_requests_overlap_and_time_adds_up_to_one():
