@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -64,6 +65,11 @@ def test_an_answer_by_hand():
 )
 def test_the_reason_of_every_reject(text: str, reason: Reason):
     assert reasons(text) == [reason]
+
+
+def test_the_documentation_explains_every_reason(root: Path):
+    text = (root / "docs" / "prompt-writing.md").read_text(encoding="utf-8")
+    assert [reason for reason in Reason if f"`{reason}`" not in text] == []
 
 
 def test_a_refusal_that_the_server_marks():

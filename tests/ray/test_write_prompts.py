@@ -134,8 +134,8 @@ def test_a_bad_day(command: Command, concepts: Path, tmp_path: Path):
     """What each concept costs (wanted 4, 2 a request):
 
     thing0: a 429 and a 500, retried: 2 requests. thing1: a cut body, retried, and nonsense, asked again: 2 requests.
-    thing2: one refusal: 3. thing3: writes what thing4 writes, and comes before it by name: 2. thing4: so its first four
-    are duplicates: 4. thing5: an answer is a line of talk, a pair, and half a pair: 4. In all 17 requests and 3 retries.
+    thing2: one refusal: 3. thing3: writes what thing4 writes, and comes before it by name: 2. thing4: so its first
+    four are duplicates: 4. thing5: an answer is talk, a pair, and half a pair: 4. In all 17 requests and 3 retries.
     """
     out = tmp_path / "out"
     with serve(mixed) as server:
