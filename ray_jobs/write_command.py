@@ -181,7 +181,7 @@ def _endpoint(base_url: str | None, api_key_env: str | None, *, model: str | Non
 def _local_model(*, model: str | None, device: str | None, dtype: Dtype | None, **more: Any) -> PromptWriter:
     from safetydpo.pairs.writer_transformers import TransformersWriter
 
-    return TransformersWriter(model=model or "", device=device or "cpu", dtype=dtype or Dtype.FLOAT32, **more)
+    return TransformersWriter(model=model or "", device=device or "cpu", dtype=(dtype or Dtype.FLOAT32).value, **more)
 
 
 def _from_templates(templates: Path | None) -> PromptWriter:

@@ -115,7 +115,8 @@ class EndpointWriter:
         choices = completion.choices if isinstance(completion, ChatCompletion) else None
         message = getattr(choices[0], "message", None) if choices else None
         if message is None or not isinstance(message.content, str | None):
-            raise ValueError(f"expected choices with a message, found {str(completion)[:80]!r}")
+            # Not its content: written texts stand in no error line.
+            raise ValueError(f"expected choices with a message, found none in a {type(completion).__name__}")
         assert isinstance(completion, ChatCompletion)  # for the type checker
         finish_reason = str(choices[0].finish_reason) if choices else ""
         refusal = getattr(message, "refusal", None)
