@@ -11,8 +11,9 @@ from typing import Any
 
 import ray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.progress import Progress
+
+from ray_jobs.bar_columns import bar_columns
 
 console = Console(stderr=True)
 POLL_SECONDS = 0.5
@@ -37,28 +38,13 @@ class ProgressBoard:
         return self._counts[label]
 
 
-class _RateColumn(ProgressColumn):
-    """Units per second."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.1f}/s", style="progress.data.speed")
-
-
 @contextmanager
 def progress_bar(label: str, *, total: int, done: int = 0) -> Iterator[Any]:
     """Show a bar while the block runs; yield the board's handle, which workers call `add.remote(label, n)` on."""
     board = _board(ray.get_runtime_context().get_node_id())
     board.reset.remote(label)
     stop = threading.Event()
-    columns = (
-        TextColumn("{task.description:<28}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        _RateColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    with Progress(*bar_columns(), console=console, disable=not console.is_terminal) as bars:
         task = bars.add_task(label, total=total, completed=done)
 
         def follow() -> None:

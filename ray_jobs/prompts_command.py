@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ray_jobs.write_command import write_prompts_command
 from safetydpo.errors import SafetyDPOError, UsageError
 
 if TYPE_CHECKING:
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="prompts",
-    help="Take in prompt sets of any format; find prompts that stand in two sets.",
+    help="Take in prompt sets of any format; find prompts that stand in two sets; write pairs for a list of concepts.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("write")(write_prompts_command)
 SHOWN = 20
 WIDTH_OF_A_LOG = 120
 

@@ -11,6 +11,11 @@ ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 RECORD_FILE = "record.json"
 POINTERS_FILE = "artifacts.json"
 IDENTITY_FILE = "identity.json"
+PROMPT_PAIRS_FILE = "prompt_pairs.parquet"
+MEMBERSHIPS_FILE = "memberships.parquet"
+PROMPT_REJECTS_FILE = "rejects.parquet"
+WRITTEN_REPLIES_FILE = "replies.jsonl"
+HELD_OUT_FOLDER = "ood"
 
 
 def demo_weights() -> Path:

@@ -105,8 +105,13 @@ def find_closed(store: Location, key: ArtifactKey) -> Record | None:
 
 def close_artifact(store: Location, key: ArtifactKey, record: Record) -> None:
     """Write `record.json`, after which the artifact exists."""
+    write_record(artifact_folder(store, key), record)
+
+
+def write_record(folder: Location, record: Record) -> None:
+    """Write the record of a folder that stands where its user wants it, outside a store."""
     text = json.dumps(asdict(record), indent=2, sort_keys=True, allow_nan=False)
-    (artifact_folder(store, key) / RECORD_FILE).write_bytes(text.encode() + b"\n")
+    (folder / RECORD_FILE).write_bytes(text.encode() + b"\n")
 
 
 def read_pointers(run_dir: Location) -> dict[str, dict[str, str]]:

@@ -27,6 +27,15 @@ MEMBERSHIPS = pa.schema(
         pa.field("source", pa.string(), nullable=False),
     ]
 )
+PROMPT_REJECTS = pa.schema(
+    [
+        pa.field("concept", pa.string(), nullable=False),
+        pa.field("attempt", pa.int32(), nullable=False),
+        pa.field("line", pa.int32(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+    ]
+)
 PROMPTS = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),

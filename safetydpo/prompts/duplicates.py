@@ -26,8 +26,12 @@ _SPACES = _Spaces()
 
 def normalise(prompt: str) -> str:
     """Return a prompt without case, punctuation, compatibility forms and repeated spaces."""
-    text = prompt if prompt.isascii() else unicodedata.normalize("NFKC", prompt)
-    return " ".join(text.casefold().translate(_SPACES).split())
+    if prompt.isascii():
+        folded = prompt.casefold()
+    else:
+        # Folding can part a letter from its mark; the second NFKC joins them again.
+        folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", prompt).casefold())
+    return " ".join(folded.translate(_SPACES).split())
 
 
 def word_set(prompt: str) -> frozenset[str]:

@@ -24,7 +24,19 @@ HEAVY_IMPORTS = (
 def test_help_teaches_and_loads_no_torch():
     done = subprocess.run([sys.executable, "-c", HEAVY_IMPORTS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for word in ("demo", "run", "pairs", "train", "merge", "search", "evaluate", "report", "doctor", "--debug"):
+    for word in (
+        "demo",
+        "run",
+        "pairs",
+        "train",
+        "merge",
+        "search",
+        "evaluate",
+        "report",
+        "prompts",
+        "doctor",
+        "--debug",
+    ):
         assert word in done.stdout
 
 
