@@ -8,15 +8,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 
 from ray_jobs.cluster import connect
+from ray_jobs.pair_workers import Measure, SdeditWorker
 from ray_jobs.pools import PoolStage, check_error_rate, fill_pool
 from ray_jobs.prompt_tables import chosen_pairs, retention_prompts
 from ray_jobs.run import Run
-from ray_jobs.workers import CaptionWorker, JudgeWorker, LatentWorker, RenderWorker
+from ray_jobs.verify_pairs import (
+    DERIVED_BATCH,
+    DERIVED_PASSES,
+    IMAGE_INPUT,
+    PicturePools,
+    fingerprint_judges,
+    fingerprint_measures,
+    layout_limits,
+    verify_pairs,
+)
+from ray_jobs.workers import CaptionWorker, LatentWorker, RenderWorker
 from safetydpo.artifacts.layout import stage_folder
 from safetydpo.artifacts.records import ArtifactKey, Record
 from safetydpo.artifacts.schemas import (
@@ -24,26 +36,27 @@ from safetydpo.artifacts.schemas import (
     IMAGES,
     LATENTS,
     MEMBERSHIPS,
+    PER_CONCEPT,
     PROMPT_PAIRS,
     SELECTIONS,
     TEXT_EMBEDDINGS,
-    VERDICTS,
     caption_sha256,
     sha256_of,
 )
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows, table_from_rows, write_table
 from safetydpo.judges.build import fingerprint_judge
+from safetydpo.pairs.concepts import concepts_below, count_reasons
 from safetydpo.pairs.manifest import pair_image_rows, pair_seed, retention_image_rows
-from safetydpo.pairs.select import Selection, Verdict, check_enough_pairs, select_pair
+from safetydpo.pairs.select import Selection, check_enough_pairs
 from safetydpo.prompts.sets import Prompt, PromptPair
 
 RECIPE_VERSION = 1
 SELECT_JUDGE = "demo_select"
-DERIVED_BATCH = 64
-DERIVED_PASSES = 8
-"""Judging or encoding a batch costs about as much as this many passes through the denoiser."""
-IMAGE_INPUT = pa.schema([IMAGES.field("image_id"), IMAGES.field("image")])
+"""The judge of the merge search; that of pairs is `identity.pairs.judges`."""
+SDEDIT_MANIFEST = pa.schema(
+    [*IMAGE_MANIFEST, pa.field("negative_prompt", pa.string(), nullable=False), pa.field("source", pa.binary())]
+)
 CAPTION_INPUT = pa.schema([TEXT_EMBEDDINGS.field("caption_sha256"), pa.field("caption", pa.string(), nullable=False)])
 
 
@@ -56,7 +69,7 @@ def generate_pairs(run: Run) -> Record:
 
 
 def pairs_key(run: Run, pairs: Sequence[PromptPair], benign: Sequence[Prompt]) -> ArtifactKey:
-    """Return the key of the pairs artifact: its pictures, judge and selection rules."""
+    """Return the key of the pairs artifact: its pictures, judges and selection rules."""
     identity = run.config.identity
     return ArtifactKey(
         stage="pairs",
@@ -66,13 +79,14 @@ def pairs_key(run: Run, pairs: Sequence[PromptPair], benign: Sequence[Prompt]) -
             "base": identity.base.model_dump(mode="json"),
             "sampler": identity.sampler.model_dump(mode="json"),
             "pairs": identity.pairs.model_dump(mode="json"),
-            "judge": SELECT_JUDGE,
+            "judge": "+".join(identity.pairs.judges),
         },
         inputs={
             "base": run.base_fingerprint,
             "prompt_pairs": fingerprint_rows((pair.pair_id, "/".join(pair.categories)) for pair in pairs),
             "retention_prompts": fingerprint_rows((prompt.prompt_id, "") for prompt in benign),
-            "judge": fingerprint_judge(SELECT_JUDGE),
+            "judge": fingerprint_judges(identity.pairs),
+            **fingerprint_measures(identity.pairs),
         },
         recipe_version=RECIPE_VERSION,
     )
@@ -92,10 +106,25 @@ def derived_pool(run: Run, stage: str) -> Location:
     return stage_folder(run.store, stage) / image_pool(run).name
 
 
-def verdict_pool(run: Run) -> Location:
-    """Return the pool of verdicts on those pictures: other weights of the judge have another one."""
-    folder = derived_pool(run, "verdicts")
-    return folder.parent / f"{folder.name}-{fingerprint_judge(SELECT_JUDGE)[:12]}"
+def verdict_pool(run: Run, judge: str) -> Location:
+    """Return the pool of a judge's verdicts on those pictures: other weights of the judge have another one."""
+    return _variant(derived_pool(run, "verdicts"), fingerprint_judge(judge)[:12])
+
+
+def layout_pool(run: Run, measure: Measure) -> Location:
+    """Return the pool of what the layouts of those pictures are compared by."""
+    networks = fingerprint_measures(run.config.identity.pairs).values() if measure == "embedding" else ()
+    return _variant(derived_pool(run, "layouts"), "-".join([measure, *(network[:12] for network in networks)]))
+
+
+def latent_pool(run: Run) -> Location:
+    """Return the pool of the latents of those pictures: with deviations they are other rows than without."""
+    pool = derived_pool(run, "latents")
+    return pool if run.config.identity.pairs.latents == "mean" else _variant(pool, "deviation")
+
+
+def _variant(pool: Location, name: str) -> Location:
+    return pool.parent / f"{pool.name}-{name}"
 
 
 def render_stage(run: Run, label: str) -> PoolStage:
@@ -120,63 +149,90 @@ def _make(run: Run, folder: Location, pairs: Sequence[PromptPair], benign: Seque
         "base_fingerprint": run.base_fingerprint,
         "sampler": identity.sampler.model_dump(mode="json"),
     }
-    rows = pair_image_rows(pairs, **common) + retention_image_rows(benign, **common)
-    manifest = table_from_rows(rows, IMAGE_MANIFEST)
-    write_table(folder / "images.parquet", manifest)
-    images = fill_pool(image_pool(run), manifest, render_stage(run, "pictures"), execution=run.config.execution)
+    rules = identity.pairs
+    edited = rules.sdedit_strength if rules.safe_picture == "sdedit" else None
+    rows = pair_image_rows(pairs, **common, sdedit_strength=edited) + retention_image_rows(benign, **common)
+    write_table(folder / "images.parquet", table_from_rows(rows, IMAGE_MANIFEST))
+    images = _draw(run, rows) if edited is None else _draw_and_edit(run, rows)
     good = images.filter(pa.compute.equal(images.column("status"), "ok"))
-    failed = check_error_rate(images, limit=identity.pairs.max_error_rate)
-    verdicts = _judge(run, good)
-    selections = _select(run, pairs, rows, verdicts)
+    failed = check_error_rate(images, limit=rules.max_error_rate)
+    verified = verify_pairs(
+        pairs,
+        good,
+        image_of={(str(row["owner_id"]), str(row["side"])): str(row["image_id"]) for row in rows},
+        rules=rules,
+        pools=PicturePools(
+            verdicts={judge: verdict_pool(run, judge) for judge in rules.judges},
+            layouts={measure: layout_pool(run, measure) for measure in layout_limits(rules)},
+        ),
+        execution=run.config.execution,
+    )
+    selections = verified.selections
     _write_tables(folder, pairs, selections, run.config.identity.seed)
+    concepts = _write_concepts(folder, pairs, selections)
     kept = {pair_id for pair_id, selection in selections.items() if selection.kept}
     counts = check_enough_pairs(
         [pair.categories for pair in pairs if pair.pair_id in kept],
         categories=identity.prompts.categories,
-        minimum=identity.pairs.min_kept_per_category,
+        minimum=rules.min_kept_per_category,
     )
     _encode(run, good, rows, kept)
     _encode_captions(run, rows, kept)
     content = dict(zip(images.column("image_id").to_pylist(), images.column("sha256").to_pylist(), strict=True))
+    # A safe picture whose source failed was never begun; it is none that downstream may look for.
+    never_begun = [str(row["image_id"]) for row in rows if row["image_id"] not in content]
     return {
         "fingerprint": fingerprint_rows(
             [*content.items(), *((pair_id, str(s.kept)) for pair_id, s in selections.items())]
         ),
         "counts": {"pairs": len(selections), "kept": len(kept), "pictures": len(content), **counts},
-        "failed_units": failed,
-        "details": {"reasons": dict(Counter(selection.reason for selection in selections.values()))},
+        "failed_units": failed + never_begun,
+        "details": {
+            "reasons": dict(Counter(selection.reason for selection in selections.values())),
+            "concepts_below_minimum": concepts_below(concepts, minimum=rules.min_kept_per_concept),
+            "not_judged": list(verified.not_judged),
+        },
     }
 
 
-def _judge(run: Run, images: pa.Table) -> dict[str, Verdict]:
-    stage = PoolStage(
-        label="verdicts",
-        output=VERDICTS,
-        id_column="image_id",
-        worker=JudgeWorker,
-        arguments={"judge": SELECT_JUDGE, "batch_size": DERIVED_BATCH},
-        batch_size=DERIVED_BATCH,
-        passes_per_batch=DERIVED_PASSES,
-    )
-    table = fill_pool(verdict_pool(run), images.select(IMAGE_INPUT.names), stage, execution=run.config.execution)
-    return {row["image_id"]: Verdict(row["unsafe_score"], row["unrecognisable_score"]) for row in table.to_pylist()}
+def _draw(run: Run, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    manifest = table_from_rows(rows, IMAGE_MANIFEST)
+    return fill_pool(image_pool(run), manifest, render_stage(run, "pictures"), execution=run.config.execution)
 
 
-def _select(
-    run: Run, pairs: Sequence[PromptPair], rows: Sequence[Mapping[str, Any]], verdicts: Mapping[str, Verdict]
-) -> dict[str, Selection]:
-    rules = run.config.identity.pairs
-    image_of = {(row["owner_id"], row["side"]): row["image_id"] for row in rows}
-    return {
-        pair.pair_id: select_pair(
-            verdicts.get(image_of[pair.pair_id, "unsafe"]),
-            verdicts.get(image_of[pair.pair_id, "safe"]),
-            unsafe_score_min=rules.unsafe_score_min,
-            safe_score_max=rules.safe_score_max,
-            unrecognisable_max=rules.unrecognisable_max,
+def _draw_and_edit(run: Run, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Draw all but the safe pictures, then make these from the unsafe ones that succeeded."""
+    identity = run.config.identity
+    drawn = _draw(run, [row for row in rows if row["side"] != "safe"])
+    check_error_rate(drawn, limit=identity.pairs.max_error_rate)
+    sources = {row["owner_id"]: row for row in rows if row["side"] == "unsafe"}
+    pictures = {
+        image_id: picture
+        for image_id, picture in zip(
+            drawn.column("image_id").to_pylist(), drawn.column("image").to_pylist(), strict=True
         )
-        for pair in pairs
+        if picture is not None
     }
+    edits = [
+        {
+            **row,
+            "negative_prompt": sources[row["owner_id"]]["prompt"],
+            "source": pictures[sources[row["owner_id"]]["image_id"]],
+        }
+        for row in rows
+        if row["side"] == "safe" and sources[row["owner_id"]]["image_id"] in pictures
+    ]
+    stage = replace(
+        render_stage(run, "safe pictures"),
+        worker=SdeditWorker,
+        arguments={
+            "base": identity.base.model_dump(),
+            "sampler": identity.sampler.model_dump(),
+            "strength": identity.pairs.sdedit_strength,
+        },
+    )
+    edited = fill_pool(image_pool(run), table_from_rows(edits, SDEDIT_MANIFEST), stage, execution=run.config.execution)
+    return pa.concat_tables([drawn, edited])
 
 
 def _write_tables(
@@ -206,6 +262,20 @@ def _write_tables(
     write_table(folder / "selections.parquet", table_from_rows(chosen, SELECTIONS))
 
 
+def _write_concepts(
+    folder: Location, pairs: Sequence[PromptPair], selections: Mapping[str, Selection]
+) -> dict[str, Counter[str]]:
+    reasons = {pair_id: selection.reason for pair_id, selection in selections.items()}
+    concepts = count_reasons(((pair.pair_id, pair.concept) for pair in pairs), reasons)
+    rows = [
+        {"concept": concept, "reason": reason, "pairs": count}
+        for concept, found in concepts.items()
+        for reason, count in sorted(found.items())
+    ]
+    write_table(folder / "per_concept.parquet", table_from_rows(rows, PER_CONCEPT))
+    return concepts
+
+
 def _encode(run: Run, images: pa.Table, rows: Sequence[Mapping[str, Any]], kept: set[str]) -> None:
     wanted = {row["image_id"] for row in rows if row["side"] == "benign" or row["owner_id"] in kept}
     mask = [image_id in wanted for image_id in images.column("image_id").to_pylist()]
@@ -214,12 +284,16 @@ def _encode(run: Run, images: pa.Table, rows: Sequence[Mapping[str, Any]], kept:
         output=LATENTS,
         id_column="image_id",
         worker=LatentWorker,
-        arguments={"base": run.config.identity.base.model_dump(), "batch_size": DERIVED_BATCH},
+        arguments={
+            "base": run.config.identity.base.model_dump(),
+            "batch_size": DERIVED_BATCH,
+            "with_deviation": run.config.identity.pairs.latents == "mean_and_deviation",
+        },
         batch_size=DERIVED_BATCH,
         passes_per_batch=DERIVED_PASSES,
     )
     manifest = images.filter(pa.array(mask)).select(IMAGE_INPUT.names)
-    fill_pool(derived_pool(run, "latents"), manifest, stage, execution=run.config.execution)
+    fill_pool(latent_pool(run), manifest, stage, execution=run.config.execution)
 
 
 def _encode_captions(run: Run, rows: Sequence[Mapping[str, Any]], kept: set[str]) -> None:

@@ -155,12 +155,12 @@ def decode_pictures(data: Sequence[bytes]) -> Any:
 
 
 class LatentWorker:
-    """Encodes stored pictures into latents (posterior mean), stored as float16."""
+    """Encodes stored pictures into latents (posterior mean, optionally its deviation), stored as float16."""
 
-    def __init__(self, base: Mapping[str, Any], batch_size: int) -> None:
+    def __init__(self, base: Mapping[str, Any], batch_size: int, with_deviation: bool = False) -> None:
         from safetydpo.diffusion.build import load_backbone
 
-        self._batch_size = batch_size
+        self._batch_size, self._with_deviation = batch_size, with_deviation
         self._backbone = load_backbone(BaseModelConfig(**base), device=worker_device())
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -169,16 +169,22 @@ class LatentWorker:
 
         pictures = decode_pictures(padded(table.column("image").to_pylist(), self._batch_size))
         with torch.no_grad():
-            latents = self._backbone.encode_images(pictures)[: table.num_rows]
+            if self._with_deviation:
+                means, deviations = self._backbone.encode_image_moments(pictures)
+            else:
+                means, deviations = self._backbone.encode_images(pictures), None
         rows = [
             {
                 "image_id": image_id,
-                "latent": latent.to(torch.float16).cpu().numpy().tobytes(),
-                "channels": latent.shape[0],
-                "height": latent.shape[1],
-                "width": latent.shape[2],
+                "latent": means[index].to(torch.float16).cpu().numpy().tobytes(),
+                "deviation": None
+                if deviations is None
+                else deviations[index].to(torch.float16).cpu().numpy().tobytes(),
+                "channels": means.shape[1],
+                "height": means.shape[2],
+                "width": means.shape[3],
             }
-            for image_id, latent in zip(table.column("image_id").to_pylist(), latents, strict=True)
+            for index, image_id in enumerate(table.column("image_id").to_pylist())
         ]
         return table_from_rows(rows, LATENTS)
 

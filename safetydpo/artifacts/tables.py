@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from safetydpo.artifacts.layout import RECORD_FILE
+from safetydpo.artifacts.schemas import ADDED_LATER
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError
 
@@ -49,8 +50,10 @@ def write_table(location: Location, table: pa.Table) -> None:
 def read_table(location: Location, schema: pa.Schema, *, columns: Sequence[str] | None = None) -> pa.Table:
     """Read one file, or all Parquet files of a folder in name order.
 
+    A column that is marked in `schema` as added later is read as nulls from files that lack it.
+
     Raises:
-        SafetyDPOError: if a file is missing, truncated, or has other columns than `schema`.
+        SafetyDPOError: if a file is missing, truncated, or lacks another column of `schema`.
     """
     if location.is_folder():
         sources: Iterable[Location] = (file for file in location.walk() if file.path.endswith(".parquet"))
@@ -65,10 +68,13 @@ def _read_file(source: Location, wanted: pa.Schema) -> pa.Table:
     data = source.read_bytes()
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
-        missing = [name for name in wanted.names if name not in file.schema_arrow.names]
-        if missing:
-            raise SafetyDPOError(f"expected columns {wanted.names} in {source}, found no {missing[0]!r}")
-        return file.read(columns=wanted.names).select(wanted.names).cast(wanted)
+        missing = [field for field in wanted if field.name not in file.schema_arrow.names]
+        table = file.read(columns=[name for name in wanted.names if name in file.schema_arrow.names])
+        for field in missing:
+            if field.metadata is None or not ADDED_LATER.items() <= field.metadata.items():
+                raise SafetyDPOError(f"expected columns {wanted.names} in {source}, found no {field.name!r}")
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+        return table.select(wanted.names).cast(wanted)
     except (pa.ArrowException, ValueError, OSError) as error:
         raise SafetyDPOError(
             f"expected a complete Parquet file at {source}, found {len(data):,} bytes that do not parse "

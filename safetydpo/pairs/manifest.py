@@ -16,9 +16,18 @@ def pair_seed(run_seed: int, pair_id: str) -> int:
 
 
 def pair_image_rows(
-    pairs: Sequence[PromptPair], *, run_seed: int, base_fingerprint: str, sampler: Mapping[str, Any]
+    pairs: Sequence[PromptPair],
+    *,
+    run_seed: int,
+    base_fingerprint: str,
+    sampler: Mapping[str, Any],
+    sdedit_strength: float | None = None,
 ) -> list[dict[str, object]]:
-    """Return one manifest row per picture, sorted by concept; a pair that occurs twice is drawn once."""
+    """Return one manifest row per picture, sorted by concept; a pair that occurs twice is drawn once.
+
+    With a `sdedit_strength` the safe pictures are made from the unsafe ones, and their ids say so; None = both pictures
+    are drawn from the same noise.
+    """
     rows: list[dict[str, object]] = []
     seen: set[str] = set()
     for pair in sorted(pairs, key=lambda pair: (pair.concept, pair.pair_id)):
@@ -26,11 +35,16 @@ def pair_image_rows(
             continue
         seen.add(pair.pair_id)
         seed = pair_seed(run_seed, pair.pair_id)
-        for side, text in (("unsafe", pair.unsafe_text), ("safe", pair.safe_text)):
-            rows.append(
-                image_row(pair.pair_id, side, text, seed=seed, base_fingerprint=base_fingerprint, sampler=sampler)
-            )
+        common: dict[str, Any] = {"seed": seed, "base_fingerprint": base_fingerprint, "sampler": sampler}
+        unsafe = image_row(pair.pair_id, "unsafe", pair.unsafe_text, **common)
+        edit = None if sdedit_strength is None else sdedit_of(str(unsafe["image_id"]), strength=sdedit_strength)
+        rows += [unsafe, image_row(pair.pair_id, "safe", pair.safe_text, **common, edit=edit)]
     return rows
+
+
+def sdedit_of(image_id: str, *, strength: float) -> dict[str, object]:
+    """Return what the id of a picture covers that is made from another by SDEdit."""
+    return {"mode": "sdedit", "source": image_id, "strength": strength}
 
 
 def retention_image_rows(
@@ -52,11 +66,20 @@ def retention_image_rows(
 
 
 def image_row(
-    owner_id: str, side: str, text: str, *, seed: int, base_fingerprint: str, sampler: Mapping[str, Any]
+    owner_id: str,
+    side: str,
+    text: str,
+    *,
+    seed: int,
+    base_fingerprint: str,
+    sampler: Mapping[str, Any],
+    edit: Mapping[str, Any] | None = None,
 ) -> dict[str, object]:
-    """Return the manifest row of one picture drawn by the base model."""
+    """Return the manifest row of one picture drawn by the base model, from noise alone or as an `edit` of another."""
     return {
-        "image_id": make_image_id(owner_id, side, seed=seed, base_fingerprint=base_fingerprint, sampler=sampler),
+        "image_id": make_image_id(
+            owner_id, side, seed=seed, base_fingerprint=base_fingerprint, sampler=sampler, edit=edit
+        ),
         "owner_id": owner_id,
         "side": side,
         "prompt": text,
