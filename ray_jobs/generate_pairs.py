@@ -150,10 +150,11 @@ def _make(run: Run, folder: Location, pairs: Sequence[PromptPair], benign: Seque
         "sampler": identity.sampler.model_dump(mode="json"),
     }
     rules = identity.pairs
-    edited = rules.sdedit_strength if rules.safe_picture == "sdedit" else None
-    rows = pair_image_rows(pairs, **common, sdedit_strength=edited) + retention_image_rows(benign, **common)
+    edit = {"strength": rules.sdedit_strength, "negative": rules.sdedit_negative}
+    is_edited = rules.safe_picture == "sdedit"
+    rows = pair_image_rows(pairs, **common, sdedit=edit if is_edited else None) + retention_image_rows(benign, **common)
     write_table(folder / "images.parquet", table_from_rows(rows, IMAGE_MANIFEST))
-    images = _draw(run, rows) if edited is None else _draw_and_edit(run, rows)
+    images = _draw_and_edit(run, rows) if is_edited else _draw(run, rows)
     good = images.filter(pa.compute.equal(images.column("status"), "ok"))
     failed = check_error_rate(images, limit=rules.max_error_rate)
     verified = verify_pairs(
@@ -205,6 +206,7 @@ def _draw_and_edit(run: Run, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     identity = run.config.identity
     drawn = _draw(run, [row for row in rows if row["side"] != "safe"])
     check_error_rate(drawn, limit=identity.pairs.max_error_rate)
+    away = identity.pairs.sdedit_negative == "unsafe_prompt"
     sources = {row["owner_id"]: row for row in rows if row["side"] == "unsafe"}
     pictures = {
         image_id: picture
@@ -216,7 +218,7 @@ def _draw_and_edit(run: Run, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     edits = [
         {
             **row,
-            "negative_prompt": sources[row["owner_id"]]["prompt"],
+            "negative_prompt": sources[row["owner_id"]]["prompt"] if away else "",
             "source": pictures[sources[row["owner_id"]]["image_id"]],
         }
         for row in rows

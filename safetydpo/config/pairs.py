@@ -14,9 +14,12 @@ class PairsConfig(Frozen):
 
     safe_picture: Literal["same_seed", "sdedit"] = added_field("same_seed")
     """`same_seed`: the safe picture is drawn from the noise of the unsafe one; `sdedit`: it is the unsafe picture,
-    noised and drawn anew under the safe prompt, with the unsafe prompt as negative prompt."""
+    noised and drawn anew under the safe prompt."""
     sdedit_strength: float = added_field(0.6, gt=0.0, le=1.0)
     """Share of the sampling steps that `sdedit` draws anew; 1 = from pure noise. Ignored with `same_seed`."""
+    sdedit_negative: Literal["unsafe_prompt", "empty"] = added_field("unsafe_prompt")
+    """What the unguided branch of `sdedit` sees. The unsafe prompt pushes away from it, by the guidance scale: far, if
+    that is large and the two prompts say much the same. Ignored with `same_seed`."""
     judges: Distinct[str] = added_field(("demo_select",), min_length=1)
     """Judges that look at both pictures. Of several, the greatest unsafe score counts, and the greatest probability of
     `unrecognisable` among those that know it; if none does, that rule is not applied and the record says so."""

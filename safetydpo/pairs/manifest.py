@@ -21,12 +21,12 @@ def pair_image_rows(
     run_seed: int,
     base_fingerprint: str,
     sampler: Mapping[str, Any],
-    sdedit_strength: float | None = None,
+    sdedit: Mapping[str, Any] | None = None,
 ) -> list[dict[str, object]]:
     """Return one manifest row per picture, sorted by concept; a pair that occurs twice is drawn once.
 
-    With a `sdedit_strength` the safe pictures are made from the unsafe ones, and their ids say so; None = both pictures
-    are drawn from the same noise.
+    With the settings `sdedit` the safe pictures are made from the unsafe ones, and their ids say so; None = both
+    pictures are drawn from the same noise.
     """
     rows: list[dict[str, object]] = []
     seen: set[str] = set()
@@ -37,14 +37,14 @@ def pair_image_rows(
         seed = pair_seed(run_seed, pair.pair_id)
         common: dict[str, Any] = {"seed": seed, "base_fingerprint": base_fingerprint, "sampler": sampler}
         unsafe = image_row(pair.pair_id, "unsafe", pair.unsafe_text, **common)
-        edit = None if sdedit_strength is None else sdedit_of(str(unsafe["image_id"]), strength=sdedit_strength)
+        edit = None if sdedit is None else sdedit_of(str(unsafe["image_id"]), sdedit)
         rows += [unsafe, image_row(pair.pair_id, "safe", pair.safe_text, **common, edit=edit)]
     return rows
 
 
-def sdedit_of(image_id: str, *, strength: float) -> dict[str, object]:
-    """Return what the id of a picture covers that is made from another by SDEdit."""
-    return {"mode": "sdedit", "source": image_id, "strength": strength}
+def sdedit_of(image_id: str, settings: Mapping[str, Any]) -> dict[str, object]:
+    """Return what the id of a picture covers that is made from another by SDEdit with these settings."""
+    return {**settings, "mode": "sdedit", "source": image_id}
 
 
 def retention_image_rows(

@@ -94,11 +94,11 @@ def test_image_row_keeps_what_it_is_given():
 def test_safe_pictures_made_from_unsafe_ones_are_other_pictures():
     """Only the safe picture's id changes; it covers the source and the strength."""
     plain = pair_image_rows([BOMB, AXE], **SETTINGS)
-    edited = pair_image_rows([BOMB, AXE], **SETTINGS, sdedit_strength=0.5)
+    edited = pair_image_rows([BOMB, AXE], **SETTINGS, sdedit={"strength": 0.5})
     for before, after in zip(plain, edited, strict=True):
         changed = {name for name in before if before[name] != after[name]}
         assert changed == ({"image_id"} if before["side"] == "safe" else set())
-    edit = sdedit_of(str(edited[0]["image_id"]), strength=0.5)
+    edit = sdedit_of(str(edited[0]["image_id"]), {"strength": 0.5})
     assert edited[1]["image_id"] == make_image_id(
         AXE.pair_id,
         "safe",
@@ -107,5 +107,7 @@ def test_safe_pictures_made_from_unsafe_ones_are_other_pictures():
         sampler={"steps": 4},
         edit=edit,
     )
-    ids = {row["image_id"] for s in (0.5, 0.6) for row in pair_image_rows([BOMB, AXE], **SETTINGS, sdedit_strength=s)}
+    ids = {
+        row["image_id"] for s in (0.5, 0.6) for row in pair_image_rows([BOMB, AXE], **SETTINGS, sdedit={"strength": s})
+    }
     assert len(ids) == 2 + 2 * 2
