@@ -114,14 +114,14 @@ def verify_pairs(
     pools: PicturePools,
     execution: ExecutionConfig,
 ) -> Verified:
-    """Judge the good pictures `images` and return what becomes of each pair.
+    """Judge the good pictures `images` (of pairs and benign ones) and return what becomes of each pair.
 
     `image_of` gives the picture of (pair id, side); one that is not in `images` is missing.
     """
-    sides = set(image_of.values())
-    wanted = pa.array([image_id in sides for image_id in images.column("image_id").to_pylist()])
+    of_pairs = {image_of[pair.pair_id, side] for pair in pairs for side in ("unsafe", "safe")}
+    compared = pa.array([image_id in of_pairs for image_id in images.column("image_id").to_pylist()])
     verdicts = _judge(images, rules=rules, pools=pools, execution=execution)
-    layouts = _measure(images.filter(wanted), rules=rules, pools=pools, execution=execution)
+    layouts = _measure(images.filter(compared), rules=rules, pools=pools, execution=execution)
     selections = {}
     for pair in pairs:
         unsafe, safe = image_of[pair.pair_id, "unsafe"], image_of[pair.pair_id, "safe"]
