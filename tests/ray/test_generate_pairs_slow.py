@@ -48,7 +48,7 @@ def make(model: Path, place: Path, *, num_workers: int) -> tuple[Run, Record]:
         "safe_score_max": 1.0,
         "unrecognisable_max": 1.0,
         "min_kept_per_category": 1,
-        "min_kept_per_concept": 3,
+        "min_kept_per_concept": 6,
     }
     config = {
         "name": "test",
@@ -165,7 +165,7 @@ def test_the_counts_of_each_concept_are_written(made: tuple[Run, Record]):
     assert written == {(name, reason): n for name, found in concepts.items() for reason, n in found.items()}
     assert totals == {KEPT: 40}
     below = record.details["concepts_below_minimum"]
-    assert below == {name: found[KEPT] for name, found in concepts.items() if found[KEPT] < 3}
+    assert below == {name: found[KEPT] for name, found in concepts.items() if found[KEPT] < 6}
     assert below
 
 
