@@ -125,6 +125,7 @@ def run_chain(config: Any, *, last: str) -> None:
     from rich.console import Console
 
     from ray_jobs.cluster import disconnect
+    from ray_jobs.concept_table import print_pairs
     from ray_jobs.pipeline import run_stages
 
     # A log file has no width of its own; 80 columns would leave out the intervals.
@@ -133,6 +134,7 @@ def run_chain(config: Any, *, last: str) -> None:
         chain = run_stages(config, last=last)
     finally:
         disconnect()
+    print_pairs(console, chain, whole=last == "pairs")
     if chain.summary is not None:
         _print_summary(console, chain)
     else:

@@ -287,13 +287,12 @@ class EvaluateWorker:
     def _outcomes(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
         import torch
 
-        from safetydpo.diffusion.memory import render_within_memory
-        from safetydpo.diffusion.render import encode_png
+        from safetydpo.diffusion.memory import draw_within_memory
+        from safetydpo.diffusion.render import encode_png, render
 
-        pictures, size = render_within_memory(
-            self._backbone,
-            prompts=[row["prompt"] for row in rows],
-            seeds=[row["seed"] for row in rows],
+        prompts, seeds = [row["prompt"] for row in rows], [row["seed"] for row in rows]
+        pictures, size = draw_within_memory(
+            lambda sampler: render(self._backbone, prompts=prompts, seeds=seeds, sampler=sampler),
             sampler=self._sampler,
         )
         # Judged in full batches too, so that a picture's scores do not depend on how many came with it.

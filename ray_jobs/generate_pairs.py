@@ -7,7 +7,8 @@ base model and sampler; `pairs/` holds the closed list of what one run uses.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -15,11 +16,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_jobs.cluster import connect
+from ray_jobs.pair_workers import Measure, SdeditWorker
 from ray_jobs.pool_index import FILE_COLUMN
 from ray_jobs.pools import Attachment, PoolStage, check_error_rate, fill_pool
 from ray_jobs.prompt_tables import chosen_pairs, retention_prompts
 from ray_jobs.run import Run
-from ray_jobs.workers import CaptionWorker, JudgeWorker, LatentWorker, RenderWorker
+from ray_jobs.verify_pairs import (
+    DERIVED_BATCH,
+    DERIVED_PASSES,
+    PICTURE,
+    PICTURE_PLACE,
+    PicturePools,
+    fingerprint_judges,
+    fingerprint_measures,
+    layout_limits,
+    stored_pictures,
+    verify_pairs,
+)
+from ray_jobs.workers import CaptionWorker, LatentWorker, RenderWorker
 from safetydpo.artifacts.layout import stage_folder
 from safetydpo.artifacts.records import ArtifactKey, Record
 from safetydpo.artifacts.schemas import (
@@ -27,27 +41,32 @@ from safetydpo.artifacts.schemas import (
     IMAGES,
     LATENTS,
     MEMBERSHIPS,
+    PER_CONCEPT,
     PROMPT_PAIRS,
     SELECTIONS,
     TEXT_EMBEDDINGS,
-    VERDICTS,
     caption_sha256,
     sha256_of,
 )
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows, table_from_rows, table_from_stream, write_table
 from safetydpo.judges.build import fingerprint_judge
+from safetydpo.pairs.concepts import concepts_below, count_reasons
 from safetydpo.pairs.manifest import pair_image_rows, pair_seed, retention_image_rows
-from safetydpo.pairs.select import Selection, Verdict, check_enough_pairs, select_pair
+from safetydpo.pairs.select import Selection, check_enough_pairs
 from safetydpo.prompts.sets import Prompt, PromptPair
 
 RECIPE_VERSION = 1
 SELECT_JUDGE = "demo_select"
-DERIVED_BATCH = 64
-DERIVED_PASSES = 8
-"""Judging or encoding a batch costs about as much as this many passes through the denoiser."""
-PICTURE_PLACE = ["image_id", FILE_COLUMN.name]
-IMAGE_INPUT = pa.schema([IMAGES.field("image_id"), IMAGES.field("image")])
+"""The judge of the merge search; that of pairs is `identity.pairs.judges`."""
+SDEDIT_MANIFEST = pa.schema(
+    [
+        *IMAGE_MANIFEST,
+        pa.field("negative_prompt", pa.string(), nullable=False),
+        pa.field("source_id", pa.string(), nullable=False),
+        FILE_COLUMN,
+    ]
+)
 CAPTION_INPUT = pa.schema([TEXT_EMBEDDINGS.field("caption_sha256"), pa.field("caption", pa.string(), nullable=False)])
 
 
@@ -60,7 +79,7 @@ def generate_pairs(run: Run) -> Record:
 
 
 def pairs_key(run: Run, pairs: Sequence[PromptPair], benign: Sequence[Prompt]) -> ArtifactKey:
-    """Return the key of the pairs artifact: its pictures, judge and selection rules."""
+    """Return the key of the pairs artifact: its pictures, judges and selection rules."""
     identity = run.config.identity
     return ArtifactKey(
         stage="pairs",
@@ -70,13 +89,14 @@ def pairs_key(run: Run, pairs: Sequence[PromptPair], benign: Sequence[Prompt]) -
             "base": identity.base.model_dump(mode="json"),
             "sampler": identity.sampler.model_dump(mode="json"),
             "pairs": identity.pairs.model_dump(mode="json"),
-            "judge": SELECT_JUDGE,
+            "judge": "+".join(identity.pairs.judges),
         },
         inputs={
             "base": run.base_fingerprint,
             "prompt_pairs": fingerprint_rows((pair.pair_id, "/".join(pair.categories)) for pair in pairs),
             "retention_prompts": fingerprint_rows((prompt.prompt_id, "") for prompt in benign),
-            "judge": fingerprint_judge(SELECT_JUDGE),
+            "judge": fingerprint_judges(identity.pairs),
+            **fingerprint_measures(identity.pairs),
         },
         recipe_version=RECIPE_VERSION,
     )
@@ -96,10 +116,25 @@ def derived_pool(run: Run, stage: str) -> Location:
     return stage_folder(run.store, stage) / image_pool(run).name
 
 
-def verdict_pool(run: Run) -> Location:
-    """Return the pool of verdicts on those pictures: other weights of the judge have another one."""
-    folder = derived_pool(run, "verdicts")
-    return folder.parent / f"{folder.name}-{fingerprint_judge(SELECT_JUDGE)[:12]}"
+def verdict_pool(run: Run, judge: str) -> Location:
+    """Return the pool of a judge's verdicts on those pictures: other weights of the judge have another one."""
+    return _variant(derived_pool(run, "verdicts"), fingerprint_judge(judge)[:12])
+
+
+def layout_pool(run: Run, measure: Measure) -> Location:
+    """Return the pool of what the layouts of those pictures are compared by."""
+    networks = fingerprint_measures(run.config.identity.pairs).values() if measure == "embedding" else ()
+    return _variant(derived_pool(run, "layouts"), "-".join([measure, *(network[:12] for network in networks)]))
+
+
+def latent_pool(run: Run) -> Location:
+    """Return the pool of the latents of those pictures: with deviations they are other rows than without."""
+    pool = derived_pool(run, "latents")
+    return pool if run.config.identity.pairs.latents == "mean" else _variant(pool, "deviation")
+
+
+def _variant(pool: Location, name: str) -> Location:
+    return pool.parent / f"{pool.name}-{name}"
 
 
 def render_stage(run: Run, label: str) -> PoolStage:
@@ -124,71 +159,104 @@ def _make(run: Run, folder: Location, pairs: Sequence[PromptPair], benign: Seque
         "base_fingerprint": run.base_fingerprint,
         "sampler": identity.sampler.model_dump(mode="json"),
     }
-    rows = chain(pair_image_rows(pairs, **common), retention_image_rows(benign, **common))
+    rules = identity.pairs
+    edit = {"strength": rules.sdedit_strength, "negative": rules.sdedit_negative}
+    is_edited = rules.safe_picture == "sdedit"
+    rows = chain(
+        pair_image_rows(pairs, **common, sdedit=edit if is_edited else None), retention_image_rows(benign, **common)
+    )
     manifest = table_from_stream(rows, IMAGE_MANIFEST)
     write_table(folder / "images.parquet", manifest)
-    images = fill_pool(image_pool(run), manifest, render_stage(run, "pictures"), execution=run.config.execution)
-    good = images.filter(pa.compute.equal(images.column("status"), "ok"))
-    failed = check_error_rate(images, limit=identity.pairs.max_error_rate)
-    verdicts = _judge(run, good)
-    selections = _select(run, pairs, manifest, verdicts)
+    images = _draw_and_edit(run, manifest) if is_edited else _draw(run, manifest)
+    good = images.filter(pc.equal(images.column("status"), "ok"))
+    failed = check_error_rate(images, limit=rules.max_error_rate)
+    verified = verify_pairs(
+        pairs,
+        good,
+        image_of=_picture_ids(manifest),
+        rules=rules,
+        pools=PicturePools(
+            pictures=image_pool(run),
+            verdicts={judge: verdict_pool(run, judge) for judge in rules.judges},
+            layouts={measure: layout_pool(run, measure) for measure in layout_limits(rules)},
+        ),
+        execution=run.config.execution,
+    )
+    selections = verified.selections
     _write_tables(folder, pairs, selections, run.config.identity.seed)
+    concepts = _write_concepts(folder, pairs, selections)
     kept = {pair_id for pair_id, selection in selections.items() if selection.kept}
     counts = check_enough_pairs(
         [pair.categories for pair in pairs if pair.pair_id in kept],
         categories=identity.prompts.categories,
-        minimum=identity.pairs.min_kept_per_category,
+        minimum=rules.min_kept_per_category,
     )
     used = _used_rows(manifest, kept)
     _encode(run, good, used)
     _encode_captions(run, used)
     content = dict(zip(images.column("image_id").to_pylist(), images.column("sha256").to_pylist(), strict=True))
+    # A safe picture whose source failed was never begun; it is none that downstream may look for.
+    never_begun = [image_id for image_id in manifest.column("image_id").to_pylist() if image_id not in content]
     return {
         "fingerprint": fingerprint_rows(
             [*content.items(), *((pair_id, str(s.kept)) for pair_id, s in selections.items())]
         ),
         "counts": {"pairs": len(selections), "kept": len(kept), "pictures": len(content), **counts},
-        "failed_units": failed,
-        "details": {"reasons": dict(Counter(selection.reason for selection in selections.values()))},
+        "failed_units": failed + never_begun,
+        "details": {
+            "reasons": dict(Counter(selection.reason for selection in selections.values())),
+            "concepts_below_minimum": concepts_below(concepts, minimum=rules.min_kept_per_concept),
+            "not_judged": list(verified.not_judged),
+        },
     }
 
 
-def _judge(run: Run, images: pa.Table) -> dict[str, Verdict]:
-    stage = PoolStage(
-        label="verdicts",
-        output=VERDICTS,
-        id_column="image_id",
-        worker=JudgeWorker,
-        arguments={"judge": SELECT_JUDGE, "batch_size": DERIVED_BATCH},
-        batch_size=DERIVED_BATCH,
-        passes_per_batch=DERIVED_PASSES,
-        attach=_stored_pictures(run),
-    )
-    table = fill_pool(verdict_pool(run), images.select(PICTURE_PLACE), stage, execution=run.config.execution)
-    columns = (table.column(name).to_pylist() for name in ("image_id", "unsafe_score", "unrecognisable_score"))
-    return {image_id: Verdict(unsafe, mush) for image_id, unsafe, mush in zip(*columns, strict=True)}
-
-
-def _stored_pictures(run: Run) -> Attachment:
-    return Attachment(image_pool(run), IMAGE_INPUT, "image_id")
-
-
-def _select(
-    run: Run, pairs: Sequence[PromptPair], manifest: pa.Table, verdicts: Mapping[str, Verdict]
-) -> dict[str, Selection]:
-    rules = run.config.identity.pairs
+def _picture_ids(manifest: pa.Table) -> dict[tuple[str, str], str]:
     columns = (manifest.column(name).to_pylist() for name in ("owner_id", "side", "image_id"))
-    image_of = {(owner, side): image_id for owner, side, image_id in zip(*columns, strict=True)}
-    return {
-        pair.pair_id: select_pair(
-            verdicts.get(image_of[pair.pair_id, "unsafe"]),
-            verdicts.get(image_of[pair.pair_id, "safe"]),
-            unsafe_score_min=rules.unsafe_score_min,
-            safe_score_max=rules.safe_score_max,
-            unrecognisable_max=rules.unrecognisable_max,
-        )
-        for pair in pairs
-    }
+    return {(owner, side): image_id for owner, side, image_id in zip(*columns, strict=True)}
+
+
+def _draw(run: Run, manifest: pa.Table) -> pa.Table:
+    return fill_pool(image_pool(run), manifest, render_stage(run, "pictures"), execution=run.config.execution)
+
+
+def _draw_and_edit(run: Run, manifest: pa.Table) -> pa.Table:
+    """Draw all but the safe pictures, then make these from the unsafe ones that succeeded."""
+    identity = run.config.identity
+    is_safe = pc.equal(manifest.column("side"), "safe")
+    drawn = _draw(run, manifest.filter(pc.invert(is_safe)))
+    check_error_rate(drawn, limit=identity.pairs.max_error_rate)
+    stage = replace(
+        render_stage(run, "safe pictures"),
+        worker=SdeditWorker,
+        arguments={
+            "base": identity.base.model_dump(),
+            "sampler": identity.sampler.model_dump(),
+            "strength": identity.pairs.sdedit_strength,
+        },
+        attach=Attachment(image_pool(run), PICTURE, "image_id", by="source_id", rename={"image": "source"}),
+    )
+    edits = table_from_stream(
+        _edits(manifest, drawn, away=identity.pairs.sdedit_negative == "unsafe_prompt"), SDEDIT_MANIFEST
+    )
+    edited = fill_pool(image_pool(run), edits, stage, execution=run.config.execution)
+    return pa.concat_tables([drawn, edited])
+
+
+def _edits(manifest: pa.Table, drawn: pa.Table, *, away: bool) -> Iterator[dict[str, object]]:
+    good = drawn.filter(pc.equal(drawn.column("status"), "ok"))
+    files = dict(zip(good.column("image_id").to_pylist(), good.column(FILE_COLUMN.name).to_pylist(), strict=True))
+    side = manifest.column("side")
+    sources = {row["owner_id"]: row for row in manifest.filter(pc.equal(side, "unsafe")).to_pylist()}
+    for row in manifest.filter(pc.equal(side, "safe")).to_pylist():
+        source = sources[row["owner_id"]]
+        if source["image_id"] in files:
+            yield {
+                **row,
+                "negative_prompt": source["prompt"] if away else "",
+                "source_id": source["image_id"],
+                FILE_COLUMN.name: files[source["image_id"]],
+            }
 
 
 def _write_tables(
@@ -218,6 +286,20 @@ def _write_tables(
     write_table(folder / "selections.parquet", table_from_rows(chosen, SELECTIONS))
 
 
+def _write_concepts(
+    folder: Location, pairs: Sequence[PromptPair], selections: Mapping[str, Selection]
+) -> dict[str, Counter[str]]:
+    reasons = {pair_id: selection.reason for pair_id, selection in selections.items()}
+    concepts = count_reasons(((pair.pair_id, pair.concept) for pair in pairs), reasons)
+    rows = [
+        {"concept": concept, "reason": reason, "pairs": count}
+        for concept, found in concepts.items()
+        for reason, count in sorted(found.items())
+    ]
+    write_table(folder / "per_concept.parquet", table_from_rows(rows, PER_CONCEPT))
+    return concepts
+
+
 def _used_rows(manifest: pa.Table, kept: set[str]) -> pa.Table:
     benign = pc.equal(manifest.column("side"), "benign")
     owners = pa.array(sorted(kept), type=pa.string())
@@ -230,14 +312,18 @@ def _encode(run: Run, images: pa.Table, used: pa.Table) -> None:
         output=LATENTS,
         id_column="image_id",
         worker=LatentWorker,
-        arguments={"base": run.config.identity.base.model_dump(), "batch_size": DERIVED_BATCH},
+        arguments={
+            "base": run.config.identity.base.model_dump(),
+            "batch_size": DERIVED_BATCH,
+            "with_deviation": run.config.identity.pairs.latents == "mean_and_deviation",
+        },
         batch_size=DERIVED_BATCH,
         passes_per_batch=DERIVED_PASSES,
-        attach=_stored_pictures(run),
+        attach=stored_pictures(image_pool(run)),
     )
     wanted = pc.is_in(images.column("image_id"), value_set=used.column("image_id").combine_chunks())
     manifest = images.filter(wanted).select(PICTURE_PLACE)
-    fill_pool(derived_pool(run, "latents"), manifest, stage, execution=run.config.execution)
+    fill_pool(latent_pool(run), manifest, stage, execution=run.config.execution)
 
 
 def _encode_captions(run: Run, used: pa.Table) -> None:

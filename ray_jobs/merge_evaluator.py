@@ -39,6 +39,7 @@ class MergeEvaluator:
         """Return the rates of a candidate, or of the base for None."""
         from safetydpo.diffusion.render import render
         from safetydpo.dpo.engine import lora_signature
+        from safetydpo.judges.protocol import known_answers
         from safetydpo.merging.merge import merge_prepared
 
         identity = self.run.config.identity
@@ -62,7 +63,10 @@ class MergeEvaluator:
             sampler=identity.sampler,
         )
         verdicts = self._judge.judge(pictures)
-        rows = list(zip(self._prompts, verdicts.concept, verdicts.is_unsafe, verdicts.is_unrecognisable, strict=True))
+        mushes = known_answers(
+            verdicts.is_unrecognisable, judge=self._judge.name, what="whether a picture is recognisable"
+        )
+        rows = list(zip(self._prompts, verdicts.concept, verdicts.is_unsafe, mushes, strict=True))
 
         def rate(prompt_set: str, hits: Sequence[bool]) -> float:
             chosen = [hit for hit, prompt in zip(hits, self._prompts, strict=True) if prompt.prompt_set == prompt_set]

@@ -59,10 +59,12 @@ def check_request(run: Run) -> None:
     """Refuse what a later stage would refuse, before anything is written or started.
 
     Raises:
-        UsageError: if a merge method, a LoRA target or the base model does not exist, or a path is of another kind.
+        UsageError: if a merge method, a judge, a LoRA target or the base model does not exist or cannot do what is
+            asked, or a path is of another kind.
         SafetyDPOError: if a category has no prompt pair, or the base model's files are incomplete.
     """
     from ray_jobs.prompt_tables import all_pairs
+    from ray_jobs.verify_pairs import check_verification
     from safetydpo.diffusion.build import check_targets
     from safetydpo.merging.registry import find_method
 
@@ -83,6 +85,7 @@ def check_request(run: Run) -> None:
             f"expected a merge that a distillation can start from in identity.merge.distill.start_method, found "
             f"{start!r} itself: use sum or another merge"
         )
+    check_verification(identity)
     _check_places(run)
     all_pairs(identity.prompts)
     # Computed once per run and kept: asking here costs nothing.

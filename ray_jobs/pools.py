@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -47,6 +47,10 @@ class Attachment:
     schema: pa.Schema
     """The columns to fetch, the id column among them."""
     id_column: str
+    by: str | None = None
+    """Column of the manifest that holds those ids; None = the same name."""
+    rename: Mapping[str, str] = field(default_factory=dict)
+    """Names that fetched columns get."""
 
 
 @dataclass(frozen=True)
@@ -269,23 +273,24 @@ def _checkpointing(folder: Location, id_column: str) -> Iterator[None]:
 
 
 def attach_columns(table: pa.Table, attach: Attachment) -> pa.Table:
-    """Replace the `file` column by what those files hold of these rows; the order of rows stays.
+    """Replace the `file` column by what those files hold of the rows it names; the order of rows stays.
 
     Raises:
         SafetyDPOError: if a file lacks one of the rows.
     """
-    found = read_rows(attach.pool, attach.schema, table, id_column=attach.id_column)
+    ids = table.column(attach.by or attach.id_column)
+    places = pa.table({attach.id_column: ids, FILE_COLUMN.name: table.column(FILE_COLUMN.name)})
+    found = read_rows(attach.pool, attach.schema, places, id_column=attach.id_column)
     position = {row_id: index for index, row_id in enumerate(found.column(attach.id_column).to_pylist())}
-    ids = table.column(attach.id_column).to_pylist()
-    missing = [row_id for row_id in ids if row_id not in position]
+    missing = [row_id for row_id in ids.to_pylist() if row_id not in position]
     if missing:
         raise SafetyDPOError(
             f"expected the row {missing[0]} in {attach.pool}, where its index says it is, found it gone: "
             "delete the batch that its index names, and run the same command again"
         )
-    found = found.take(pa.array([position[row_id] for row_id in ids], type=pa.int64()))
+    found = found.take(pa.array([position[row_id] for row_id in ids.to_pylist()], type=pa.int64()))
     table = table.drop_columns([FILE_COLUMN.name])
-    for name in found.column_names:
-        if name not in table.column_names:
-            table = table.append_column(found.schema.field(name), found.column(name))
+    for name in attach.schema.names:
+        if name != attach.id_column:
+            table = table.append_column(attach.rename.get(name, name), found.column(name))
     return table

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_jobs.cluster import connect, ray_state_folder, workers_for
-from ray_jobs.generate_pairs import derived_pool
+from ray_jobs.generate_pairs import derived_pool, latent_pool
 from ray_jobs.pool_index import read_pool
 from ray_jobs.progress import progress_bar
 from ray_jobs.run import Run
@@ -316,7 +316,7 @@ def read_training_tables(run: Run, pairs_folder: Location) -> TrainingTables:
     manifest = [row for row in everything if row["image_id"] not in failed]
     pairs = read_table(pairs_folder / "prompt_pairs.parquet", PROMPT_PAIRS).to_pylist()
     wanted = {row["image_id"] for row in manifest}
-    latents = read_pool(derived_pool(run, "latents"), LATENTS, wanted=wanted, id_column="image_id")
+    latents = read_pool(latent_pool(run), LATENTS, wanted=wanted, id_column="image_id")
     captions = read_pool(derived_pool(run, "captions"), TEXT_EMBEDDINGS, id_column="caption_sha256")
     return TrainingTables(
         texts={row["pair_id"]: (row["unsafe_text"], row["safe_text"]) for row in pairs},

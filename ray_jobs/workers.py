@@ -66,15 +66,20 @@ class RenderWorker:
         return table_from_rows(make_each(table.to_pylist(), self._render, error_row=image_error_row), IMAGES)
 
     def _render(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
-        from safetydpo.diffusion.memory import render_within_memory
+        from safetydpo.diffusion.memory import draw_within_memory
 
-        pictures, size = render_within_memory(
+        pictures, size = draw_within_memory(lambda sampler: self._draw(rows, sampler), sampler=self._sampler)
+        return [self._image_row(row, picture.numpy(), size) for row, picture in zip(rows, pictures, strict=True)]
+
+    def _draw(self, rows: Sequence[Mapping[str, Any]], sampler: SamplerConfig) -> Any:
+        from safetydpo.diffusion.render import render
+
+        return render(
             self._backbone,
             prompts=[row["prompt"] for row in rows],
             seeds=[row["seed"] for row in rows],
-            sampler=self._sampler,
+            sampler=sampler,
         )
-        return [self._image_row(row, picture.numpy(), size) for row, picture in zip(rows, pictures, strict=True)]
 
     def _image_row(self, row: Mapping[str, Any], picture: np.ndarray[Any, Any], micro_batch: int) -> dict[str, object]:
         import torch
@@ -157,12 +162,12 @@ def decode_pictures(data: Sequence[bytes]) -> Any:
 
 
 class LatentWorker:
-    """Encodes stored pictures into latents (posterior mean), stored as float16."""
+    """Encodes stored pictures into latents (posterior mean, optionally its deviation), stored as float16."""
 
-    def __init__(self, base: Mapping[str, Any], batch_size: int) -> None:
+    def __init__(self, base: Mapping[str, Any], batch_size: int, with_deviation: bool = False) -> None:
         from safetydpo.diffusion.build import load_backbone
 
-        self._batch_size = batch_size
+        self._batch_size, self._with_deviation = batch_size, with_deviation
         self._backbone = load_backbone(BaseModelConfig(**base), device=worker_device())
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -171,16 +176,22 @@ class LatentWorker:
 
         pictures = decode_pictures(padded(table.column("image").to_pylist(), self._batch_size))
         with torch.no_grad():
-            latents = self._backbone.encode_images(pictures)[: table.num_rows]
+            if self._with_deviation:
+                means, deviations = self._backbone.encode_image_moments(pictures)
+            else:
+                means, deviations = self._backbone.encode_images(pictures), None
         rows = [
             {
                 "image_id": image_id,
-                "latent": latent.to(torch.float16).cpu().numpy().tobytes(),
-                "channels": latent.shape[0],
-                "height": latent.shape[1],
-                "width": latent.shape[2],
+                "latent": means[index].to(torch.float16).cpu().numpy().tobytes(),
+                "deviation": None
+                if deviations is None
+                else deviations[index].to(torch.float16).cpu().numpy().tobytes(),
+                "channels": means.shape[1],
+                "height": means.shape[2],
+                "width": means.shape[3],
             }
-            for image_id, latent in zip(table.column("image_id").to_pylist(), latents, strict=True)
+            for index, image_id in enumerate(table.column("image_id").to_pylist())
         ]
         return table_from_rows(rows, LATENTS)
 

@@ -26,6 +26,8 @@ CHECKED_MODULES = (
     "safetydpo.merging.algebra",
     "safetydpo.merging.methods",
     "safetydpo.merging.votes",
+    "safetydpo.pairs.concepts",
+    "safetydpo.pairs.layout",
     "safetydpo.pairs.select",
     "safetydpo.seeding",
     "safetydpo.statistics",

@@ -12,6 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
+ADDED_LATER = {b"added_later": b"yes"}
+"""Marks a nullable column that older tables do not have; it is read from them as nulls."""
 PROMPT_PAIRS = pa.schema(
     [
         pa.field("pair_id", pa.string(), nullable=False),
@@ -94,7 +96,7 @@ IMAGES = pa.schema(
         pa.field("height", pa.int32(), nullable=False),
         pa.field("format", pa.string(), nullable=False),
         # Pictures in one forward pass: the sampler's batch size, or less where memory ran out. Null: older, or failed.
-        pa.field("micro_batch", pa.int32(), nullable=True),
+        pa.field("micro_batch", pa.int32(), nullable=True, metadata=ADDED_LATER),
     ]
 )
 VERDICTS = pa.schema(
@@ -103,11 +105,19 @@ VERDICTS = pa.schema(
         pa.field("judge", pa.string(), nullable=False),
         pa.field("version", pa.string(), nullable=False),
         pa.field("unsafe_score", pa.float32(), nullable=False),
-        pa.field("unrecognisable_score", pa.float32(), nullable=False),
-        pa.field("concept", pa.string(), nullable=False),
-        pa.field("background", pa.string(), nullable=False),
+        # Null: this judge does not know.
+        pa.field("unrecognisable_score", pa.float32(), nullable=True),
+        pa.field("concept", pa.string(), nullable=True),
+        pa.field("background", pa.string(), nullable=True),
         pa.field("is_unsafe", pa.bool_(), nullable=False),
-        pa.field("is_unrecognisable", pa.bool_(), nullable=False),
+        pa.field("is_unrecognisable", pa.bool_(), nullable=True),
+    ]
+)
+LAYOUTS = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        # A luminance grid row by row, or an embedding: one pool holds one measure.
+        pa.field("values", pa.list_(pa.float32()), nullable=False),
     ]
 )
 SELECTIONS = pa.schema(
@@ -118,10 +128,19 @@ SELECTIONS = pa.schema(
         pa.field("reason", pa.string(), nullable=False),
     ]
 )
+PER_CONCEPT = pa.schema(
+    [
+        pa.field("concept", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("pairs", pa.int32(), nullable=False),
+    ]
+)
 LATENTS = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("latent", pa.binary(), nullable=False),
+        # Null: only the mean was asked for.
+        pa.field("deviation", pa.binary(), nullable=True, metadata=ADDED_LATER),
         pa.field("channels", pa.int32(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
@@ -162,7 +181,7 @@ OUTCOMES = pa.schema(
         pa.field("audit_unsafe", pa.bool_(), nullable=False),
         pa.field("audit_unrecognisable", pa.bool_(), nullable=False),
         pa.field("clip_embedding", pa.list_(pa.float32()), nullable=False),
-        pa.field("micro_batch", pa.int32(), nullable=True),
+        pa.field("micro_batch", pa.int32(), nullable=True, metadata=ADDED_LATER),
     ]
 )
 
@@ -195,18 +214,22 @@ def make_image_id(
     base_fingerprint: str,
     sampler: Mapping[str, Any],
     adapter: str = "",
+    edit: Mapping[str, Any] | None = None,
 ) -> str:
-    """Return the id of a picture: what is drawn (owner and side), with which noise, model, sampler and adapter."""
-    return sha256_of(
-        {
-            "owner": owner_id,
-            "side": side,
-            "seed": seed,
-            "base": base_fingerprint,
-            "sampler": dict(sampler),
-            "adapter": adapter,
-        }
-    )
+    """Return the id of a picture: what is drawn (owner and side), with which noise, model, sampler and adapter.
+
+    `edit` says how a picture is made from another one; None = from noise alone.
+    """
+    content: dict[str, Any] = {
+        "owner": owner_id,
+        "side": side,
+        "seed": seed,
+        "base": base_fingerprint,
+        "sampler": dict(sampler),
+        "adapter": adapter,
+    }
+    # Left out when there is none: pictures drawn from noise keep the ids they have always had.
+    return sha256_of(content if edit is None else {**content, "edit": dict(edit)})
 
 
 def caption_sha256(caption: str) -> str:

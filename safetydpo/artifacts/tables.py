@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from safetydpo.artifacts.layout import RECORD_FILE
+from safetydpo.artifacts.schemas import ADDED_LATER
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError
 
@@ -64,11 +65,11 @@ def write_table(location: Location, table: pa.Table) -> None:
 def read_table(location: Location, schema: pa.Schema, *, columns: Sequence[str] | None = None) -> pa.Table:
     """Read one file, or all Parquet files of a folder in name order.
 
-    With `columns` only those are fetched, so that looking at ids does not read the pictures beside them. A nullable
-    column that an older file lacks is null.
+    With `columns` only those are fetched, so that looking at ids does not read the pictures beside them. A column that
+    is marked in `schema` as added later is read as nulls from files that lack it.
 
     Raises:
-        SafetyDPOError: if a file is missing, truncated, or has other columns than `schema`.
+        SafetyDPOError: if a file is missing, truncated, or lacks another column of `schema`.
     """
     if location.is_folder():
         sources: Iterable[Location] = (file for file in location.walk() if file.path.endswith(".parquet"))
@@ -94,11 +95,11 @@ def _parse(source: Location, stream: pa.NativeFile, wanted: pa.Schema, *, size: 
         present = [name for name in wanted.names if name in file.schema_arrow.names]
         missing = [field for field in wanted if field.name not in present]
         for field in missing:
-            if not field.nullable:
+            if field.metadata is None or not ADDED_LATER.items() <= field.metadata.items():
                 raise SafetyDPOError(f"expected columns {wanted.names} in {source}, found no {field.name!r}")
         table = file.read(columns=present)
         for field in missing:
-            table = table.append_column(field, pa.nulls(table.num_rows, type=field.type))
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
         return table.select(wanted.names).cast(wanted)
     except (pa.ArrowException, ValueError, OSError) as error:
         raise SafetyDPOError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -28,6 +28,16 @@ def _once_each(values: tuple[Item, ...]) -> tuple[Item, ...]:
 
 
 Distinct = Annotated[tuple[Item, ...], AfterValidator(_once_each)]
+
+
+def added_field(default: Any, **rules: Any) -> Any:
+    """Return the `Field` of a setting that earlier versions did not have; at its default it is left out of every dump.
+
+    Keys of artifacts, the identity of run folders and measured results hash such dumps. A new setting whose default
+    is what was done before therefore leaves everything that is stored as it is; any other value is a new identity.
+    The default of such a field never changes, or the same dump would mean two things.
+    """
+    return Field(default, exclude_if=lambda value: value == default, **rules)
 
 
 class Frozen(BaseModel):

@@ -1,7 +1,8 @@
 """Every setting of a run, its unit, its range and its default.
 
 Two halves: `identity` changes the result and is hashed; `execution` (workers, paths, logging) never is.
-Unknown keys are refused. Each default lives here (those of the merge search in `search`) and nowhere else.
+Unknown keys are refused. Each default lives here (those of pairs in `pairs`, of the merge search in `search`) and
+nowhere else.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from safetydpo.config.fields import CATEGORIES, Category, Distinct, Frozen, Rate
+from safetydpo.config.pairs import PairsConfig
 from safetydpo.config.search import SearchConfig
 
 
@@ -53,21 +55,6 @@ class PromptsConfig(Frozen):
     """Prompt pairs drawn per category, spread evenly over its concepts."""
     retention_prompts: int = Field(96, ge=0)
     """Neutral prompts of the training split, rendered by the base and used by the benign-retention term."""
-
-
-class PairsConfig(Frozen):
-    """Which rendered pairs are good enough to be preferences."""
-
-    unsafe_score_min: Rate = 0.5
-    """Least judge score (probability of an unsafe concept) of the unsafe picture."""
-    safe_score_max: Rate = 0.5
-    """Greatest judge score of the safe picture."""
-    unrecognisable_max: Rate = 0.5
-    """Greatest probability of `unrecognisable`, either picture."""
-    min_kept_per_category: int = Field(8, ge=1)
-    """Fewer kept pairs than this in a category is an error that names it."""
-    max_error_rate: Rate = 0.01
-    """Share of pictures that may fail for good before the stage fails."""
 
 
 class LoraConfig(Frozen):
@@ -317,6 +304,16 @@ class Config(Frozen):
             raise ValueError(
                 f"identity.evaluation.expert_prompts_per_category ({fewer}) must not be above "
                 f"identity.evaluation.prompts_per_category ({evaluation.prompts_per_category})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sdedit_draws_a_step(self) -> Self:
+        pairs, steps = self.identity.pairs, self.identity.sampler.steps
+        if pairs.safe_picture == "sdedit" and int(pairs.sdedit_strength * steps) < 1:
+            raise ValueError(
+                f"identity.pairs.sdedit_strength ({pairs.sdedit_strength}) must draw at least one of "
+                f"identity.sampler.steps ({steps}) anew"
             )
         return self
 

@@ -141,6 +141,16 @@ class Backbone(Protocol):
         """Return the latents of pictures: the mean of the posterior times the scaling factor, float32."""
         ...
 
+    def encode_image_moments(
+        self, images: UInt8[Tensor, "batch image_height image_width 3"]
+    ) -> tuple[Float[Tensor, "batch channel height width"], Float[Tensor, "batch channel height width"]]:
+        """Return mean and standard deviation of the posterior of the latents; the mean is what `encode_images` gives.
+
+        Raises:
+            UsageError: if the autoencoder has no posterior.
+        """
+        ...
+
     def decode(
         self, latents: Float[Tensor, "batch channel height width"]
     ) -> UInt8[Tensor, "batch image_height image_width 3"]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
 from safetydpo.config.schema import SamplerConfig
-from safetydpo.diffusion.backbone import Backbone
-from safetydpo.diffusion.render import render
 
 _MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "could not create a primitive")
 """What torch's errors say; on a CPU they are plain `RuntimeError`s, and the last is all that oneDNN says of it."""
@@ -22,10 +19,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in _MESSAGES)
 
 
-def render_within_memory(
-    backbone: Backbone, *, prompts: Sequence[str], seeds: Sequence[int], sampler: SamplerConfig, **options: Any
+def draw_within_memory(
+    draw: Callable[[SamplerConfig], UInt8[Tensor, "row height width 3"]], *, sampler: SamplerConfig
 ) -> tuple[UInt8[Tensor, "row height width 3"], int]:
-    """Return pictures and the batch size that they were drawn with: `sampler.batch_size`, halved while it does not fit.
+    """Return what `draw` makes with a sampler, and that sampler's batch size: as given, halved while it does not fit.
 
     A smaller batch changes the last bits of a picture, so each caller keeps the number with its rows and starts the
     next rows with the full size again.
@@ -35,9 +32,8 @@ def render_within_memory(
     """
     size = sampler.batch_size
     while True:
-        fitting = sampler.model_copy(update={"batch_size": size})
         try:
-            return render(backbone, prompts=prompts, seeds=seeds, sampler=fitting, **options), size
+            return draw(sampler.model_copy(update={"batch_size": size})), size
         except (RuntimeError, MemoryError) as error:
             if size == 1 or not is_out_of_memory(error):
                 raise

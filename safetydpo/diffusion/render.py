@@ -17,6 +17,7 @@ from torch import Tensor
 
 from safetydpo.config.schema import SamplerConfig
 from safetydpo.diffusion.backbone import Backbone, Condition, GuidanceCallback
+from safetydpo.diffusion.schedule import start_step_for_strength
 from safetydpo.errors import SafetyDPOError
 
 PNG_COMPRESS_LEVEL = 6
@@ -57,9 +58,7 @@ def render(
     with torch.no_grad(), _deterministic(backbone.device):
         empty = backbone.encode_prompts([negative_prompt] * size)
         pictures = []
-        for start in range(0, len(prompts), size):
-            rows = range(start, min(start + size, len(prompts)))
-            padded = [*rows, *[rows[-1]] * (size - len(rows))]
+        for rows, padded in _padded_batches(len(prompts), size):
             batch = _render_batch(
                 backbone,
                 prompts=[prompts[row] for row in padded],
@@ -91,6 +90,65 @@ def _render_batch(
         callback=callback,
     )
     return backbone.decode(latents)
+
+
+def redraw(
+    backbone: Backbone,
+    *,
+    pictures: UInt8[Tensor, "row height width 3"],
+    prompts: Sequence[str],
+    negative_prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampler: SamplerConfig,
+    strength: float,
+) -> UInt8[Tensor, "row height width 3"]:
+    """Draw each picture anew under another prompt (SDEdit): noise it, then run the last `strength` share of the steps.
+
+    A picture's bytes depend on its own row only, as those of `render` do. The noise is that of its seed, and the
+    unguided branch sees the row's negative prompt.
+
+    Raises:
+        SafetyDPOError: if there is not one prompt, negative prompt and seed per picture, or no step is left to run.
+
+    Source: Meng et al. 2021 (arXiv 2108.01073), algorithm 1.
+    """
+    counts = {"pictures": len(pictures), "prompts": len(prompts), "negative prompts": len(negative_prompts)}
+    counts["seeds"] = len(seeds)
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise SafetyDPOError(f"expected one prompt, negative prompt and seed per picture, found {found}")
+    if not prompts:
+        return torch.zeros(0, sampler.height, sampler.width, 3, dtype=torch.uint8)
+    start_step = start_step_for_strength(strength, steps=sampler.steps)
+    if start_step == sampler.steps:
+        raise SafetyDPOError(
+            f"expected a strength that leaves at least one of {sampler.steps} steps to run, found {strength}: raise it "
+            "or use more sampler.steps"
+        )
+    size, drawn = sampler.batch_size, []
+    timestep = backbone.sampling_timesteps(sampler.steps)[start_step]
+    shape = backbone.latent_shape(height=sampler.height, width=sampler.width)
+    with torch.no_grad(), _deterministic(backbone.device):
+        for rows, padded in _padded_batches(len(prompts), size):
+            noise = initial_noise([seeds[row] for row in padded], shape=shape)
+            clean = backbone.encode_images(pictures[padded])
+            latents = backbone.sample(
+                backbone.add_noise(clean, noise, torch.full((size,), timestep)),
+                backbone.encode_prompts([prompts[row] for row in padded]),
+                empty=backbone.encode_prompts([negative_prompts[row] for row in padded]),
+                steps=sampler.steps,
+                guidance_scale=sampler.guidance_scale,
+                start_step=start_step,
+            )
+            drawn.append(backbone.decode(latents)[: len(rows)].cpu())
+    return torch.cat(drawn)
+
+
+def _padded_batches(num_rows: int, size: int) -> Iterator[tuple[range, list[int]]]:
+    """Yield (rows of a batch, the same padded to `size` with its last row)."""
+    for start in range(0, num_rows, size):
+        rows = range(start, min(start + size, num_rows))
+        yield rows, [*rows, *[rows[-1]] * (size - len(rows))]
 
 
 @contextmanager

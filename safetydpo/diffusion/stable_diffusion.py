@@ -31,6 +31,7 @@ from safetydpo.diffusion.adapter import AdapterSlot
 from safetydpo.diffusion.backbone import Condition, GuidanceCallback, GuidanceStep, PredictionType, TargetKind
 from safetydpo.diffusion.folder import check_weights, fingerprint_folder, read_json
 from safetydpo.diffusion.loading import load_clip_tokenizer, load_network
+from safetydpo.diffusion.posterior import require_posterior
 from safetydpo.errors import SafetyDPOError
 
 AUTOENCODERS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
@@ -194,10 +195,24 @@ class StableDiffusion:
     @torch.no_grad()
     def encode_images(self, images: Images) -> Latents:
         """Return float32 latents: uint8 -> [-1, 1] -> mean of the posterior -> times the scaling factor."""
-        pixels = images.to(self._device).permute(0, 3, 1, 2).float() / 255.0 * 2.0 - 1.0
-        encoded = self._vae.encode(pixels.to(self._dtype))
+        encoded = self._encode_pixels(images)
         latents: Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
         return latents.float() * self._vae.config.scaling_factor
+
+    @torch.no_grad()
+    def encode_image_moments(self, images: Images) -> tuple[Latents, Latents]:
+        """Return mean and standard deviation of the posterior, both times the scaling factor, float32.
+
+        Raises:
+            UsageError: if the autoencoder has no posterior.
+        """
+        require_posterior(type(self._vae).__name__)
+        posterior, factor = self._encode_pixels(images).latent_dist, self._vae.config.scaling_factor
+        return posterior.mode().float() * factor, posterior.std.float() * factor
+
+    def _encode_pixels(self, images: Images) -> Any:
+        pixels = images.to(self._device).permute(0, 3, 1, 2).float() / 255.0 * 2.0 - 1.0
+        return self._vae.encode(pixels.to(self._dtype))
 
     @torch.no_grad()
     def decode(self, latents: Latents) -> Images:

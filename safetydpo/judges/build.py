@@ -12,15 +12,35 @@ from safetydpo.judges.demo import SELECT_FOLDER, load_select_judge
 from safetydpo.judges.demo_verdicts import NamedDemoJudge
 from safetydpo.judges.protocol import Judge
 
-_JUDGES: dict[str, Callable[[], Judge]] = {"demo_select": lambda: NamedDemoJudge(load_select_judge())}
-_FOLDERS: dict[str, Callable[[], Path]] = {"demo_select": lambda: demo_weights() / SELECT_FOLDER}
+
+def _open_nsfw() -> Judge:
+    # Imported when it is asked for only: it is an extra.
+    from safetydpo.judges.open_nsfw import OpenNsfwJudge
+
+    return OpenNsfwJudge()
+
+
+def _open_nsfw_fingerprint() -> str:
+    from safetydpo.judges.open_nsfw import fingerprint_open_nsfw
+
+    return fingerprint_open_nsfw()
+
+
+_JUDGES: dict[str, Callable[[], Judge]] = {
+    "demo_select": lambda: NamedDemoJudge(load_select_judge()),
+    "open_nsfw": _open_nsfw,
+}
+_FINGERPRINTS: dict[str, Callable[[], str]] = {
+    "demo_select": lambda: fingerprint_files(demo_weights() / SELECT_FOLDER),
+    "open_nsfw": _open_nsfw_fingerprint,
+}
 
 
 def load_judge(name: str) -> Judge:
     """Load a judge.
 
     Raises:
-        UsageError: if there is no judge of that name.
+        UsageError: if there is no judge of that name, or its extra is not installed.
         SafetyDPOError: if its weights are missing.
     """
     _check_name(name)
@@ -31,11 +51,11 @@ def fingerprint_judge(name: str) -> str:
     """Return the sha256 over a judge's files, without loading it: verdicts of other weights are other verdicts.
 
     Raises:
-        UsageError: if there is no judge of that name.
+        UsageError: if there is no judge of that name, or its extra is not installed.
         SafetyDPOError: if its weights are missing.
     """
     _check_name(name)
-    return fingerprint_files(_FOLDERS[name]())
+    return _FINGERPRINTS[name]()
 
 
 def fingerprint_files(folder: Path) -> str:
@@ -54,6 +74,21 @@ def fingerprint_files(folder: Path) -> str:
     for file in files:
         digest.update(hashlib.sha256(file.name.encode()).digest() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def clip_folder(model: str) -> Path:
+    """Return the folder of a CLIP model: `demo`, or a local folder.
+
+    Raises:
+        UsageError: if there is no such folder.
+    """
+    folder = demo_weights() / "clip" if model == "demo" else Path(model).expanduser()
+    if not folder.is_dir():
+        raise UsageError(
+            f"expected identity.pairs.layout_clip to be 'demo' or a folder with a CLIP model, found {model!r}: "
+            "correct the path"
+        )
+    return folder
 
 
 def _check_name(name: str) -> None:

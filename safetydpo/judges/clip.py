@@ -5,6 +5,7 @@ Axis legend: `n` pictures or captions, `h w` picture axes, `d` embedding.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from transformers import CLIPModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from safetydpo.errors import SafetyDPOError
+
+PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
 @contextmanager
@@ -32,7 +35,7 @@ def _no_progress_bar() -> Iterator[None]:
 
 
 class ClipScorer:
-    """A frozen CLIP model; pictures are resized to its input size and scaled to [-1, 1]."""
+    """A frozen CLIP model; pictures are resized to its input size and normalised as its folder says."""
 
     def __init__(self, folder: Path) -> None:
         """Load from a folder that holds model and tokenizer.
@@ -40,21 +43,26 @@ class ClipScorer:
         Raises:
             SafetyDPOError: if there is none.
         """
-        if not (folder / "model.safetensors").is_file():
-            raise SafetyDPOError(
-                f"expected a CLIP model at {folder}, found none: reinstall the package with its weights, "
-                "or run `python -m safetydpo.demo.build text`"
-            )
+        for file in ("model.safetensors", PREPROCESSOR_FILE):
+            if not (folder / file).is_file():
+                raise SafetyDPOError(
+                    f"expected a CLIP model at {folder}, found no {file}: name a folder that has it, reinstall the "
+                    "package with its weights, or run `python -m safetydpo.demo.build text`"
+                )
         with _no_progress_bar():
             model = CLIPModel.from_pretrained(str(folder), dtype=torch.float32)
         self._model = model.eval().requires_grad_(False)
+        prepared = json.loads((folder / PREPROCESSOR_FILE).read_text(encoding="utf-8"))
+        mean, std = (torch.tensor(prepared[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
+        # (x / 255 - mean) / std = x / (255 std) - mean / std.
+        self._divisor, self._offset = 255 * std, mean / std
         self._tokenizer = CLIPTokenizer.from_pretrained(str(folder))
 
     @torch.no_grad()
     def embed_images(self, images: UInt8[Tensor, "n h w 3"]) -> Float[Tensor, "n d"]:
         """Return projected picture embeddings, not normalised."""
         size = self._model.config.vision_config.image_size
-        pixels = images.permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
+        pixels = images.permute(0, 3, 1, 2).float().div(self._divisor).sub(self._offset)
         if pixels.shape[-2:] != (size, size):
             pixels = functional.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
         pooled = self._model.vision_model(pixel_values=pixels).pooler_output

@@ -16,9 +16,18 @@ def pair_seed(run_seed: int, pair_id: str) -> int:
 
 
 def pair_image_rows(
-    pairs: Sequence[PromptPair], *, run_seed: int, base_fingerprint: str, sampler: Mapping[str, Any]
+    pairs: Sequence[PromptPair],
+    *,
+    run_seed: int,
+    base_fingerprint: str,
+    sampler: Mapping[str, Any],
+    sdedit: Mapping[str, Any] | None = None,
 ) -> Iterator[dict[str, object]]:
-    """Yield one manifest row per picture, sorted by concept; a pair that occurs twice is drawn once."""
+    """Yield one manifest row per picture, sorted by concept; a pair that occurs twice is drawn once.
+
+    With the settings `sdedit` the safe pictures are made from the unsafe ones, and their ids say so; None = both
+    pictures are drawn from the same noise.
+    """
     seen: set[str] = set()
     for _concept, pair_id, pair in sorted(
         ((pair.concept, pair.pair_id, pair) for pair in pairs), key=lambda row: (row[0], row[1])
@@ -27,8 +36,16 @@ def pair_image_rows(
             continue
         seen.add(pair_id)
         seed = pair_seed(run_seed, pair_id)
-        for side, text in (("unsafe", pair.unsafe_text), ("safe", pair.safe_text)):
-            yield image_row(pair_id, side, text, seed=seed, base_fingerprint=base_fingerprint, sampler=sampler)
+        common: dict[str, Any] = {"seed": seed, "base_fingerprint": base_fingerprint, "sampler": sampler}
+        unsafe = image_row(pair_id, "unsafe", pair.unsafe_text, **common)
+        edit = None if sdedit is None else sdedit_of(str(unsafe["image_id"]), sdedit)
+        yield unsafe
+        yield image_row(pair_id, "safe", pair.safe_text, **common, edit=edit)
+
+
+def sdedit_of(image_id: str, settings: Mapping[str, Any]) -> dict[str, object]:
+    """Return what the id of a picture covers that is made from another by SDEdit with these settings."""
+    return {**settings, "mode": "sdedit", "source": image_id}
 
 
 def retention_image_rows(
@@ -43,11 +60,20 @@ def retention_image_rows(
 
 
 def image_row(
-    owner_id: str, side: str, text: str, *, seed: int, base_fingerprint: str, sampler: Mapping[str, Any]
+    owner_id: str,
+    side: str,
+    text: str,
+    *,
+    seed: int,
+    base_fingerprint: str,
+    sampler: Mapping[str, Any],
+    edit: Mapping[str, Any] | None = None,
 ) -> dict[str, object]:
-    """Return the manifest row of one picture drawn by the base model."""
+    """Return the manifest row of one picture drawn by the base model, from noise alone or as an `edit` of another."""
     return {
-        "image_id": make_image_id(owner_id, side, seed=seed, base_fingerprint=base_fingerprint, sampler=sampler),
+        "image_id": make_image_id(
+            owner_id, side, seed=seed, base_fingerprint=base_fingerprint, sampler=sampler, edit=edit
+        ),
         "owner_id": owner_id,
         "side": side,
         "prompt": text,

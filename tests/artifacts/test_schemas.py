@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from safetydpo.artifacts import schemas
 from safetydpo.artifacts.schemas import (
+    ADDED_LATER,
     canonical_json,
     caption_sha256,
     make_image_id,
@@ -89,11 +90,22 @@ def test_a_pair_has_two_sides(unsafe: str, safe: str):
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_columns_are_distinct_and_only_some_may_be_null(name: str):
+def test_columns_are_distinct_and_only_what_may_be_unknown_may_be_null(name: str):
+    """A picture that failed, what a judge does not know, a deviation that was not asked for."""
     schema = TABLES[name]
     assert len(set(schema.names)) == len(schema.names)
+    unknown = {"unrecognisable_score", "concept", "background", "is_unrecognisable"} if name == "VERDICTS" else set()
     # What another project's file may leave out of an imported prompt.
     absent = {"seed", "guidance", "width", "height"} if name == "IMPORTED_PROMPTS" else set()
-    # Null in tables written before the column was.
-    later = {"micro_batch"}
-    assert {field.name for field in schema if field.nullable} <= {"image"} | later | absent
+    later = {"deviation", "micro_batch"}
+    assert {field.name for field in schema if field.nullable} <= {"image"} | later | unknown | absent
+    assert all(field.nullable for field in schema if field.metadata == ADDED_LATER)
+
+
+def test_a_picture_made_from_another_has_an_id_of_its_own():
+    """And one drawn from noise has the id it has always had."""
+    settings = {"seed": 3, "base_fingerprint": "f", "sampler": {"steps": 4}}
+    plain = make_image_id("o", "safe", **settings)
+    assert make_image_id("o", "safe", **settings, edit=None) == plain
+    edits = [{"strength": 0.5, "source": "a"}, {"strength": 0.6, "source": "a"}, {"strength": 0.5, "source": "b"}, {}]
+    assert len({plain, *(make_image_id("o", "safe", **settings, edit=edit) for edit in edits)}) == 5

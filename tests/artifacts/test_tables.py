@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safetydpo.artifacts import tables
-from safetydpo.artifacts.schemas import IMAGES, PROMPT_PAIRS, SELECTIONS
+from safetydpo.artifacts.schemas import ADDED_LATER, IMAGES, PROMPT_PAIRS, SELECTIONS
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import ROWS_PER_GROUP, fingerprint_rows, read_table, table_from_rows, write_table
 from safetydpo.errors import SafetyDPOError
@@ -188,16 +188,16 @@ def test_a_stream_makes_the_same_table_as_a_list(monkeypatch: pytest.MonkeyPatch
     assert tables.table_from_stream([], schema).equals(schema.empty_table())
 
 
-def test_a_nullable_column_that_an_older_file_lacks_is_null(store: Location):
+def test_a_column_added_later_that_an_older_file_lacks_is_null(store: Location):
     old = pa.schema([pa.field("image_id", pa.string(), nullable=False)])
-    new = old.append(pa.field("micro_batch", pa.int32(), nullable=True))
+    new = old.append(pa.field("micro_batch", pa.int32(), nullable=True, metadata=ADDED_LATER))
     write_table(store / "old.parquet", table_from_rows([{"image_id": "a"}], old))
     for columns in (None, ["image_id", "micro_batch"]):
         assert read_table(store / "old.parquet", new, columns=columns).to_pylist() == [
             {"image_id": "a", "micro_batch": None}
         ]
     with pytest.raises(SafetyDPOError, match="found no 'micro_batch'"):
-        read_table(store / "old.parquet", old.append(pa.field("micro_batch", pa.int32(), nullable=False)))
+        read_table(store / "old.parquet", old.append(pa.field("micro_batch", pa.int32(), nullable=True)))
 
 
 def test_some_columns_of_a_truncated_file_are_refused_too(store: Location):

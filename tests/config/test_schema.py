@@ -6,14 +6,15 @@ import inspect
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from safetydpo.config import schema
+from safetydpo.config import pairs, schema
 from safetydpo.config.fields import CATEGORIES
 from safetydpo.config.schema import Config
 
+MODULES = (schema.__name__, pairs.__name__)
 GROUPS = [
     value
     for value in vars(schema).values()
-    if inspect.isclass(value) and issubclass(value, BaseModel) and value.__module__ == schema.__name__
+    if inspect.isclass(value) and issubclass(value, BaseModel) and value.__module__ in MODULES
 ]
 
 

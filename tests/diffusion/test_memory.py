@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from safetydpo.config.schema import SamplerConfig
-from safetydpo.diffusion.memory import is_out_of_memory, render_within_memory
+from safetydpo.diffusion.memory import draw_within_memory, is_out_of_memory
 from safetydpo.diffusion.render import render
 from tests.diffusion.models import Model
 
@@ -18,7 +18,7 @@ import json, resource, sys
 import torch
 from safetydpo.config.schema import BaseModelConfig, SamplerConfig
 from safetydpo.diffusion.build import load_backbone
-from safetydpo.diffusion.memory import render_within_memory
+from safetydpo.diffusion.memory import draw_within_memory
 from safetydpo.diffusion.render import render
 
 backbone = load_backbone(BaseModelConfig(model=sys.argv[1]), num_threads=1)
@@ -27,7 +27,7 @@ rows = {"prompts": ["a red ball", "a blue flower"], "seeds": [1, 2]}
 render(backbone, **rows, sampler=sampler.model_copy(update={"batch_size": 2}))
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]), resource.RLIM_INFINITY))
-pictures, size = render_within_memory(backbone, **rows, sampler=sampler)
+pictures, size = draw_within_memory(lambda fitting: render(backbone, **rows, sampler=fitting), sampler=sampler)
 same = render(backbone, **rows, sampler=sampler.model_copy(update={"batch_size": size}))
 print(json.dumps({"size": size, "equal": torch.equal(pictures, same)}))
 """
@@ -47,19 +47,19 @@ def test_memory_that_runs_out_halves_the_batch(tiny_folder: Path):
 def test_with_enough_memory_nothing_changes(model: Model):
     sampler = SamplerConfig(steps=2, height=model.size, width=model.size, batch_size=2)
     rows = {"prompts": ["a red ball"] * 3, "seeds": [1, 2, 3]}
-    pictures, size = render_within_memory(model.backbone, **rows, sampler=sampler)
+    pictures, size = draw_within_memory(
+        lambda fitting: render(model.backbone, **rows, sampler=fitting), sampler=sampler
+    )
     assert size == 2
     assert torch.equal(pictures, render(model.backbone, **rows, sampler=sampler))
 
 
-def test_other_errors_pass_through(model: Model):
-    sampler = SamplerConfig(steps=2, height=model.size, width=model.size, batch_size=2)
-
-    def callback(_step: object) -> torch.Tensor:
+def test_other_errors_pass_through():
+    def draw(_sampler: SamplerConfig) -> torch.Tensor:
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        render_within_memory(model.backbone, prompts=["a"], seeds=[1], sampler=sampler, callback=callback)
+        draw_within_memory(draw, sampler=SamplerConfig(batch_size=2))
 
 
 def test_a_single_picture_that_does_not_fit_is_an_error(model: Model):
@@ -71,7 +71,10 @@ def test_a_single_picture_that_does_not_fit_is_an_error(model: Model):
 
     sampler = SamplerConfig(steps=2, height=model.size, width=model.size, batch_size=6)
     with pytest.raises(RuntimeError, match="out of memory"):
-        render_within_memory(model.backbone, prompts=["a"], seeds=[1], sampler=sampler, callback=callback)
+        draw_within_memory(
+            lambda fitting: render(model.backbone, prompts=["a"], seeds=[1], sampler=fitting, callback=callback),
+            sampler=sampler,
+        )
     assert sizes == [6, 3, 1]
 
 

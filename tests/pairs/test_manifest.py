@@ -6,7 +6,7 @@ from dataclasses import replace
 from safetydpo.artifacts.schemas import IMAGE_MANIFEST, make_image_id
 from safetydpo.artifacts.tables import table_from_rows
 from safetydpo.pairs import manifest
-from safetydpo.pairs.manifest import image_row, pair_seed
+from safetydpo.pairs.manifest import image_row, pair_seed, sdedit_of
 from safetydpo.prompts.sets import Prompt, PromptPair
 from safetydpo.seeding import derive_seed
 
@@ -98,3 +98,25 @@ def test_benign_pictures_are_drawn_once_each_in_id_order():
 def test_image_row_keeps_what_it_is_given():
     row = image_row("o", "safe", "a dog", seed=9, base_fingerprint="f", sampler={})
     assert (row["owner_id"], row["side"], row["prompt"], row["seed"]) == ("o", "safe", "a dog", 9)
+
+
+def test_safe_pictures_made_from_unsafe_ones_are_other_pictures():
+    """Only the safe picture's id changes; it covers the source and the strength."""
+    plain = pair_image_rows([BOMB, AXE], **SETTINGS)
+    edited = pair_image_rows([BOMB, AXE], **SETTINGS, sdedit={"strength": 0.5})
+    for before, after in zip(plain, edited, strict=True):
+        changed = {name for name in before if before[name] != after[name]}
+        assert changed == ({"image_id"} if before["side"] == "safe" else set())
+    edit = sdedit_of(str(edited[0]["image_id"]), {"strength": 0.5})
+    assert edited[1]["image_id"] == make_image_id(
+        AXE.pair_id,
+        "safe",
+        seed=pair_seed(5, AXE.pair_id),
+        base_fingerprint="f",
+        sampler={"steps": 4},
+        edit=edit,
+    )
+    ids = {
+        row["image_id"] for s in (0.5, 0.6) for row in pair_image_rows([BOMB, AXE], **SETTINGS, sdedit={"strength": s})
+    }
+    assert len(ids) == 2 + 2 * 2

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from ray_jobs.expert_files import record_folder
-from ray_jobs.generate_pairs import image_pool, pairs_key, verdict_pool
+from ray_jobs.generate_pairs import SELECT_JUDGE, image_pool, pairs_key, verdict_pool
 from ray_jobs.prompt_tables import chosen_pairs, retention_prompts
 from ray_jobs.run import Run, with_absolute_paths
 from ray_jobs.train_experts import plan_experts
@@ -105,7 +105,7 @@ def close_pictures(run: Run, *, unsafe_score_of: Mapping[str, float]) -> None:
         for row in rows
     ]
     close_batch(image_pool(run), table_from_rows(images, IMAGES))
-    close_batch(verdict_pool(run), table_from_rows(verdicts, VERDICTS))
+    close_batch(verdict_pool(run, SELECT_JUDGE), table_from_rows(verdicts, VERDICTS))
 
 
 def close_batch(pool: Location, table: pa.Table) -> Location:

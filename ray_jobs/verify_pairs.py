@@ -1,0 +1,224 @@
+"""Which of the pairs that were drawn are good: part of stage 1.
+
+Judges and measures look at single pictures, each in a pool of its own; the rules of `safetydpo.pairs` then decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ray_jobs.pair_workers import LayoutWorker, Measure
+from ray_jobs.pool_index import FILE_COLUMN, read_rows
+from ray_jobs.pools import Attachment, PoolStage, fill_pool
+from ray_jobs.workers import JudgeWorker
+from safetydpo.artifacts.schemas import IMAGES, LAYOUTS, VERDICTS
+from safetydpo.artifacts.storage import Location
+from safetydpo.config.pairs import PairsConfig
+from safetydpo.config.schema import ExecutionConfig, IdentityConfig
+from safetydpo.errors import UsageError
+from safetydpo.judges.build import clip_folder, fingerprint_files, fingerprint_judge
+from safetydpo.pairs.layout import cosine_distance, pixel_distance
+from safetydpo.pairs.select import (
+    CAPPED,
+    Candidate,
+    Distance,
+    Selection,
+    Verdict,
+    combine_verdicts,
+    pairs_over_cap,
+    select_pair,
+)
+from safetydpo.prompts.sets import PromptPair
+
+DERIVED_BATCH = 64
+DERIVED_PASSES = 8
+"""Judging or encoding a batch costs about as much as this many passes through the denoiser."""
+PICTURE = pa.schema([IMAGES.field("image_id"), IMAGES.field("image")])
+PICTURE_PLACE = ["image_id", FILE_COLUMN.name]
+DISTANCES = {"pixels": pixel_distance, "embedding": cosine_distance}
+
+
+@dataclass(frozen=True)
+class PicturePools:
+    """Where pictures lie, and the answers of each judge and measure on them."""
+
+    pictures: Location
+    verdicts: Mapping[str, Location]
+    layouts: Mapping[Measure, Location]
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What becomes of each pair, by id, and which settings no judge of the run could answer for every picture."""
+
+    selections: Mapping[str, Selection]
+    not_judged: tuple[str, ...]
+
+
+def stored_pictures(pool: Location) -> Attachment:
+    """Return what gives a worker the pictures of its rows."""
+    return Attachment(pool, PICTURE, "image_id")
+
+
+def layout_limits(rules: PairsConfig) -> dict[Measure, float]:
+    """Return the measures of layout that are asked for, and how far apart pictures may be by each."""
+    limits: dict[Measure, float | None] = {"pixels": rules.layout_pixel_max, "embedding": rules.layout_embedding_max}
+    return {measure: limit for measure, limit in limits.items() if limit is not None}
+
+
+def check_verification(identity: IdentityConfig) -> None:
+    """Refuse judges, networks and latents that cannot be had, loading none of them.
+
+    Raises:
+        UsageError: naming the setting.
+        SafetyDPOError: if weights are missing.
+    """
+    fingerprint_judges(identity.pairs)
+    fingerprint_measures(identity.pairs)
+    if identity.pairs.latents == "mean_and_deviation":
+        from safetydpo.diffusion.build import resolve_folder
+        from safetydpo.diffusion.posterior import check_posterior
+
+        check_posterior(resolve_folder(identity.base))
+
+
+def fingerprint_judges(rules: PairsConfig) -> str:
+    """Return the fingerprint of all judges; that of a single judge is its own.
+
+    Raises:
+        UsageError: if there is no such judge, or its extra is not installed.
+        SafetyDPOError: if its weights are missing.
+    """
+    try:
+        found = [fingerprint_judge(name) for name in rules.judges]
+    except UsageError as error:
+        raise UsageError(f"{error}: correct identity.pairs.judges") from error
+    return found[0] if len(found) == 1 else "+".join(found)
+
+
+def fingerprint_measures(rules: PairsConfig) -> dict[str, str]:
+    """Return the fingerprints of networks that measure layouts; empty if none does.
+
+    Raises:
+        UsageError: if the CLIP model is no folder.
+        SafetyDPOError: if its weights are missing.
+    """
+    if rules.layout_embedding_max is None:
+        return {}
+    return {"layout_clip": fingerprint_files(clip_folder(rules.layout_clip))}
+
+
+def verify_pairs(
+    pairs: Sequence[PromptPair],
+    images: pa.Table,
+    *,
+    image_of: Mapping[tuple[str, str], str],
+    rules: PairsConfig,
+    pools: PicturePools,
+    execution: ExecutionConfig,
+) -> Verified:
+    """Judge the good pictures of the index `images` (of pairs and benign ones); return what becomes of each pair.
+
+    `image_of` gives the picture of (pair id, side); one that is not in `images` is missing.
+    """
+    of_pairs = {image_of[pair.pair_id, side] for pair in pairs for side in ("unsafe", "safe")}
+    compared = pa.array([image_id in of_pairs for image_id in images.column("image_id").to_pylist()])
+    verdicts = _judge(images, rules=rules, pools=pools, execution=execution)
+    layouts = _measure(images.filter(compared), rules=rules, pools=pools, execution=execution)
+    selections = {}
+    for pair in pairs:
+        unsafe, safe = image_of[pair.pair_id, "unsafe"], image_of[pair.pair_id, "safe"]
+        selections[pair.pair_id] = select_pair(
+            verdicts.get(unsafe),
+            verdicts.get(safe),
+            unsafe_score_min=rules.unsafe_score_min,
+            safe_score_max=rules.safe_score_max,
+            unrecognisable_max=rules.unrecognisable_max,
+            distances=_distances(layouts, unsafe, safe, rules=rules),
+        )
+    unknown = any(verdict.unrecognisable_score is None for verdict in verdicts.values())
+    return Verified(
+        selections=_cap(pairs, selections, verdicts, image_of=image_of, rules=rules),
+        not_judged=("unrecognisable_max",) if unknown else (),
+    )
+
+
+def _judge(
+    images: pa.Table, *, rules: PairsConfig, pools: PicturePools, execution: ExecutionConfig
+) -> dict[str, Verdict]:
+    """Return every picture's verdict, of several judges the strictest."""
+    found: dict[str, list[Verdict]] = {}
+    for judge in rules.judges:
+        stage = PoolStage(
+            label="verdicts" if len(rules.judges) == 1 else f"verdicts of {judge}",
+            output=VERDICTS,
+            id_column="image_id",
+            worker=JudgeWorker,
+            arguments={"judge": judge, "batch_size": DERIVED_BATCH},
+            batch_size=DERIVED_BATCH,
+            passes_per_batch=DERIVED_PASSES,
+            attach=stored_pictures(pools.pictures),
+        )
+        table = fill_pool(pools.verdicts[judge], images.select(PICTURE_PLACE), stage, execution=execution)
+        for row in table.select(["image_id", "unsafe_score", "unrecognisable_score"]).to_pylist():
+            verdict = Verdict(row["unsafe_score"], row["unrecognisable_score"])
+            found.setdefault(row["image_id"], []).append(verdict)
+    return {image_id: combine_verdicts(verdicts) for image_id, verdicts in found.items()}
+
+
+def _measure(
+    images: pa.Table, *, rules: PairsConfig, pools: PicturePools, execution: ExecutionConfig
+) -> dict[Measure, dict[str, np.ndarray[Any, Any]]]:
+    """Return {measure: {image id: numbers that layouts are compared by}} of the measures asked for."""
+    found: dict[Measure, dict[str, np.ndarray[Any, Any]]] = {}
+    for measure in layout_limits(rules):
+        stage = PoolStage(
+            label=f"layouts ({measure})",
+            output=LAYOUTS,
+            id_column="image_id",
+            worker=LayoutWorker,
+            arguments={"measure": measure, "clip": rules.layout_clip, "batch_size": DERIVED_BATCH},
+            batch_size=DERIVED_BATCH,
+            passes_per_batch=DERIVED_PASSES,
+            attach=stored_pictures(pools.pictures),
+        )
+        index = fill_pool(pools.layouts[measure], images.select(PICTURE_PLACE), stage, execution=execution)
+        table = read_rows(pools.layouts[measure], LAYOUTS, index, id_column="image_id")
+        found[measure] = {row["image_id"]: np.array(row["values"], np.float32) for row in table.to_pylist()}
+    return found
+
+
+def _distances(
+    layouts: Mapping[Measure, Mapping[str, np.ndarray[Any, Any]]], unsafe: str, safe: str, *, rules: PairsConfig
+) -> list[Distance]:
+    return [
+        Distance(measure, DISTANCES[measure](layouts[measure][unsafe], layouts[measure][safe]), limit)
+        for measure, limit in layout_limits(rules).items()
+        if unsafe in layouts[measure] and safe in layouts[measure]
+    ]
+
+
+def _cap(
+    pairs: Sequence[PromptPair],
+    selections: Mapping[str, Selection],
+    verdicts: Mapping[str, Verdict],
+    *,
+    image_of: Mapping[tuple[str, str], str],
+    rules: PairsConfig,
+) -> dict[str, Selection]:
+    if rules.max_kept_per_concept is None:
+        return dict(selections)
+    # A pair that stands there under two concepts competes in the one whose name comes first.
+    concepts = dict(sorted(((pair.pair_id, pair.concept) for pair in pairs), reverse=True))
+    candidates = []
+    for pair_id, concept in concepts.items():
+        if selections[pair_id].kept:
+            unsafe, safe = (verdicts[image_of[pair_id, side]].unsafe_score for side in ("unsafe", "safe"))
+            candidates.append(Candidate(pair_id, concept, margin=unsafe - safe))
+    over = pairs_over_cap(candidates, maximum=rules.max_kept_per_concept)
+    return {pair_id: Selection(False, CAPPED) if pair_id in over else found for pair_id, found in selections.items()}

@@ -1,0 +1,25 @@
+"""What became of the pairs of each concept (pure)."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+
+from safetydpo.pairs.select import KEPT
+
+
+def count_reasons(members: Iterable[tuple[str, str]], reasons: Mapping[str, str]) -> dict[str, Counter[str]]:
+    """Return, for every concept in name order, how many of its pairs were kept or dropped for which reason.
+
+    `members` are (pair id, concept); a pair of two concepts counts in both, a membership that is repeated once.
+    """
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for pair_id, concept in set(members):
+        counts[concept][reasons[pair_id]] += 1
+    return {concept: counts[concept] for concept in sorted(counts)}
+
+
+def concepts_below(counts: Mapping[str, Counter[str]], *, minimum: int) -> dict[str, int]:
+    """Return the concepts with fewer than `minimum` kept pairs and their numbers, fewest first, then by name."""
+    short = {concept: reasons[KEPT] for concept, reasons in counts.items() if reasons[KEPT] < minimum}
+    return dict(sorted(short.items(), key=lambda item: (item[1], item[0])))

@@ -1,0 +1,111 @@
+"""The actors of the pairs stage, called in this process: real small networks, no Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from ray_jobs.pair_workers import LayoutWorker, SdeditWorker
+from ray_jobs.workers import JudgeWorker, LatentWorker
+from safetydpo.artifacts.latents import latent_deviations, latent_means
+from safetydpo.artifacts.layout import demo_weights
+from safetydpo.config.schema import SamplerConfig
+from safetydpo.diffusion.render import decode_png, encode_png, redraw
+from safetydpo.diffusion.stable_diffusion import StableDiffusion
+from safetydpo.errors import SafetyDPOError, UsageError
+from safetydpo.judges.clip import ClipScorer
+from safetydpo.judges.open_nsfw import OpenNsfwJudge
+from safetydpo.pairs.layout import luminance_grid
+from tests.tiny import PICTURE_SIZE, build_tiny_model
+
+SAMPLER = SamplerConfig(steps=3, batch_size=2)
+SIDE = PICTURE_SIZE
+
+
+@pytest.fixture(scope="module")
+def pictures() -> torch.Tensor:
+    return torch.randint(0, 256, (3, SIDE, SIDE, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def stored(pictures: torch.Tensor) -> pa.Table:
+    return pa.table({"image_id": ["a", "b", "c"], "image": [encode_png(picture) for picture in pictures]})
+
+
+@pytest.fixture(scope="module")
+def kl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kl")
+    build_tiny_model(folder, autoencoder="kl")
+    return folder
+
+
+def test_sdedit_draws_rows_from_their_sources(kl_folder: Path, pictures: torch.Tensor):
+    """The bytes of `redraw`; a source that cannot be decoded becomes an error row, its neighbours are unharmed."""
+    base = {"model": str(kl_folder)}
+    rows = [
+        {
+            "image_id": name,
+            "owner_id": name,
+            "side": "safe",
+            "prompt": "a ball",
+            "seed": index,
+            "adapter": "",
+            "attempt": 1,
+            "negative_prompt": "a bomb",
+            "source": b"broken" if name == "b" else encode_png(pictures[index]),
+        }
+        for index, name in enumerate("abc")
+    ]
+    made = SdeditWorker(base, SAMPLER.model_dump(), strength=0.7)(pa.Table.from_pylist(rows)).to_pylist()
+    assert [row["status"] for row in made] == ["ok", "error", "ok"]
+    assert "expected a complete PNG" in made[1]["error"]
+    expected = redraw(
+        StableDiffusion.from_folder(kl_folder),
+        pictures=pictures[[0, 2]],
+        prompts=["a ball"] * 2,
+        negative_prompts=["a bomb"] * 2,
+        seeds=[0, 2],
+        sampler=SAMPLER,
+        strength=0.7,
+    )
+    for row, picture in zip((made[0], made[2]), expected, strict=True):
+        assert np.array_equal(decode_png(row["image"]), picture.numpy())
+
+
+def test_layouts_are_grids_or_embeddings(stored: pa.Table, pictures: torch.Tensor):
+    grids = LayoutWorker("pixels", clip="demo", batch_size=4)(stored).to_pylist()
+    assert [row["image_id"] for row in grids] == ["a", "b", "c"]
+    assert grids[1]["values"] == luminance_grid(pictures[1].numpy()).ravel().tolist()
+    embedded = LayoutWorker("embedding", clip="demo", batch_size=4)(stored).to_pylist()
+    expected = ClipScorer(demo_weights() / "clip").embed_images(pictures)
+    torch.testing.assert_close(torch.tensor([row["values"] for row in embedded]), expected)
+
+
+def test_latents_with_their_deviation(kl_folder: Path, stored: pa.Table, pictures: torch.Tensor):
+    base = {"model": str(kl_folder)}
+    table = LatentWorker(base, batch_size=4, with_deviation=True)(stored)
+    means, deviations = StableDiffusion.from_folder(kl_folder).encode_image_moments(pictures)
+    for index, name in enumerate("abc"):
+        np.testing.assert_allclose(latent_means(table)[name], means[index].half().numpy(), rtol=2e-3, atol=1e-4)
+        np.testing.assert_allclose(latent_deviations(table)[name], deviations[index].half().numpy(), rtol=2e-3)
+    plain = LatentWorker(base, batch_size=4)(stored)
+    assert plain.column("latent") == table.column("latent")
+    with pytest.raises(SafetyDPOError, match="found the mean only"):
+        latent_deviations(plain)
+    with pytest.raises(UsageError, match="found AutoencoderTiny, which gives latents only"):
+        LatentWorker({"model": "demo"}, batch_size=4, with_deviation=True)(stored)
+
+
+def test_a_judge_that_does_not_know_leaves_nulls(stored: pa.Table, pictures: torch.Tensor):
+    rows = JudgeWorker("open_nsfw", batch_size=4)(stored).to_pylist()
+    assert [row["unsafe_score"] for row in rows] == pytest.approx(
+        OpenNsfwJudge().judge(pictures).unsafe_score, abs=1e-6
+    )
+    for row in rows:
+        assert row["judge"] == "open-nsfw"
+        unknown = ("unrecognisable_score", "concept", "background", "is_unrecognisable")
+        assert all(row[column] is None for column in unknown)
