@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from safetydpo.artifacts.object_store import worker_variables
 from safetydpo.config.schema import Config, ExecutionConfig
 from safetydpo.errors import UsageError
 
@@ -76,7 +77,7 @@ def needs_distillation(config: Config) -> bool:
 
 def _initialise(config: Config) -> None:
     execution = config.execution
-    environment = dict(_WORKER_ENVIRONMENT)
+    environment = {**_WORKER_ENVIRONMENT, **worker_variables()}
     if execution.gpus_per_worker > 0:
         environment.pop("DS_ACCELERATOR")
     for name, value in _DRIVER_ENVIRONMENT.items():

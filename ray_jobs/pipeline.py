@@ -90,11 +90,15 @@ def check_request(run: Run) -> None:
 
 
 def _check_places(run: Run) -> None:
+    for location in (run.store, run.run_dir):
+        location.check_reachable()
     if run.run_dir.is_file():
         raise UsageError(
             f"expected a folder or nothing at {run.run_dir} (execution.run_dir), found a file: choose another"
         )
     source = run.config.identity.prompts.source
+    if source != "demo":
+        open_location(source).check_reachable()
     if source != "demo" and not open_location(source).is_folder():
         found = "a file" if open_location(source).is_file() else "nothing"
         raise UsageError(
