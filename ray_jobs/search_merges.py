@@ -215,6 +215,9 @@ class TrialLog:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the finished trials in order."""
+        # On an object store the folder is there with its first trial.
+        if not self.folder.is_folder():
+            return []
         return sorted(read_table(self.folder, TRIALS).to_pylist(), key=lambda row: row["trial"])
 
     def find(self, candidate: Candidate) -> dict[str, Any] | None:

@@ -10,10 +10,10 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import pyarrow.fs as pafs
 
 ACCESS_KEY = "test-access-key-7f3a"
 SECRET_KEY = "test-secret-key-c91e"
@@ -84,11 +84,19 @@ class S3Server:
         return [str(weed), "-logtostderr", "mini", *(f"-{name}={value}" for name, value in flags.items())]
 
     def _is_ready(self) -> bool:
-        # A refused look says that the S3 part runs; a bucket is there a moment later.
+        """Whether it takes objects: its parts find each other, and make the bucket, after the port has opened."""
+        filesystem = pafs.S3FileSystem(
+            access_key=ACCESS_KEY,
+            secret_key=SECRET_KEY,
+            endpoint_override=self.endpoint.removeprefix("http://"),
+            scheme="http",
+            region="us-east-1",
+            retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=0),
+        )
         try:
-            urllib.request.urlopen(self.endpoint, timeout=2)
-        except urllib.error.HTTPError as error:
-            return error.code == 403 and (self.folder / "data").exists()
+            # Dotted, so that no listing of ours shows it.
+            with filesystem.open_output_stream(f"{BUCKET}/.ready") as stream:
+                stream.write(b"ready")
         except OSError:
             return False
         return True

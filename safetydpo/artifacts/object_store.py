@@ -69,7 +69,7 @@ def open_s3(address: str) -> tuple[PatientS3, str]:
         UsageError: if the address names no bucket or holds more than bucket and prefix, or the endpoint is no URL.
         SafetyDPOError: if neither region nor endpoint is set and Amazon does not say where the bucket is.
     """
-    path = address.removeprefix("s3://").strip("/")
+    path = address.removeprefix("s3://").rstrip("/")
     bucket = path.split("/")[0]
     # An address may be `s3://KEY:SECRET@bucket`: from here on no message repeats it before this was ruled out.
     if "@" in bucket or ":" in bucket:

@@ -196,6 +196,32 @@ class Location:
                 with self.filesystem.open_output_stream(self.path) as stream:
                     stream.write(data)
 
+    @contextmanager
+    def stream_out(self) -> Iterator[pa.NativeFile]:
+        """Open the file for writing piece by piece; use it in a `with` block.
+
+        A part may be seen before the end: write into a folder that does not count yet.
+
+        Raises:
+            SafetyDPOError: if the disk is full or the place is not writable.
+        """
+        with self._writing("write to"):
+            with self.filesystem.open_output_stream(self.path) as stream:
+                yield stream
+            if self.is_local:
+                with open(self.path, "rb") as written:
+                    os.fsync(written.fileno())
+
+    def rename_folder(self, target: Location) -> None:
+        """Give a local folder the place of `target`, which is absent or empty, in one step.
+
+        Raises:
+            SafetyDPOError: if either is not local, or the target has come to hold something.
+        """
+        source, wanted = self.local_path, target.local_path
+        with target._writing("make the folder"):
+            os.rename(source, wanted)
+
     def _write_local(self, data: bytes) -> None:
         target = Path(self.path)
         target.parent.mkdir(parents=True, exist_ok=True)
