@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +133,51 @@ def test_equal_pairs_give_equal_files_wherever_their_pictures_lie(store: Locatio
     write(store, folder, outs[1])
     first, second = ([file.read_bytes() for file in out.walk()] for out in outs)
     assert first == second
+
+
+PEAK = """
+import re, sys
+from safetydpo.artifacts.storage import open_location
+from safetydpo.pairs.export import Layout, write_dataset
+from safetydpo.pairs.kept import read_kept_pairs
+from safetydpo.pairs.stored_pictures import PictureIndex
+store, out = (open_location(path) for path in sys.argv[1:])
+pairs = read_kept_pairs((store / "pairs").list()[0])
+def peak():
+    # Not getrusage: its peak begins with that of the parent process.
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+before = peak()
+write_dataset(out, pairs, PictureIndex(store), layout=Layout.PREFERENCE, card="", shard_bytes=20_000_000)
+print(peak() - before)
+"""
+
+
+def peak_kilobytes(folder: Path, num_pairs: int, picture_bytes: int) -> int:
+    """Return what the export of so many pairs adds to the memory of a process of its own, at most."""
+    store = open_location(str(folder / "store"))
+    pairs = [MadePair(number) for number in range(num_pairs)]
+    draw = np.random.default_rng(0)
+    for first in range(0, num_pairs, 128):
+        rows = []
+        for pair in pairs[first : first + 128]:
+            for side in ("unsafe", "safe"):
+                data = draw.bytes(picture_bytes)
+                content = {"image": data, "sha256": hashlib.sha256(data).hexdigest()}
+                rows.append({**failed_row(pair, side), "status": "ok", **content})
+        close_batch(store, f"batch-{first}", rows)
+    close_pairs(store, pairs)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, store.path, str(folder / "out")], capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
+
+
+def test_memory_does_not_grow_with_the_pictures(tmp_path: Path):
+    """19 MB of pictures, then 115 MB: a sixth of the difference would already be too much."""
+    few = peak_kilobytes(tmp_path / "few", 160, 60_000)
+    many = peak_kilobytes(tmp_path / "many", 960, 60_000)
+    assert few > 5_000, "the peak is not seen"
+    assert many - few < 16_000, (few, many)
 
 
 def test_counts_of_kept_and_dropped(folder: Location):
