@@ -125,10 +125,14 @@ def refuse_existing(out: Location) -> None:
     """
     if out.is_file():
         raise UsageError(f"expected nothing or an empty folder at {out}, found a file: choose another folder")
-    if out.exists() and (found := list(out.walk()) or out.list()):
+    if not out.exists():
+        return
+    # Hidden files too: a folder with one of them cannot be replaced.
+    found = len(list(out.local_path.rglob("*"))) if out.is_local else len(list(out.walk()))
+    if found:
         half = "" if out.is_local or (out / CARD_FILE).is_file() else f" and no {CARD_FILE}: an export that was killed"
         raise UsageError(
-            f"expected nothing or an empty folder at {out}, found {len(found)} files{half}; choose another folder, or "
+            f"expected nothing or an empty folder at {out}, found {found} files{half}; choose another folder, or "
             "delete that one first"
         )
 

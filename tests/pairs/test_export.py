@@ -199,6 +199,11 @@ def test_a_place_where_something_stands_is_refused(store: Location, folder: Loca
     assert [file.name for file in out.walk()] == ["mine.txt"]
     with pytest.raises(UsageError, match="expected nothing or an empty folder at .*mine.txt, found a file: choose"):
         refuse_existing(out / "mine.txt")
+    (out / "mine.txt").local_path.rename(out.local_path / ".hidden")
+    with pytest.raises(
+        UsageError, match="expected nothing or an empty folder at .*/out, found 1 files; choose another"
+    ):
+        refuse_existing(out)
 
 
 def test_an_empty_folder_is_taken(store: Location, folder: Location, tmp_path: Path):
