@@ -115,9 +115,3 @@ def test_words_that_nobody_knows(command: Command, tmp_path: Path, option: str, 
     seen = command("export-pairs", "--out", f"{tmp_path}/out", option, value)
     seen.assert_one_line(message, code=2)
     assert "hush" not in seen.err
-
-
-def test_a_store_in_a_bucket_that_is_not_there(command: Command, s3_store: Location):
-    for stage, *options in (("pairs",), ("export-pairs", "--out", f"s3://{s3_store.path}/out")):
-        seen = command(stage, "store=s3://no-such-bucket/x", *options)
-        seen.assert_one_line("expected to list s3://no-such-bucket/x", "NO_SUCH_BUCKET", "create the bucket", code=1)
