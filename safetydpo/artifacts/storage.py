@@ -98,7 +98,7 @@ class Location:
         try:
             yield
         except OSError as error:
-            remedy = s3_remedy(str(error)) or "mend that"
+            remedy = s3_remedy(str(error)) or "mend the cause"
             raise SafetyDPOError(
                 f"expected {action} {self}, found: {one_line(error)}; {remedy}, then run the same command again"
             ) from error

@@ -117,6 +117,29 @@ def test_a_folder_below_a_file(store: Location):
         (store / "a" / "b").make_folder()
 
 
+def test_listing_a_file(store: Location):
+    (store / "a").write_bytes(b"x")
+    with pytest.raises(SafetyDPOError, match=r"expected to list .*/a, found: .*; mend the cause, then run the same"):
+        (store / "a").list()
+
+
+def test_writing_piece_by_piece_and_renaming_a_folder(store: Location):
+    with ((store / "new").make_folder() / "x").stream_out() as stream:
+        stream.write(b"12")
+        stream.write(b"3")
+    (store / "new").rename_folder(store / "named")
+    assert (store / "named/x").read_bytes() == b"123"
+    assert not (store / "new").exists()
+    (store / "other/y").write_bytes(b"")
+    with pytest.raises(SafetyDPOError, match=r"expected to make the folder .*/named, found: .*not empty"):
+        (store / "other").rename_folder(store / "named")
+    with (
+        pytest.raises(SafetyDPOError, match=r"expected to write to .*/gone/x, found: "),
+        (store / "gone/x").stream_out() as stream,
+    ):
+        pass
+
+
 def test_the_folder_above(store: Location):
     assert (store / "a/b").parent == store / "a"
 
