@@ -14,7 +14,7 @@ from safetydpo.artifacts.records import Record
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.config.load import load_config
 from safetydpo.config.schema import Config
-from safetydpo.errors import UsageError
+from safetydpo.errors import SafetyDPOError, UsageError
 
 STAGES = ("pairs", "train", "merge", "search", "evaluate", "report")
 Result = TypeVar("Result")
@@ -109,14 +109,18 @@ def _check_places(run: Run) -> None:
 
 def _timed(run: Run, stage: str, work: Callable[[], None]) -> None:
     started, made = time.time(), len(run.made)
-    finished = False
     try:
         work()
-        finished = True
-    finally:
-        # A look at closed artifacts is no work; adding it up would make every repeat look slower.
-        if len(run.made) > made or not finished or stage not in run.seconds():
+    except BaseException as error:
+        try:
             run.add_seconds(stage, time.time() - started)
+        except SafetyDPOError as second:
+            # Where the stage's place is gone, its time cannot be kept either; the first error says more.
+            error.add_note(str(second))
+        raise
+    # A look at closed artifacts is no work; adding it up would make every repeat look slower.
+    if len(run.made) > made or stage not in run.seconds():
+        run.add_seconds(stage, time.time() - started)
 
 
 def _pairs(chain: Chain) -> None:
