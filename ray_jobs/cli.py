@@ -106,6 +106,24 @@ def evidence(
     run_evidence(loaded, seed=seed, row=row, minutes=minutes, only_list=list_units, only_tables=tables)
 
 
+@app.command("export-pairs")
+def export_pairs(
+    config: ConfigFile,
+    out: Annotated[str, typer.Option(help="Folder or s3:// prefix; absent or empty.", show_default=False)],
+    settings: Settings = None,
+    layout: Annotated[str, typer.Option(help="Names of the columns: preference or diffusion-dpo.")] = "preference",
+    pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="With the pictures or without.")] = True,
+    name: Annotated[
+        str | None, typer.Option(help="Name on the card; the config's name and -pairs if left out.")
+    ] = None,
+    licence: Annotated[str, typer.Option(help="The hub's word for it, such as cc-by-4.0.")] = "unknown",
+) -> None:
+    """Write a run's kept pairs as a folder for `datasets.load_dataset`, with a card."""
+    from ray_jobs.export_command import export_pairs
+
+    export_pairs(config, settings or [], out=out, layout=layout, with_pictures=pictures, name=name, licence=licence)
+
+
 @app.command()
 def doctor() -> None:
     """Check this machine: Python, packages, compiler, font, memory, cores."""

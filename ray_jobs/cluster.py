@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from safetydpo.artifacts.object_store import SECRET_VARIABLES, worker_variables
 from safetydpo.config.schema import Config, ExecutionConfig
 from safetydpo.errors import UsageError
 
@@ -78,7 +79,7 @@ def needs_distillation(config: Config) -> bool:
 
 def _initialise(config: Config) -> None:
     execution = config.execution
-    environment = dict(_WORKER_ENVIRONMENT)
+    environment = {**_WORKER_ENVIRONMENT, **worker_variables()}
     if execution.gpus_per_worker > 0:
         environment.pop("DS_ACCELERATOR")
     for name, value in _DRIVER_ENVIRONMENT.items():
@@ -197,6 +198,16 @@ def check_resources(
                 f"expected {needed:g} {resource}s ({setting} {num_workers} x execution.{name} {per_worker:g}{rest}), "
                 f"found {found:g} in the cluster: lower either, or add nodes"
             )
+
+
+def keep_credentials_from_trials() -> None:
+    """Stop Ray Tune from handing this process's S3 credentials to trials: Ray writes into its logs what it hands on.
+
+    Trials find their own, as all other workers do.
+    """
+    from ray.tune.execution import class_cache
+
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(SECRET_VARIABLES)
 
 
 def disconnect() -> None:

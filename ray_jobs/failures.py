@@ -17,6 +17,7 @@ AGAIN = "then run the same command again"
 # Ray hands some errors on as text only: the traceback of a worker, whose last line of ours is the one to show.
 _OURS = re.compile(r"^\s*safetydpo\.errors\.(SafetyDPOError|UsageError): (.+)$", re.MULTILINE)
 _FULL_DISK = re.compile(r"No space left on device|Disk quota exceeded|disk is full", re.IGNORECASE)
+_S3_ERROR = re.compile(r"[^\n:]*: AWS Error [^\n]*")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _LAST_LINE = re.compile(r"^[\w.]+(Error|Exception)\b.*", re.MULTILINE)
 _MAX_LENGTH = 900
@@ -69,6 +70,9 @@ def explain(error: BaseException) -> SafetyDPOError:
 
 
 def _system_message(causes: list[BaseException], names: set[str], text: str) -> str:
+    # Here, not above: `--help` need not load the libraries behind it.
+    from safetydpo.artifacts.object_store import one_line, s3_remedy
+
     last = causes[-1]
     full = any(isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) for cause in causes)
     if full or names & {"OutOfDiskError"} or _FULL_DISK.search(text):
@@ -79,6 +83,11 @@ def _system_message(causes: list[BaseException], names: set[str], text: str) -> 
             f"expected room for what this stage writes, found a full disk{place} (No space left on device): "
             f"free space or set another execution.store, {AGAIN}"
         )
+    remedy = s3_remedy(text)
+    if remedy is not None:
+        told = _S3_ERROR.search(text)
+        said = one_line(OSError(told[0])) if told else _found(last)
+        return f"expected an answer from the object store of execution.store, found: {said}; {remedy}, {AGAIN}"
     if names & {"OutOfMemoryError", "ObjectStoreFullError", "MemoryError"}:
         return (
             f"expected enough memory, found {_found(last)}: lower execution.num_workers or "

@@ -14,7 +14,7 @@ from safetydpo.artifacts.records import Record
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.config.load import load_config
 from safetydpo.config.schema import Config
-from safetydpo.errors import UsageError
+from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.prompts.imported import is_imported
 
 STAGES = ("pairs", "train", "merge", "search", "evaluate", "report")
@@ -94,14 +94,20 @@ def check_request(run: Run) -> None:
 
 
 def _check_places(run: Run) -> None:
+    for location in (run.store, run.run_dir):
+        location.check_reachable()
     if run.run_dir.is_file():
         raise UsageError(
             f"expected a folder or nothing at {run.run_dir} (execution.run_dir), found a file: choose another"
         )
     source = run.config.identity.prompts.source
-    if source == "demo" or open_location(source).is_folder() or is_imported(open_location(source)):
+    if source == "demo":
         return
-    found = "a file" if open_location(source).is_file() else "nothing"
+    place = open_location(source)
+    place.check_reachable()
+    if place.is_folder() or is_imported(place):
+        return
+    found = "a file" if place.is_file() else "nothing"
     raise UsageError(
         f"expected a folder of prompts at {source} (identity.prompts.source), found {found}: name one with "
         "prompt_pairs.parquet, memberships.parquet and prompts.parquet, a file made by `safetydpo prompts import`, "
@@ -111,14 +117,18 @@ def _check_places(run: Run) -> None:
 
 def _timed(run: Run, stage: str, work: Callable[[], None]) -> None:
     started, made = time.time(), len(run.made)
-    finished = False
     try:
         work()
-        finished = True
-    finally:
-        # A look at closed artifacts is no work; adding it up would make every repeat look slower.
-        if len(run.made) > made or not finished or stage not in run.seconds():
+    except BaseException as error:
+        try:
             run.add_seconds(stage, time.time() - started)
+        except SafetyDPOError as second:
+            # Where the stage's place is gone, its time cannot be kept either; the first error says more.
+            error.add_note(str(second))
+        raise
+    # A look at closed artifacts is no work; adding it up would make every repeat look slower.
+    if len(run.made) > made or stage not in run.seconds():
+        run.add_seconds(stage, time.time() - started)
 
 
 def _pairs(chain: Chain) -> None:

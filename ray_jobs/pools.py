@@ -258,6 +258,8 @@ def _checkpointing(folder: Location, id_column: str) -> Iterator[None]:
         # The second version starts an actor to read the footer of what is always one small file.
         "use_datasource_v2": False,
         "execution_no_progress_timeout_s": NO_PROGRESS_SECONDS,
+        # The file system waits for an object store that is gone (artifacts/object_store.py); Ray would do it ten times.
+        "retried_io_errors": [],
         # Actors that die (a lost node, out of memory) are started again; Ray's defaults give up at once.
         "retried_map_errors": True,
         "max_map_retries": 2,

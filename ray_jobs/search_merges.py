@@ -16,7 +16,7 @@ import ray
 from ray import tune
 from ray.tune.search import Searcher
 
-from ray_jobs.cluster import connect, ray_state_folder, workers_for
+from ray_jobs.cluster import connect, keep_credentials_from_trials, ray_state_folder, workers_for
 from ray_jobs.expert_files import MergeAids, expert_folders
 from ray_jobs.generate_pairs import SELECT_JUDGE
 from ray_jobs.merge_evaluator import MergeEvaluator
@@ -215,6 +215,9 @@ class TrialLog:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the finished trials in order."""
+        # On an object store the folder is there with its first trial.
+        if not self.folder.is_folder():
+            return []
         return sorted(read_table(self.folder, TRIALS).to_pylist(), key=lambda row: row["trial"])
 
     def find(self, candidate: Candidate) -> dict[str, Any] | None:
@@ -323,6 +326,7 @@ def _run_tune(
     sampler = run.config.identity.sampler
     passes = -(-len(evaluator["prompts"]) // sampler.batch_size) * sampler.steps
     with progress_bar("merge candidates", total=study.num_trials, done=done) as board, ray_state_folder() as state:
+        keep_credentials_from_trials()
         tuner = tune.Tuner(
             tune.with_resources(MergeTrial, resources),
             param_space={"evaluator": dict(evaluator), "base_rates": dict(base), "board": board},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 from safetydpo.artifacts.storage import Location, open_location
+from tests.s3_server import BUCKET, S3Server
 
 # Every call of these checks its tensors against the annotated axes. Not listed, because beartype refuses to decorate
 # functions that take `Backbone` or `Engine`, Protocols that are not runtime-checkable: `dpo.step`, `dpo.trainer`,
@@ -56,6 +58,24 @@ def root() -> Path:
 def store(tmp_path: Path) -> Location:
     """An empty local store."""
     return open_location(str(tmp_path / "store"))
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One S3 server for all tests that only read and write; those that kill it start their own."""
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def s3_store(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Location:
+    """An empty store in its bucket; the environment leads there."""
+    for name, value in s3_server.variables.items():
+        monkeypatch.setenv(name, value)
+    return open_location(f"s3://{BUCKET}/{tmp_path.name}/store")
 
 
 # Equal bytes are promised for a pinned number of threads, which is 1 per worker unless the config says otherwise.

@@ -2,6 +2,9 @@
 
 A `Location` is a path that may or may not exist. Writes are all-or-nothing: local files are written beside
 their target, flushed to disk and renamed; object stores publish an object only when its upload is complete.
+
+An object store knows objects only. A folder stands there as long as an object lies below it: what is left of an emptied
+one (a marker, or a prefix that the server still lists) is nothing.
 """
 
 from __future__ import annotations
@@ -9,12 +12,14 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from safetydpo.artifacts.object_store import check_reachable, one_line, open_s3, s3_remedy
 from safetydpo.errors import SafetyDPOError, UsageError
 
 
@@ -65,29 +70,80 @@ class Location:
         return self._type() is pafs.FileType.File
 
     def is_folder(self) -> bool:
-        """Whether a folder (or prefix) stands here; on object stores an empty prefix may linger."""
-        return self._type() is pafs.FileType.Directory
+        """Whether a folder stands here; on an object store: whether an object lies below."""
+        return self._type() is pafs.FileType.Directory and (self.is_local or self._holds_an_object())
 
     def exists(self) -> bool:
         """Whether a file or folder stands here."""
-        return self._type() is not pafs.FileType.NotFound
+        return self.is_file() or self.is_folder()
 
     def _type(self) -> pafs.FileType:
-        return self.filesystem.get_file_info([self.path])[0].type
+        with self._answering("to look at"):
+            return self.filesystem.get_file_info([self.path])[0].type
+
+    def _holds_an_object(self) -> bool:
+        children = self._children()
+        if any(info.type is pafs.FileType.File for info in children):
+            return True
+        return any(Location(self.filesystem, info.path)._holds_an_object() for info in children)
+
+    def _children(self, *, recursive: bool = False) -> list[pafs.FileInfo]:
+        selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
+        with self._answering("to list"):
+            return list(self.filesystem.get_file_info(selector))
+
+    @contextmanager
+    def _answering(self, action: str) -> Iterator[None]:
+        """Turn an error of the file system into one line of ours."""
+        try:
+            yield
+        except OSError as error:
+            remedy = s3_remedy(str(error)) or "mend the cause"
+            raise SafetyDPOError(
+                f"expected {action} {self}, found: {one_line(error)}; {remedy}, then run the same command again"
+            ) from error
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            remedy = s3_remedy(str(error)) or "free space or choose another folder"
+            raise SafetyDPOError(
+                f"expected to {what} {self}, found: {one_line(error)}; {remedy}, then run the same command again"
+            ) from error
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise SafetyDPOError(f"expected a file at {self}, found nothing: run the stage that makes it") from error
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: OSError) -> SafetyDPOError:
+        remedy = s3_remedy(str(error))
+        advice = f"; {remedy}, then run the same command again" if remedy else ""
+        return SafetyDPOError(f"expected a readable file at {self}, found: {one_line(error)}{advice}")
+
+    def check_reachable(self) -> None:
+        """Ask an object store for this place, within seconds; a local disk is not asked.
+
+        Raises:
+            SafetyDPOError: if the store does not answer, has no such bucket, or refuses the credentials.
+        """
+        check_reachable(self.filesystem, self.path)
 
     def make_folder(self) -> Location:
-        """Create the folder and its parents; return itself.
+        """Create the folder and its parents; return itself. An object store needs none.
 
         Raises:
             SafetyDPOError: if the place is not writable.
         """
-        try:
-            self.filesystem.create_dir(self.path, recursive=True)
-        except OSError as error:
-            raise SafetyDPOError(
-                f"expected to make the folder {self}, found: {_one_line(error)}; "
-                "free space or choose another folder, then run the same command again"
-            ) from error
+        if self.filesystem.type_name != "s3":
+            with self._writing("make the folder"):
+                self.filesystem.create_dir(self.path, recursive=True)
         return self
 
     def size_bytes(self) -> int:
@@ -96,7 +152,8 @@ class Location:
         Raises:
             SafetyDPOError: if no file stands here.
         """
-        info = self.filesystem.get_file_info([self.path])[0]
+        with self._answering("to look at"):
+            info = self.filesystem.get_file_info([self.path])[0]
         if info.type is not pafs.FileType.File:
             raise SafetyDPOError(f"expected a file at {self}, found nothing: run the stage that makes it")
         return int(info.size)
@@ -110,7 +167,7 @@ class Location:
         try:
             return self.filesystem.open_input_file(self.path)
         except OSError as error:
-            raise SafetyDPOError(f"expected a readable file at {self}, found: {_one_line(error)}") from error
+            raise self._unreadable(error) from error
 
     @property
     def parent(self) -> Location:
@@ -123,13 +180,8 @@ class Location:
         Raises:
             SafetyDPOError: if nothing stands here or it cannot be read.
         """
-        try:
-            with self.filesystem.open_input_stream(self.path) as stream:
-                return bytes(stream.read())
-        except FileNotFoundError as error:
-            raise SafetyDPOError(f"expected a file at {self}, found nothing: run the stage that makes it") from error
-        except OSError as error:
-            raise SafetyDPOError(f"expected a readable file at {self}, found: {_one_line(error)}") from error
+        with self._reading(), self.filesystem.open_input_stream(self.path) as stream:
+            return bytes(stream.read())
 
     def write_bytes(self, data: bytes) -> None:
         """Write the whole content at once; afterwards either the old or the new content stands here.
@@ -137,17 +189,38 @@ class Location:
         Raises:
             SafetyDPOError: if the disk is full or the place is not writable; nothing is left half-written.
         """
-        try:
+        with self._writing(f"write {len(data):,} bytes to"):
             if self.is_local:
                 self._write_local(data)
             else:
                 with self.filesystem.open_output_stream(self.path) as stream:
                     stream.write(data)
-        except OSError as error:
-            raise SafetyDPOError(
-                f"expected to write {len(data):,} bytes to {self}, found: {_one_line(error)}; "
-                "free space or choose another folder, then run the same command again"
-            ) from error
+
+    @contextmanager
+    def stream_out(self) -> Iterator[pa.NativeFile]:
+        """Open the file for writing piece by piece; use it in a `with` block.
+
+        A part may be seen before the end: write into a folder that does not count yet.
+
+        Raises:
+            SafetyDPOError: if the disk is full or the place is not writable.
+        """
+        with self._writing("write to"):
+            with self.filesystem.open_output_stream(self.path) as stream:
+                yield stream
+            if self.is_local:
+                with open(self.path, "rb") as written:
+                    os.fsync(written.fileno())
+
+    def rename_folder(self, target: Location) -> None:
+        """Give a local folder the place of `target`, which is absent or empty, in one step.
+
+        Raises:
+            SafetyDPOError: if either is not local, or the target has come to hold something.
+        """
+        source, wanted = self.local_path, target.local_path
+        with target._writing("make the folder"):
+            os.rename(source, wanted)
 
     def _write_local(self, data: bytes) -> None:
         target = Path(self.path)
@@ -165,15 +238,19 @@ class Location:
 
     def list(self) -> list[Location]:
         """Return the direct children in name order, without hidden files; an absent folder is empty."""
-        selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=False)
-        found = [Location(self.filesystem, info.path) for info in self.filesystem.get_file_info(selector)]
-        return sorted((child for child in found if not child.name.startswith(".")), key=lambda child: child.path)
+        found = []
+        for info in self._children():
+            child = Location(self.filesystem, info.path)
+            if child.name.startswith("."):
+                continue
+            if info.type is pafs.FileType.File or self.is_local or child._holds_an_object():
+                found.append(child)
+        return sorted(found, key=lambda child: child.path)
 
     def walk(self) -> Iterator[Location]:
         """Yield all files below, in path order, without hidden ones."""
-        selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=True)
         prefix = len(self.path.rstrip("/")) + 1
-        for info in sorted(self.filesystem.get_file_info(selector), key=lambda info: info.path):
+        for info in sorted(self._children(recursive=True), key=lambda info: info.path):
             hidden = any(part.startswith(".") for part in info.path[prefix:].split("/"))
             if info.type is pafs.FileType.File and not hidden:
                 yield Location(self.filesystem, info.path)
@@ -181,34 +258,28 @@ class Location:
     def delete(self) -> None:
         """Remove the file or the whole folder, if there is one."""
         kind = self._type()
-        if kind is pafs.FileType.File:
-            self.filesystem.delete_file(self.path)
-        elif kind is pafs.FileType.Directory:
-            self.filesystem.delete_dir(self.path)
+        with self._answering("to delete"):
+            if kind is pafs.FileType.File:
+                self.filesystem.delete_file(self.path)
+            elif kind is pafs.FileType.Directory:
+                self.filesystem.delete_dir(self.path)
 
 
 def open_location(uri: str) -> Location:
     """Return the location of a local path or an `s3://bucket/prefix` address.
 
     Raises:
-        UsageError: if the address is empty, has an unknown scheme or no bucket.
-        SafetyDPOError: if the object store does not answer.
+        UsageError: if the address is empty, has an unknown scheme or no bucket, or holds credentials.
+        SafetyDPOError: if nothing says in which region of Amazon's S3 the bucket is, and Amazon does not answer.
     """
     if not uri.strip() or uri.rstrip("/") == "s3:":
         raise UsageError(f"expected a local path or s3://bucket/prefix, found {uri!r}: name a folder or a bucket")
+    if uri.startswith("s3://"):
+        return Location(*open_s3(uri))
     if "://" not in uri:
         return Location(pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri)))
     try:
         filesystem, path = pafs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
-        raise UsageError(f"expected a local path or s3://bucket/prefix, found {uri!r}: {_one_line(error)}") from error
-    except OSError as error:
-        raise SafetyDPOError(
-            f"expected an answer from the object store of {uri!r}, found: {_one_line(error)}; "
-            "check the bucket's name, the network and the credentials"
-        ) from error
+        raise UsageError(f"expected a local path or s3://bucket/prefix, found {uri!r}: {one_line(error)}") from error
     return Location(filesystem, path.rstrip("/"))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

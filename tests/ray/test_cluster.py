@@ -7,7 +7,8 @@ import pytest
 import ray
 
 from ray_jobs import cluster as cluster_module
-from ray_jobs.cluster import check_resources, connect, ray_state_folder, workers_for
+from ray_jobs.cluster import check_resources, connect, keep_credentials_from_trials, ray_state_folder, workers_for
+from safetydpo.artifacts.object_store import SECRET_VARIABLES
 from safetydpo.config.schema import Config, ExecutionConfig
 from safetydpo.errors import UsageError
 
@@ -16,6 +17,21 @@ def test_the_folder_of_rays_state_goes_with_its_block():
     with ray_state_folder() as folder:
         (Path(folder) / "state").write_text("x")
     assert not Path(folder).exists()
+
+
+def test_trials_are_not_handed_credentials_which_ray_would_log(monkeypatch: pytest.MonkeyPatch):
+    """Looks at the environment that Ray Tune itself puts together for a trial's process."""
+    from ray.tune.execution import class_cache
+
+    class Trial:
+        pass
+
+    for name in SECRET_VARIABLES:
+        monkeypatch.setenv(name, "hush")
+    keep_credentials_from_trials()
+    handed_on = class_cache._ActorClassCache().get(Trial)._default_options["runtime_env"]["env_vars"]
+    assert "PL_DISABLE_FORK" in handed_on
+    assert "hush" not in handed_on.values()
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,13 @@ def test_a_usage_error_in_a_worker_keeps_its_exit_code(error: Exception):
             in_a_task(pa.ArrowInvalid("Parquet magic bytes not found")),
             "expected this command to finish, found ArrowInvalid: Parquet magic bytes not found: run it again with",
         ),
+        (
+            in_a_task(
+                OSError("When uploading object with key 'a' in bucket 'b': AWS Error NETWORK_CONNECTION during X")
+            ),
+            "expected an answer from the object store of execution.store, found: When uploading object with key 'a' in "
+            "bucket 'b': AWS Error NETWORK_CONNECTION during X; check AWS_ENDPOINT_URL_S3 .*, then run the same",
+        ),
         (KeyError("x"), "expected this command to finish, found KeyError: 'x': run it again with --debug"),
         (AssertionError(), "expected this command to finish, found AssertionError: run it again with --debug"),
     ],

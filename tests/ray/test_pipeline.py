@@ -57,6 +57,17 @@ def test_only_work_is_added_to_a_stages_time(run: Run, monkeypatch: pytest.Monke
     assert [name.split("-")[0] for name in run.made] == ["first", "second"]
 
 
+def test_a_place_that_is_gone_does_not_hide_why_a_stage_failed(run: Run) -> None:
+    (run.run_dir / "timing.json" / "in the way").write_bytes(b"")
+
+    def fail() -> None:
+        raise OSError("the first error")
+
+    with pytest.raises(OSError, match="the first error") as caught:
+        pipeline._timed(run, "pairs", fail)
+    assert "expected to write" in caught.value.__notes__[0]
+
+
 def test_the_first_look_of_a_run_has_a_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything was made by another run in the same store."""
     _time_stage(run, monkeypatch, lambda: None, seconds=0.5)
