@@ -11,7 +11,7 @@ import pytest
 
 from ray_jobs.concept_table import read_reasons
 from ray_jobs.generate_pairs import derived_pool, generate_pairs, image_pool, latent_pool, layout_pool, verdict_pool
-from ray_jobs.pools import read_pool
+from ray_jobs.pool_index import read_pool
 from ray_jobs.run import Run, with_absolute_paths
 from ray_jobs.workers import decode_pictures
 from safetydpo.artifacts.latents import latent_deviations, latent_means
