@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from tests.tiny import build_tiny_model
 
 def test_fingerprint_by_hand(tmp_path: Path):
     """Three one-file networks and nothing else: sha256 over three lines `name US sha256 LF`, sorted by name."""
+    index = {name: ["library", "Class"] for name in ("text_encoder", "unet", "vae")} | {"tokenizer": [None, None]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
     lines = ""
     for name, content in (
         ("text_encoder/model.safetensors", b"t"),
