@@ -99,8 +99,12 @@ TEXT_EMBEDDINGS = pa.schema(
         pa.field("embedding", pa.binary(), nullable=False),
         pa.field("tokens", pa.int32(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
+        pa.field("pooled", pa.binary(), nullable=True),
+        pa.field("pooled_width", pa.int32(), nullable=True),
     ]
 )
+ADDED_LATER = frozenset({"pooled", "pooled_width"})
+"""Columns that tables of earlier versions lack; they read as null."""
 TRIALS = pa.schema(
     [
         pa.field("trial", pa.int32(), nullable=False),

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from safetydpo.artifacts.layout import RECORD_FILE
+from safetydpo.artifacts.schemas import ADDED_LATER
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError
 
@@ -65,10 +66,15 @@ def _read_file(source: Location, wanted: pa.Schema) -> pa.Table:
     data = source.read_bytes()
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
-        missing = [name for name in wanted.names if name not in file.schema_arrow.names]
-        if missing:
-            raise SafetyDPOError(f"expected columns {wanted.names} in {source}, found no {missing[0]!r}")
-        return file.read(columns=wanted.names).select(wanted.names).cast(wanted)
+        present = [name for name in wanted.names if name in file.schema_arrow.names]
+        missing = [name for name in wanted.names if name not in present]
+        for name in missing:
+            if name not in ADDED_LATER:
+                raise SafetyDPOError(f"expected columns {wanted.names} in {source}, found no {name!r}")
+        table = file.read(columns=present)
+        for name in missing:
+            table = table.append_column(wanted.field(name), pa.nulls(table.num_rows, wanted.field(name).type))
+        return table.select(wanted.names).cast(wanted)
     except (pa.ArrowException, ValueError, OSError) as error:
         raise SafetyDPOError(
             f"expected a complete Parquet file at {source}, found {len(data):,} bytes that do not parse "

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int, Real, UInt8
 from torch import Tensor, nn
 
-from safetydpo.artifacts.adapters import LoraLayer, LoraSignature
+from safetydpo.artifacts.adapters import Denoiser, LoraLayer, LoraSignature
 
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
 TargetKind = Literal["native", "epsilon"]
@@ -122,7 +122,7 @@ class Backbone(Protocol):
         ...
 
     @property
-    def denoiser(self) -> Literal["unet", "transformer"]:
+    def denoiser(self) -> Denoiser:
         """Return the folder of the network that holds the adapter, and the first part of keys in adapter files."""
         ...
 

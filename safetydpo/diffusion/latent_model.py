@@ -9,18 +9,16 @@ Axis legend: `batch` pictures, `token` prompt tokens, `width_embedding` input fe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float, Int, Real, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
-from safetydpo.artifacts.adapters import LoraLayer, LoraSignature
-from safetydpo.diffusion.adapter import AdapterSlot
+from safetydpo.diffusion.adapted_network import AdaptedNetwork
 from safetydpo.diffusion.backbone import Condition, GuidanceCallback, GuidanceStep, PredictionType, TargetKind
 from safetydpo.diffusion.folder import ModelFiles, check_weights, fingerprint_files, names_component, read_json
 from safetydpo.diffusion.loading import load_tokenizer, open_loader
@@ -57,10 +55,9 @@ class Parts:
     """Content of `model_index.json`."""
 
 
-class LatentModel(ABC):
+class LatentModel(AdaptedNetwork, ABC):
     """A frozen text-to-image model in the latent space of an autoencoder, with one adapter slot in its denoiser."""
 
-    denoiser: ClassVar[Literal["unet", "transformer"]]
     network_class: ClassVar[Any]
     text_encoders: ClassVar[Sequence[EncoderSlot]]
     patch: ClassVar[int] = 1
@@ -68,11 +65,11 @@ class LatentModel(ABC):
 
     def __init__(self, parts: Parts, *, device: torch.device) -> None:
         """Take loaded parts; use `build.load_backbone` or the family's `from_folder` to get them."""
+        super().__init__(parts.denoiser)
         self._parts = parts
-        self._denoiser, self._vae, self._towers, self._process = parts.denoiser, parts.vae, parts.towers, parts.process
+        self._vae, self._towers, self._process = parts.vae, parts.towers, parts.process
         self._device = device
         self._dtype: torch.dtype = next(self._denoiser.parameters()).dtype
-        self._slot = AdapterSlot(self._denoiser)
 
     @classmethod
     def from_folder(cls, folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Self:
@@ -167,12 +164,6 @@ class LatentModel(ABC):
     def device(self) -> torch.device:
         """Return where the networks stand."""
         return self._device
-
-    @property
-    def network(self) -> nn.Module:
-        """Return the denoiser."""
-        network: nn.Module = self._denoiser
-        return network
 
     @property
     def _shrink(self) -> int:
@@ -338,71 +329,6 @@ class LatentModel(ABC):
             guidance_scale=guidance_scale,
             predict=lambda condition: self._predict_at(latents, network_time, complete(condition).expand(len(latents))),
         )
-
-    def install_adapter(self, signature: LoraSignature) -> None:
-        """Put the adapter slot in, with all tensors zero."""
-        self._slot.install(signature)
-
-    def load_adapter(self, layers: Mapping[str, LoraLayer], *, scale: float = 1.0) -> None:
-        """Overwrite the slot; see `AdapterSlot.load`."""
-        self._slot.load(layers, scale=scale)
-
-    def swap_adapter(self, signature: LoraSignature, layers: Mapping[str, LoraLayer]) -> None:
-        """Draw with `layers` from now on; see `AdapterSlot.swap`."""
-        self._slot.swap(signature, layers)
-
-    def export_adapter(self) -> dict[str, LoraLayer]:
-        """Return copies of the slot's layers with every scale folded into `up`."""
-        return self._slot.export()
-
-    def adapter_parameters(self) -> list[tuple[str, Tensor]]:
-        """Return the slot's trainable tensors with names, in a fixed order."""
-        return self._slot.parameters()
-
-    def adapter_off(self) -> AbstractContextManager[None]:
-        """Compute with the base alone inside this context."""
-        return self._slot.off()
-
-    def remove_adapter(self) -> None:
-        """Take the slot out."""
-        self._slot.remove()
-
-    def layer_weight(self, module: str) -> Tensor:
-        """Return the live base weight of a linear layer."""
-        return self._slot.weight(module)
-
-    def named_linear_layers(self, suffixes: Sequence[str]) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Yield (module name, (d_in, d_out)) of the denoiser's linear layers whose name ends in a suffix."""
-        return self._slot.shapes(suffixes)
-
-    @contextmanager
-    def layer_inputs(self, modules: Sequence[str]) -> Iterator[Mapping[str, list[Tensor]]]:
-        """Record the first input of the named modules at every call inside this context (detached, on device).
-
-        Raises:
-            SafetyDPOError: if the denoiser has no module of that name.
-        """
-        known = dict(self._denoiser.named_modules())
-        for name in modules:
-            if name not in known:
-                raise SafetyDPOError(
-                    f"expected the name of a module of the {self.denoiser}, found {name!r}: "
-                    "list the names with named_linear_layers"
-                )
-        captured: dict[str, list[Tensor]] = {name: [] for name in modules}
-        handles = [known[name].register_forward_pre_hook(_recorder(captured[name])) for name in captured]
-        try:
-            yield captured
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _recorder(into: list[Tensor]) -> Any:
-    def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        into.append(inputs[0].detach())
-
-    return record
 
 
 def require_pooled(condition: Condition) -> Float[Tensor, "batch width_pooled"]:

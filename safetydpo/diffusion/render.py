@@ -44,12 +44,19 @@ def render(
     picture's bytes depend on its prompt, its seed, the sampler and the model, not on its neighbours or position.
 
     Raises:
-        SafetyDPOError: if there are not as many seeds as prompts.
+        SafetyDPOError: if there are not as many seeds as prompts, or a negative prompt for a model that has no
+            unguided branch.
     """
     if len(prompts) != len(seeds):
         raise SafetyDPOError(
             f"expected one seed per prompt, found {len(prompts)} prompts and {len(seeds)} seeds: "
             "derive a seed for every row"
+        )
+    if negative_prompt and backbone.guidance_is_embedded:
+        raise SafetyDPOError(
+            f"expected a model with an unguided branch for the negative prompt {negative_prompt!r}, found one that is "
+            "told the guidance scale (FLUX.1 dev): leave the negative prompt empty, or call Backbone.sample with "
+            "prompts that carry a guidance of their own"
         )
     if not prompts:
         return torch.zeros(0, sampler.height, sampler.width, 3, dtype=torch.uint8)
