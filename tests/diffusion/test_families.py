@@ -284,7 +284,7 @@ def test_adapter_swap_scale_off_export_and_remove(case: Case):
 
 
 def test_the_exported_file_draws_the_same_in_plain_diffusers(case: Case, load_pipeline, tmp_path: Path):
-    """`pipeline.load_lora_weights(folder)` of plain diffusers: latents of size 2 to 30 differ by less than 3e-5."""
+    """`pipeline.load_lora_weights(folder)` of plain diffusers: largest difference of latents seen 0.0, every family."""
     backbone = case.backbone
     scale = 1.0 if case.name == "flux-schnell" else 4.0
     base = case.draw(scale=scale)
@@ -297,7 +297,7 @@ def test_the_exported_file_draws_the_same_in_plain_diffusers(case: Case, load_pi
     pipeline = load_pipeline(case)
     pipeline.load_lora_weights(tmp_path, weight_name=name)
     theirs = draw_with_pipeline(case, pipeline, negative=None, scale=scale)
-    assert (ours - theirs).abs().max() <= 3e-5
+    assert float((ours - theirs).abs().max()) == 0.0
     assert (ours - base).abs().max() > 0.05
 
 
@@ -341,8 +341,8 @@ def test_half_precision_base_keeps_float32_latents_and_adapter(case: Case):
     assert prediction.dtype == condition.tokens.dtype == torch.bfloat16
     drawn, exact = half.draw(scale=1.0), case.draw(scale=1.0)
     assert drawn.dtype == torch.float32
-    # 8 bits of mantissa, five steps: seen 0.008 (SD1) to 0.12 (SD3) of the size of the latents.
-    assert (drawn - exact).square().mean().sqrt() < 0.15 * exact.square().mean().sqrt()
+    # 8 bits of mantissa, five steps: seen 0.0017 (SDXL) to 0.015 (FLUX.1 dev) of the size of the latents.
+    assert (drawn - exact).square().mean().sqrt() < 0.03 * exact.square().mean().sqrt()
     assert backbone.decode(drawn).shape == (2, SIZE, SIZE, 3)
 
 

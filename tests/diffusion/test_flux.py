@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 
+from safetydpo.diffusion.adapter import AdapterSlot
 from safetydpo.diffusion.flux import Flux, pack_latents, picture_ids, unpack_latents
 from tests.diffusion.tiny_models import build_model
 
@@ -58,3 +59,15 @@ def test_only_one_branch_is_computed_where_the_network_is_told_the_guidance(dev:
     finally:
         handle.remove()
     assert sizes == [1, 1, 2, 2]
+
+
+def test_rank_4_on_flux_has_4669440_parameters():
+    """19 double blocks with 4 maps and 38 single blocks with 3, all 3072 -> 3072: 190 * 4 * 6144 = 4,669,440.
+
+    (The text side of a double block has projections of other names, which are no default targets.)
+    """
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(guidance_embeds=True)
+    shapes = list(AdapterSlot(transformer).shapes(("to_q", "to_k", "to_v", "to_out.0")))
+    assert len(shapes) == 190
+    assert sum(4 * (d_in + d_out) for _, (d_in, d_out) in shapes) == 4_669_440
