@@ -76,13 +76,19 @@ class Diffusion:
         """Read the schedule of a model's scheduler, whatever its class.
 
         Raises:
-            SafetyDPOError: if the network predicts neither noise nor v, or noise under zero terminal SNR.
+            SafetyDPOError: if the network predicts neither noise nor v, or noise under zero terminal SNR, or the
+                schedule is not one of betas.
         """
         stated = scheduler_config.get("prediction_type", "epsilon")
         if stated not in PREDICTION_TYPES:
             raise SafetyDPOError(
                 f"expected a scheduler with prediction_type epsilon or v_prediction, found {stated!r}: "
                 "this model is no Stable Diffusion 1.x, 2.x or XL; use one of those"
+            )
+        if "beta_start" not in scheduler_config:
+            raise SafetyDPOError(
+                f"expected a scheduler of a diffusion model with a beta_start, found "
+                f"{scheduler_config.get('_class_name')!r} without: use a model of a supported family"
             )
         if stated == "epsilon" and scheduler_config.get("rescale_betas_zero_snr"):
             raise SafetyDPOError(

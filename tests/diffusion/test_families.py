@@ -80,9 +80,7 @@ def case(_loaded: Case) -> Case:
 @pytest.fixture(scope="module")
 def load_pipeline() -> Callable[[Case], Any]:
     def load(case: Case) -> Any:
-        # Plain diffusers cannot leave these two out by itself.
-        parts = {"text_encoder_3": None, "tokenizer_3": None} if case.name == "sd3-without-t5" else {}
-        pipeline = DiffusionPipeline.from_pretrained(case.folder, **parts)
+        pipeline = DiffusionPipeline.from_pretrained(case.folder)
         if not case.is_flow:
             pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
@@ -96,7 +94,7 @@ def draw_with_pipeline(case: Case, pipeline: Any, *, negative: str | None, scale
     arguments: dict[str, Any] = {"num_inference_steps": STEPS, "height": SIZE, "width": SIZE, "output_type": "latent"}
     noise = case.noise()
     if case.is_flow:
-        arguments["max_sequence_length"] = MAX_TOKENS if case.name != "sd3-without-t5" else 256
+        arguments["max_sequence_length"] = MAX_TOKENS
     if case.is_flux:
         noise = FluxPipeline._pack_latents(noise, *noise.shape)
     if negative is not None:

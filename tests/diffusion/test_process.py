@@ -2,7 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from safetydpo.diffusion.process import Diffusion, FlowMatching
 from safetydpo.errors import SafetyDPOError
@@ -29,6 +34,12 @@ def test_zero_terminal_snr_is_read_from_the_scheduler():
 def test_an_epsilon_network_with_zero_terminal_snr_is_refused():
     config = dict(DDIMScheduler(**V_TO_ZERO | {"prediction_type": "epsilon"}).config)
     with pytest.raises(SafetyDPOError, match="expected prediction_type v_prediction with rescale_betas_zero_snr"):
+        Diffusion(config, device=CPU)
+
+
+def test_a_schedule_without_betas_is_refused():
+    config = dict(EDMEulerScheduler().config) | {"_class_name": "EDMEulerScheduler"}
+    with pytest.raises(SafetyDPOError, match="expected a scheduler of a diffusion model .* found 'EDMEulerScheduler'"):
         Diffusion(config, device=CPU)
 
 

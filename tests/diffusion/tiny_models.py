@@ -37,7 +37,7 @@ from tests.tiny import MAX_TOKENS, WORDS, build_tokenizer
 
 SIZE = 32
 WIDTH, WIDTH_2, WIDTH_T5 = 16, 24, 48
-FAMILIES = ("sd1", "sd2", "sdxl", "sd3", "sd3-without-t5", "flux-dev", "flux-schnell")
+FAMILIES = ("sd1", "sd2", "sdxl", "sd3", "flux-dev", "flux-schnell")
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
