@@ -1,4 +1,4 @@
-"""Write a Stable Diffusion 1.x model as one file in the layout of its first release, by renaming its tensors back."""
+"""Write a Stable Diffusion 1.x or XL model as one file in the layout of its first release, by renaming tensors back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,20 @@ RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
+OPEN_CLIP = {
+    "text_model.encoder.layers.": "transformer.resblocks.",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.embeddings.": "",
+    "text_model.final_layer_norm": "ln_final",
+    "text_projection.weight": "text_projection",
+    "layer_norm": "ln_",
+    "self_attn": "attn",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
 UNET_ENDS = {
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -38,14 +51,34 @@ def save_single_file(folder: Path, file: Path, *, layers_per_block: int, num_blo
         renamed, shape = _vae_name(name), tensor.shape
         is_map = ".attn_1." in renamed and tensor.ndim == 2
         tensors[f"first_stage_model.{renamed}"] = tensor.reshape(*shape, 1, 1) if is_map else tensor
+    has_two = (folder / "text_encoder_2").is_dir()
+    first = "conditioner.embedders.0" if has_two else "cond_stage_model"
     for name, tensor in _weights(folder / "text_encoder").items():
-        tensors[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
+        tensors[f"{first}.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
+    if has_two:
+        for name, tensor in _open_clip(_weights(folder / "text_encoder_2")).items():
+            tensors[f"conditioner.embedders.1.model.{name}"] = tensor
     tensors["alphas_cumprod"] = torch.ones(1000)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
 
 
 def _weights(folder: Path) -> Mapping[str, Tensor]:
     return load_file(next(folder.glob("*.safetensors")))
+
+
+def _open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the second encoder in its own layout: three attention maps in one, the projection turned round."""
+    found, attention = {}, re.compile(r"(.*self_attn)\.(q|k|v)_proj\.(weight|bias)")
+    for name, tensor in weights.items():
+        if match := attention.fullmatch(name):
+            parts = [weights[f"{match[1]}.{which}_proj.{match[3]}"] for which in "qkv"]
+            renamed, tensor = f"{match[1]}.in_proj_{match[3]}", torch.cat(parts)
+        else:
+            renamed, tensor = name, tensor.T if name == "text_projection.weight" else tensor
+        for new, old in OPEN_CLIP.items():
+            renamed = renamed.replace(new, old)
+        found[renamed] = tensor.contiguous()
+    return found
 
 
 def _replace_part(name: str, parts: Mapping[str, str]) -> str:

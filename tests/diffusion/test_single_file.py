@@ -37,10 +37,16 @@ def file(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_a_single_file_computes_what_its_folder_does(folder: Path, configurations: Path, file: Path):
-    """Tensor for tensor, and so the same latents and pictures."""
-    base = BaseModelConfig(model=str(file), config=str(configurations))
-    single, whole = load_backbone(base), load_backbone(BaseModelConfig(model=str(folder)))
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_single_file_computes_what_its_folder_does(family: str, tmp_path: Path):
+    """The same latents and pictures, bit for bit; with SDXL that includes both text encoders and the size embedding."""
+    build_model(family, tmp_path / "whole")
+    save_single_file(tmp_path / "whole", tmp_path / "one.safetensors", layers_per_block=1, num_blocks=2)
+    bare = shutil.copytree(
+        tmp_path / "whole", tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors", "*.safetensors.*")
+    )
+    base = BaseModelConfig(model=str(tmp_path / "one.safetensors"), config=str(bare))
+    single, whole = load_backbone(base), load_backbone(BaseModelConfig(model=str(tmp_path / "whole")))
     assert not any(parameter.requires_grad for parameter in single.network.parameters())
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     drawn = []
