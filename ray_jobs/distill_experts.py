@@ -187,6 +187,7 @@ def distillation_data(tables: TrainingTables, taught: Mapping[str, list[str]], b
         rows,
         latents=tables.latents,
         embeddings=tables.embeddings,
+        pooled=tables.pooled,
         latent_shape=backbone.latent_shape(height=sampler.height, width=sampler.width),
     )
 
@@ -257,6 +258,7 @@ def _train(
         if rank == 0:
             metadata = AdapterMetadata(
                 base_fingerprint=backbone.fingerprint,
+                denoiser=backbone.denoiser,
                 training_hash=key.hash,
                 kind="merged",
                 categories=tuple(run.config.identity.prompts.categories),

@@ -268,6 +268,7 @@ def _train_unit(
         )
         metadata = AdapterMetadata(
             base_fingerprint=backbone.fingerprint,
+            denoiser=backbone.denoiser,
             signature=_signature(run.config),
             init_seed=run.config.identity.seed,
             training_hash=unit.key.hash,
@@ -306,6 +307,8 @@ class TrainingTables:
     images: Mapping[tuple[str, str], tuple[str, str]]
     latents: Mapping[str, np.ndarray[Any, Any]]
     embeddings: Mapping[str, np.ndarray[Any, Any]]
+    pooled: Mapping[str, np.ndarray[Any, Any]] | None = None
+    """Pooled features of captions; None where the model family has none."""
 
 
 def read_training_tables(run: Run, pairs_folder: Location) -> TrainingTables:
@@ -323,7 +326,13 @@ def read_training_tables(run: Run, pairs_folder: Location) -> TrainingTables:
         images={(row["owner_id"], row["side"]): (row["image_id"], row["prompt"]) for row in manifest},
         latents=_arrays(latents, "image_id", "latent", ("channels", "height", "width")),
         embeddings=_arrays(captions, "caption_sha256", "embedding", ("tokens", "width")),
+        pooled=_pooled(captions),
     )
+
+
+def _pooled(captions: pa.Table) -> dict[str, np.ndarray[Any, Any]] | None:
+    with_pooled = captions.filter(pa.compute.is_valid(captions.column("pooled")))
+    return _arrays(with_pooled, "caption_sha256", "pooled", ("pooled_width",)) if with_pooled.num_rows else None
 
 
 def _arrays(table: pa.Table, key: str, value: str, shape: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
@@ -363,4 +372,5 @@ def preference_data(tables: TrainingTables, unit: ExpertUnit, backbone: Any, con
         embeddings=tables.embeddings,
         latent_shape=backbone.latent_shape(height=sampler.height, width=sampler.width),
         retention=benign if unit.dpo.retention_weight > 0 else [],
+        pooled=tables.pooled,
     )

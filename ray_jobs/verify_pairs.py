@@ -81,10 +81,10 @@ def check_verification(identity: IdentityConfig) -> None:
     fingerprint_judges(identity.pairs)
     fingerprint_measures(identity.pairs)
     if identity.pairs.latents == "mean_and_deviation":
-        from safetydpo.diffusion.build import resolve_folder
+        from safetydpo.diffusion.build import resolve_files
         from safetydpo.diffusion.posterior import check_posterior
 
-        check_posterior(resolve_folder(identity.base))
+        check_posterior(resolve_files(identity.base).folder_of("vae"))
 
 
 def fingerprint_judges(rules: PairsConfig) -> str:

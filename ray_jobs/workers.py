@@ -197,7 +197,7 @@ class LatentWorker:
 
 
 class CaptionWorker:
-    """Encodes distinct captions into token features, stored as float16."""
+    """Encodes distinct captions into token features, and pooled ones where the family has them, stored as float16."""
 
     def __init__(self, base: Mapping[str, Any], batch_size: int) -> None:
         from safetydpo.diffusion.build import load_backbone
@@ -211,14 +211,18 @@ class CaptionWorker:
 
         captions = padded(table.column("caption").to_pylist(), self._batch_size)
         with torch.no_grad():
-            tokens = self._backbone.encode_prompts(captions).tokens[: table.num_rows]
+            condition = self._backbone.encode_prompts(captions)
+        # Padding stays out of the table.
+        halves = condition.map(lambda features: features[: table.num_rows].to(torch.float16).cpu())
         rows = [
             {
                 "caption_sha256": caption,
-                "embedding": features.to(torch.float16).cpu().numpy().tobytes(),
-                "tokens": features.shape[0],
-                "width": features.shape[1],
+                "embedding": halves.tokens[row].numpy().tobytes(),
+                "tokens": halves.tokens.shape[1],
+                "width": halves.tokens.shape[2],
+                "pooled": None if halves.pooled is None else halves.pooled[row].numpy().tobytes(),
+                "pooled_width": None if halves.pooled is None else halves.pooled.shape[1],
             }
-            for caption, features in zip(table.column("caption_sha256").to_pylist(), tokens, strict=True)
+            for row, caption in enumerate(table.column("caption_sha256").to_pylist())
         ]
         return table_from_rows(rows, TEXT_EMBEDDINGS)

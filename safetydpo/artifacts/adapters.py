@@ -1,6 +1,7 @@
 """LoRA adapters: the in-memory form and the safetensors file that passes between stages.
 
-File: one safetensors file with diffusers/PEFT keys (`unet.<module>.lora_A.weight`, `...lora_B.weight`),
+File: one safetensors file with diffusers/PEFT keys (`unet.<module>.lora_A.weight`, `...lora_B.weight`; `transformer.`
+in place of `unet.` where the denoiser is one),
 alpha = rank with every scale folded into B (plain loaders drop alpha when metadata is missing), and string
 metadata: base fingerprint, signature, initialisation seed, training hash, categories or concepts.
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,10 +28,10 @@ from safetydpo.artifacts.weights import LENGTH_BYTES, read_header
 from safetydpo.errors import SafetyDPOError
 
 AdapterKind = Literal["expert", "merged", "all_single"]
+Denoiser = Literal["unet", "transformer"]
 
 # One key: safetensors writes several in random order, which would change the bytes from run to run.
 METADATA_KEY = "safetydpo"
-KEY_PREFIX = "unet."
 DOWN_SUFFIX = ".lora_A.weight"
 UP_SUFFIX = ".lora_B.weight"
 
@@ -64,6 +65,7 @@ class AdapterMetadata:
         kind: one expert, a merge of experts, or one adapter trained on all pairs.
         categories: categories (or concepts) that took part.
         recipe: how a merge was made; JSON values only.
+        denoiser: network that is changed, as diffusers calls it: the first part of every key of the file.
     """
 
     base_fingerprint: str = ""
@@ -73,6 +75,7 @@ class AdapterMetadata:
     kind: AdapterKind = "expert"
     categories: tuple[str, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    denoiser: Denoiser = "unet"
 
 
 def adapter_to_bytes(layers: Mapping[str, LoraLayer], metadata: AdapterMetadata) -> bytes:
@@ -92,10 +95,13 @@ def adapter_to_bytes(layers: Mapping[str, LoraLayer], metadata: AdapterMetadata)
     tensors: dict[str, Tensor] = {}
     for name in sorted(layers):
         layer = layers[name]
-        _check_tensors(name, down=layer.down, up=layer.up, source="the adapter to be written")
-        tensors[f"{KEY_PREFIX}{name}{DOWN_SUFFIX}"] = _pad(layer.down, rows=width, columns=layer.down.shape[1])
-        tensors[f"{KEY_PREFIX}{name}{UP_SUFFIX}"] = _pad(layer.up, rows=layer.up.shape[0], columns=width)
+        key = f"{metadata.denoiser}.{name}"
+        _check_tensors(key, down=layer.down, up=layer.up, source="the adapter to be written")
+        tensors[f"{key}{DOWN_SUFFIX}"] = _pad(layer.down, rows=width, columns=layer.down.shape[1])
+        tensors[f"{key}{UP_SUFFIX}"] = _pad(layer.up, rows=layer.up.shape[0], columns=width)
     header = asdict(metadata)
+    # The keys say it.
+    del header["denoiser"]
     if len(set(ranks.values())) > 1:
         header["ranks"] = ranks
     return save(tensors, metadata={METADATA_KEY: canonical_json(header).decode()})
@@ -107,7 +113,7 @@ def adapter_from_bytes(data: bytes, *, source: str) -> tuple[dict[str, LoraLayer
     A plain diffusers LoRA file is accepted too: its metadata is empty (`base_fingerprint` "").
 
     Raises:
-        SafetyDPOError: if the file is truncated or damaged, has keys that are not LoRA weights of a U-Net or
+        SafetyDPOError: if the file is truncated or damaged, has keys that are not LoRA weights of one denoiser or
             stand without their partner, has wrong shapes, or holds NaN or infinity; names the first such key.
     """
     try:
@@ -121,13 +127,15 @@ def adapter_from_bytes(data: bytes, *, source: str) -> tuple[dict[str, LoraLayer
     header = json.loads(data[LENGTH_BYTES : LENGTH_BYTES + length])
     metadata, ranks = _parse_metadata(header, source=source)
     layers: dict[str, LoraLayer] = {}
-    for name in _module_names(tensors, source=source):
-        down = tensors[f"{KEY_PREFIX}{name}{DOWN_SUFFIX}"].to(torch.float32)
-        up = tensors[f"{KEY_PREFIX}{name}{UP_SUFFIX}"].to(torch.float32)
-        _check_tensors(name, down=down, up=up, source=source)
+    denoiser, names = _module_names(tensors, source=source)
+    for name in names:
+        key = f"{denoiser}.{name}"
+        down = tensors[f"{key}{DOWN_SUFFIX}"].to(torch.float32)
+        up = tensors[f"{key}{UP_SUFFIX}"].to(torch.float32)
+        _check_tensors(key, down=down, up=up, source=source)
         rank = ranks.get(name, down.shape[0])
         layers[name] = LoraLayer(down[:rank].contiguous(), up[:, :rank].contiguous())
-    return layers, metadata
+    return layers, replace(metadata, denoiser=denoiser)
 
 
 def adapter_hash(layers: Mapping[str, LoraLayer]) -> str:
@@ -187,30 +195,34 @@ def _check_tensors(name: str, *, down: Tensor, up: Tensor, source: str) -> None:
     for suffix, tensor in ((DOWN_SUFFIX, down), (UP_SUFFIX, up)):
         if not bool(torch.isfinite(tensor).all()):
             raise SafetyDPOError(
-                f"expected finite numbers in {source}, found NaN or infinity in '{KEY_PREFIX}{name}{suffix}': "
+                f"expected finite numbers in {source}, found NaN or infinity in '{name}{suffix}': "
                 "train this adapter again"
             )
 
 
-def _module_names(tensors: Mapping[str, Tensor], *, source: str) -> list[str]:
+def _module_names(tensors: Mapping[str, Tensor], *, source: str) -> tuple[Denoiser, list[str]]:
+    """Return the network that a file changes, told by its first key, and the names of the changed modules."""
+    if not tensors:
+        raise SafetyDPOError(f"expected LoRA weights in {source}, found a file without tensors: make it again")
+    is_transformer = min(tensors).startswith("transformer.")
+    denoiser: Denoiser = "transformer" if is_transformer else "unet"
+    prefix = f"{denoiser}."
     names = set()
     for key in sorted(tensors):
         suffix = next((suffix for suffix in (DOWN_SUFFIX, UP_SUFFIX) if key.endswith(suffix)), None)
-        if suffix is None or not key.startswith(KEY_PREFIX):
+        if suffix is None or not key.startswith(prefix):
             raise SafetyDPOError(
-                f"expected keys '{KEY_PREFIX}<module>{DOWN_SUFFIX}' and '…{UP_SUFFIX}' in {source}, found {key!r}: "
-                "save the adapter in the diffusers format, for the U-Net only"
+                f"expected keys '{prefix}<module>{DOWN_SUFFIX}' and '…{UP_SUFFIX}' in {source}, found {key!r}: "
+                "save the adapter in the diffusers format, for the denoiser only"
             )
-        name = key.removeprefix(KEY_PREFIX).removesuffix(suffix)
-        partner = f"{KEY_PREFIX}{name}{UP_SUFFIX if suffix == DOWN_SUFFIX else DOWN_SUFFIX}"
+        name = key.removeprefix(prefix).removesuffix(suffix)
+        partner = f"{prefix}{name}{UP_SUFFIX if suffix == DOWN_SUFFIX else DOWN_SUFFIX}"
         if partner not in tensors:
             raise SafetyDPOError(
                 f"expected {partner!r} beside {key!r} in {source}, found no such key: make or copy the file again"
             )
         names.add(name)
-    if not names:
-        raise SafetyDPOError(f"expected LoRA weights in {source}, found a file without tensors: make it again")
-    return sorted(names)
+    return denoiser, sorted(names)
 
 
 def _parse_metadata(file_header: Mapping[str, Any], *, source: str) -> tuple[AdapterMetadata, dict[str, int]]:

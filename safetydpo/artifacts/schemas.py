@@ -152,6 +152,9 @@ TEXT_EMBEDDINGS = pa.schema(
         pa.field("embedding", pa.binary(), nullable=False),
         pa.field("tokens", pa.int32(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
+        # Null: the model family has no pooled features.
+        pa.field("pooled", pa.binary(), nullable=True, metadata=ADDED_LATER),
+        pa.field("pooled_width", pa.int32(), nullable=True, metadata=ADDED_LATER),
     ]
 )
 TRIALS = pa.schema(

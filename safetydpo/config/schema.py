@@ -7,9 +7,9 @@ nowhere else.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from safetydpo.config.fields import CATEGORIES, Category, Distinct, Frozen, Rate
 from safetydpo.config.pairs import PairsConfig
@@ -20,20 +20,31 @@ class BaseModelConfig(Frozen):
     """The text-to-image model to be aligned."""
 
     model: str = "demo"
-    """`demo` (ships with the package), a local folder, or a hub id."""
+    """`demo` (ships with the package), a local folder, a hub id, or one safetensors file (see `config`)."""
     revision: str | None = None
     """Hub revision; None = the hub's default branch, recorded by commit. Local models: must be None."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Compute type of the frozen networks. LoRA weights and reductions are always float32."""
+    vae: str | None = None
+    """Local folder or hub id of an autoencoder in place of the model's own, such as SDXL's for float16; None = its own.
+    """
+    config: str | None = None
+    """Local folder or hub id, in diffusers format, with the configurations and vocabularies of a single-file model.
+    Required there, None otherwise."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # These two came later: a model without them keeps the hashes that its artifacts have.
+        return {key: value for key, value in dump(self).items() if key not in ("vae", "config") or value is not None}
 
 
 class SamplerConfig(Frozen):
     """How pictures are drawn; one setting for pairs, search and evaluation of a run."""
 
     steps: int = Field(10, ge=1, le=1000)
-    """Denoising steps (DPM-Solver++ multistep)."""
+    """Denoising steps: DPM-Solver++ multistep; Euler's method for flow models (SD3, FLUX.1), as their pipelines do."""
     guidance_scale: float = Field(4.0, ge=1.0, le=50.0)
-    """Classifier-free guidance; 1.0 = none."""
+    """Classifier-free guidance; 1.0 = none. FLUX.1 dev is told the scale instead and has no unguided branch."""
     height: int = Field(32, ge=8, multiple_of=8)
     """Picture height in pixels."""
     width: int = Field(32, ge=8, multiple_of=8)
@@ -65,7 +76,7 @@ class LoraConfig(Frozen):
     alpha: float | None = Field(None, gt=0)
     """Scale numerator while training (scale = alpha / rank); None = rank."""
     targets: Distinct[str] = Field(("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
-    """Name suffixes of the U-Net's linear layers that get an adapter."""
+    """Name suffixes of the denoiser's linear layers that get an adapter."""
     init: Literal["shared", "independent"] = "shared"
     """`shared`: one draw of A per (base, signature), so that rows of A mean the same in all experts."""
 

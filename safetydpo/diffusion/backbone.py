@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal, Protocol
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Real, UInt8
 from torch import Tensor, nn
 
-from safetydpo.artifacts.adapters import LoraLayer, LoraSignature
+from safetydpo.artifacts.adapters import Denoiser, LoraLayer, LoraSignature
 
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
 TargetKind = Literal["native", "epsilon"]
@@ -24,21 +24,44 @@ GuidanceCallback = Callable[["GuidanceStep"], Tensor]
 
 @dataclass(frozen=True)
 class Condition:
-    """What the network is told about the wanted picture: per-token features and, for some families, more."""
+    """What the network is told about the wanted picture; a family uses the fields it needs, the others are None."""
 
     tokens: Float[Tensor, "batch token width_text"]
+    """Features of every prompt token."""
     pooled: Float[Tensor, "batch width_pooled"] | None = None
+    """Features of the prompt as a whole (SDXL, SD3, FLUX)."""
+    sizes: Float[Tensor, "batch 6"] | None = None
+    """Size conditioning of SDXL in pixels: original height and width, crop top and left, target height and width.
+    None = an uncropped picture of the size of the latents."""
+    guidance: Float[Tensor, " batch"] | None = None
+    """Guidance scale that a guidance-distilled network (FLUX.1 dev) is told; None = the family's default."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Condition:
+        """Return the condition with `change` applied to every field that is there."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
 
     def select(self, index: Tensor) -> Condition:
         """Return the rows `index` as a new condition."""
-        return Condition(self.tokens[index], None if self.pooled is None else self.pooled[index])
+        return self.map(lambda value: value[index])
 
     def followed_by(self, other: Condition) -> Condition:
-        """Return the rows of this condition and then those of the other as one condition."""
-        if (self.pooled is None) != (other.pooled is None):
-            raise ValueError("expected two conditions of one model family, found one with and one without pooled")
-        pooled = None if self.pooled is None or other.pooled is None else torch.cat([self.pooled, other.pooled])
-        return Condition(torch.cat([self.tokens, other.tokens]), pooled)
+        """Return the rows of this condition and then those of the other as one condition.
+
+        Raises:
+            ValueError: if one has a field that the other lacks.
+        """
+        joined = {}
+        for field in fields(self):
+            mine, others = getattr(self, field.name), getattr(other, field.name)
+            if (mine is None) != (others is None):
+                raise ValueError(
+                    f"expected two conditions of one kind, found one with and one without {field.name}: "
+                    "encode both with the same model"
+                )
+            if mine is not None:
+                joined[field.name] = torch.cat([mine, others])
+        return replace(self, **joined)
 
     def expand(self, num_rows: int) -> Condition:
         """Return this condition of one row repeated `num_rows` times; one of `num_rows` rows stays as it is.
@@ -51,8 +74,7 @@ class Condition:
             return self
         if found != 1:
             raise ValueError(f"expected a condition of 1 or {num_rows} rows, found {found}: one row per picture")
-        pooled = None if self.pooled is None else self.pooled.expand(num_rows, -1)
-        return Condition(self.tokens.expand(num_rows, -1, -1), pooled)
+        return self.map(lambda value: value.expand(num_rows, *(-1,) * (value.ndim - 1)))
 
 
 @dataclass(frozen=True)
@@ -61,7 +83,8 @@ class GuidanceStep:
 
     index: int
     """Position among all steps, counted from 0 also when sampling starts later."""
-    timestep: int
+    timestep: float
+    """Training timestep; between two whole ones where a flow model's sampler steps there."""
     latents: Float[Tensor, "batch channel height width"]
     predicted_empty: Float[Tensor, "batch channel height width"]
     predicted_prompt: Float[Tensor, "batch channel height width"]
@@ -84,7 +107,8 @@ class Backbone(Protocol):
     """A frozen text-to-image model with at most one LoRA adapter swapped in place.
 
     Pictures are uint8, red green blue, height x width x 3. Latents are scaled to about unit variance.
-    Every method takes tensors of any device and returns tensors on `device`.
+    Every method takes tensors of any device and returns tensors on `device`. Timesteps are 0 (hardly any noise) ...
+    num_train_timesteps - 1; training draws whole ones, flow models also take those in between.
     """
 
     @property
@@ -95,6 +119,16 @@ class Backbone(Protocol):
     @property
     def prediction_type(self) -> PredictionType:
         """Return what `predict` returns: noise, v or flow velocity."""
+        ...
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """Return the folder of the network that holds the adapter, and the first part of keys in adapter files."""
+        ...
+
+    @property
+    def guidance_is_embedded(self) -> bool:
+        """Return whether the network is told the guidance scale and so is sampled without an unguided branch."""
         ...
 
     @property
@@ -121,17 +155,34 @@ class Backbone(Protocol):
         ...
 
     def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "batch token"]:
-        """Return the padded token ids of prompts."""
+        """Return the padded token ids of prompts.
+
+        With several text encoders: the ids of the first, then those of the next, each counted from where the
+        vocabulary before it ends.
+        """
         ...
 
-    def token_embedding_table(self) -> Float[Tensor, "vocabulary width_text"]:
-        """Return the input embedding of every token of the vocabulary."""
+    def token_embedding_table(self) -> Float[Tensor, "vocabulary width_embedding"]:
+        """Return the input embedding of every token of the vocabulary.
+
+        With several text encoders: their tables one below the other, filled up with zeros to the widest.
+        """
         ...
 
-    def encode_prompt_embeddings(self, token_embeddings: Float[Tensor, "batch token width_text"]) -> Condition:
-        """Run the text tower from given input embeddings, differentiably (token-gradient attacks).
+    def encode_prompt_embeddings(
+        self,
+        token_embeddings: Float[Tensor, "batch token width_embedding"],
+        *,
+        ids: Int[Tensor, "batch token"] | None = None,
+    ) -> Condition:
+        """Run all text encoders from given input embeddings, differentiably (token-gradient attacks).
 
-        For `token_embedding_table()[tokenize(texts)]` the result equals `encode_prompts(texts)`.
+        For `token_embedding_table()[ids]` with `ids = tokenize(texts)` the result equals `encode_prompts(texts)`,
+        but for an empty text where a family has a condition of its own (SDXL).
+
+        Args:
+            token_embeddings: rows of `token_embedding_table`, or anything in their place.
+            ids: where prompts end; families with pooled features need them.
         """
         ...
 
@@ -161,19 +212,19 @@ class Backbone(Protocol):
         self,
         latents: Float[Tensor, "batch channel height width"],
         noise: Float[Tensor, "batch channel height width"],
-        timesteps: Int[Tensor, " batch"],
+        timesteps: Real[Tensor, " batch"],
     ) -> Float[Tensor, "batch channel height width"]:
         """Return the noisy latents that `predict` sees at these timesteps."""
         ...
 
-    def velocity_weights(self, timesteps: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    def velocity_weights(self, timesteps: Real[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """Return the factors that turn squared errors of the native target into those of the velocity."""
         ...
 
     def predict(
         self,
         latents: Float[Tensor, "batch channel height width"],
-        timesteps: Int[Tensor, " batch"],
+        timesteps: Real[Tensor, " batch"],
         condition: Condition,
     ) -> Float[Tensor, "batch channel height width"]:
         """Return the network's native prediction in its own dtype; differentiable in latents, tokens and adapter."""
@@ -183,7 +234,7 @@ class Backbone(Protocol):
         self,
         latents: Float[Tensor, "batch channel height width"],
         noise: Float[Tensor, "batch channel height width"],
-        timesteps: Int[Tensor, " batch"],
+        timesteps: Real[Tensor, " batch"],
         *,
         kind: TargetKind = "native",
     ) -> Float[Tensor, "batch channel height width"]:
@@ -194,13 +245,16 @@ class Backbone(Protocol):
         self,
         prediction: Float[Tensor, "batch channel height width"],
         noisy: Float[Tensor, "batch channel height width"],
-        timesteps: Int[Tensor, " batch"],
+        timesteps: Real[Tensor, " batch"],
     ) -> Float[Tensor, "batch channel height width"]:
         """Return the noise that a native prediction at `noisy` implies."""
         ...
 
-    def sampling_timesteps(self, steps: int) -> list[int]:
-        """Return the training timestep of each of `steps` sampling steps, falling."""
+    def sampling_timesteps(self, steps: int, *, latent_shape: tuple[int, int, int] | None = None) -> Sequence[float]:
+        """Return the training timestep of each of `steps` sampling steps, falling; whole ones but for flow models.
+
+        `latent_shape` is needed by models whose steps depend on the size of the picture (FLUX.1 dev).
+        """
         ...
 
     def sample(
@@ -214,9 +268,11 @@ class Backbone(Protocol):
         callback: GuidanceCallback | None = None,
         start_step: int = 0,
     ) -> Float[Tensor, "batch channel height width"]:
-        """Denoise latents with DPM-Solver++ multistep and classifier-free guidance; no gradient.
+        """Denoise latents with classifier-free guidance; no gradient. DPM-Solver++ multistep, or Euler for flow models.
 
-        `empty` is the condition of the unguided branch (empty or negative prompt), one row or one per picture.
+        `empty` is the condition of the unguided branch (empty or negative prompt), one row or one per picture. Where
+        `guidance_is_embedded`, `guidance_scale` is told to the network and `empty` is not used, unless the prompts
+        carry a guidance of their own: then `guidance_scale` is that of classifier-free guidance as everywhere else.
         `callback` returns the prediction to use in place of `GuidanceStep.combined`. With `start_step` s > 0
         (SDEdit), `initial_latents` must be `add_noise(clean, noise, sampling_timesteps(steps)[s])`.
         """

@@ -15,7 +15,18 @@ import torch
 from safetydpo.artifacts import layout
 from safetydpo.config.schema import BaseModelConfig
 from safetydpo.diffusion.backbone import Backbone
-from safetydpo.diffusion.folder import HUB_PATTERNS, check_whole, fingerprint_folder, linear_layers_of, read_json
+from safetydpo.diffusion.folder import (
+    CONFIG_PATTERNS,
+    HUB_PATTERNS,
+    PICKLES,
+    VAE_PATTERNS,
+    ModelFiles,
+    check_weights,
+    check_whole,
+    fingerprint_files,
+    linear_layers_of,
+    read_json,
+)
 from safetydpo.diffusion.targets import require_targets
 from safetydpo.errors import SafetyDPOError, UsageError
 
@@ -27,10 +38,38 @@ def _stable_diffusion() -> Any:
     return StableDiffusion
 
 
+def _stable_diffusion_xl() -> Any:
+    from safetydpo.diffusion.sdxl import StableDiffusionXL
+
+    return StableDiffusionXL
+
+
+def _stable_diffusion_3() -> Any:
+    from safetydpo.diffusion.sd3 import StableDiffusion3
+
+    return StableDiffusion3
+
+
+def _flux() -> Any:
+    from safetydpo.diffusion.flux import Flux
+
+    return Flux
+
+
 DEMO = "demo"
-FAMILIES: Mapping[str, Callable[[], Any]] = {"StableDiffusionPipeline": _stable_diffusion}
+FAMILIES: Mapping[str, Callable[[], Any]] = {
+    "StableDiffusionPipeline": _stable_diffusion,
+    "StableDiffusionXLPipeline": _stable_diffusion_xl,
+    "StableDiffusion3Pipeline": _stable_diffusion_3,
+    "FluxPipeline": _flux,
+}
 """Pipeline class named in `model_index.json` -> what gives its backbone class."""
-DENOISERS: Mapping[str, str] = {"StableDiffusionPipeline": "unet"}
+DENOISERS: Mapping[str, str] = {
+    "StableDiffusionPipeline": "unet",
+    "StableDiffusionXLPipeline": "unet",
+    "StableDiffusion3Pipeline": "transformer",
+    "FluxPipeline": "transformer",
+}
 """Pipeline class -> folder of the network that gets adapters."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -50,8 +89,9 @@ def load_backbone(base: BaseModelConfig, *, device: str = "cpu", num_threads: in
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    folder = resolve_folder(base)
-    backbone: Backbone = FAMILIES[_family(folder)]().from_folder(folder, dtype=DTYPES[base.dtype], device=device)
+    files = resolve_files(base)
+    family = FAMILIES[_family(files.folder)]()
+    backbone: Backbone = family.from_files(files, dtype=DTYPES[base.dtype], device=device)
     return backbone
 
 
@@ -62,10 +102,11 @@ def base_fingerprint(base: BaseModelConfig) -> str:
         UsageError: if the model is not found or is of an unsupported family.
         SafetyDPOError: if its files are incomplete, cut short or pickles.
     """
-    folder = resolve_folder(base)
-    _family(folder)
-    check_whole(folder)
-    return fingerprint_folder(folder)
+    files = resolve_files(base)
+    _family(files.folder)
+    check_weights(files)
+    check_whole(files)
+    return fingerprint_files(files)
 
 
 def check_targets(base: BaseModelConfig, targets: Sequence[str]) -> None:
@@ -74,12 +115,68 @@ def check_targets(base: BaseModelConfig, targets: Sequence[str]) -> None:
     Raises:
         UsageError: naming the first that names none.
     """
-    folder = resolve_folder(base)
-    require_targets(linear_layers_of(folder / DENOISERS[_family(folder)]), targets)
+    files = resolve_files(base)
+    family = _family(files.folder)
+    if files.single_file is None:
+        names = linear_layers_of(files.folder / DENOISERS[family])
+    else:
+        # The file's own names are those of the first release; the configuration tells the network's.
+        names = _linear_layers_by_configuration(FAMILIES[family]().network_class, files.folder / DENOISERS[family])
+    require_targets(names, targets)
+
+
+def _linear_layers_by_configuration(network_class: Any, folder: Path) -> list[str]:
+    from safetydpo.diffusion.adapter import linear_layers
+
+    with torch.device("meta"):
+        return list(linear_layers(network_class.from_config(read_json(folder / "config.json"))))
+
+
+def resolve_files(base: BaseModelConfig) -> ModelFiles:
+    """Return where the parts of a model are read from; what is on a hub is fetched first.
+
+    Raises:
+        UsageError: as `resolve_folder`; or a single file has no `base.config` or is no safetensors file, or another
+            model has one; or `base.vae` is not found.
+    """
+    vae = None if base.vae is None else _resolve_vae(base.vae)
+    single_file = Path(base.model).expanduser()
+    if not single_file.is_file():
+        if base.config is not None:
+            raise UsageError(
+                f"expected base.config to be null, because base.model {base.model!r} is no single file, found "
+                f"{base.config!r}: remove it, a model's own configurations are used"
+            )
+        return ModelFiles(resolve_folder(base), vae=vae)
+    if single_file.suffix != ".safetensors":
+        what = "the pickle" if single_file.suffix in PICKLES else "the file"
+        raise UsageError(
+            f"expected a single-file model in safetensors format, found {what} {single_file.name!r}, which is never "
+            "read: convert it to safetensors once"
+        )
+    _refuse_revision(base)
+    if base.config is None:
+        raise UsageError(
+            f"expected base.config to name a local folder or hub id with the configurations and vocabularies (in "
+            f"diffusers format) of the single file {single_file.name!r}, which holds weights only, found null: "
+            "name the model that it is a variant of"
+        )
+    folder = Path(base.config).expanduser()
+    if not folder.is_dir():
+        folder = _fetch(base.config, setting="base.config", patterns=CONFIG_PATTERNS)
+    return ModelFiles(folder, vae=vae, single_file=single_file)
+
+
+def _resolve_vae(vae: str) -> Path:
+    folder = Path(vae).expanduser()
+    if not folder.is_dir():
+        folder = _fetch(vae, setting="base.vae", patterns=VAE_PATTERNS)
+    # A whole model's folder may be named as well as an autoencoder's own.
+    return folder if (folder / "config.json").is_file() else folder / "vae"
 
 
 def resolve_folder(base: BaseModelConfig) -> Path:
-    """Return the local folder of a model; a hub model is fetched first (safetensors and configurations only).
+    """Return the local folder of `base.model`; a hub model is fetched first (safetensors and configurations only).
 
     Raises:
         UsageError: if there is no such folder and the name is no hub id, or a local model has a revision.
@@ -97,12 +194,7 @@ def resolve_folder(base: BaseModelConfig) -> Path:
     if local.is_dir():
         _refuse_revision(base)
         return local
-    if not _HUB_ID.fullmatch(base.model):
-        raise UsageError(
-            f"expected base.model to be 'demo', a local folder or a hub id 'owner/name', found {base.model!r}, "
-            "which does not exist: correct the path"
-        )
-    return _fetch(base)
+    return _fetch(base.model, setting="base.model", patterns=HUB_PATTERNS, revision=base.revision)
 
 
 def _refuse_revision(base: BaseModelConfig) -> None:
@@ -113,22 +205,29 @@ def _refuse_revision(base: BaseModelConfig) -> None:
         )
 
 
-def _fetch(base: BaseModelConfig) -> Path:
+def _fetch(name: str, *, setting: str, patterns: Sequence[str], revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    if not _HUB_ID.fullmatch(name):
+        known = "'demo', a local folder" if setting == "base.model" else "a local folder"
+        raise UsageError(
+            f"expected {setting} to be {known} or a hub id 'owner/name', found {name!r}, "
+            "which does not exist: correct the path"
+        )
     try:
-        return Path(snapshot_download(base.model, revision=base.revision, allow_patterns=list(HUB_PATTERNS)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise SafetyDPOError(
-            f"expected a local folder or a reachable hub model {base.model!r}, found neither "
+            f"expected a local folder or a reachable hub model {name!r}, found neither "
             f"({type(error).__name__}): check the name, the network and your access, or download it and give the folder"
         ) from error
 
 
 def _family(folder: Path) -> str:
     found = read_json(folder / "model_index.json").get("_class_name")
-    if found not in FAMILIES:
+    # A pipeline with code of its own names a list: its file and its class.
+    if not isinstance(found, str) or found not in FAMILIES:
         raise UsageError(
             f"expected a model of a supported family ({', '.join(FAMILIES)}), found {found!r} in "
             f"{folder / 'model_index.json'}: choose another base.model"

@@ -1,6 +1,6 @@
 """A text-to-image model on disk: which files of a diffusers folder count, and what they are called together.
 
-Only safetensors, JSON and plain text are read; a folder that holds its weights as pickles is refused.
+Only safetensors, JSON and plain text are read; weights that are pickles are refused, Python files never looked at.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,14 @@ from safetydpo.artifacts.storage import open_location
 from safetydpo.artifacts.weights import read_header
 from safetydpo.errors import SafetyDPOError
 
-COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
-NETWORKS = ("text_encoder", "unet", "vae")
+NETWORKS = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "unet", "vae")
+COMPONENTS = tuple(sorted((*NETWORKS, "scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")))
+"""Every part that some family has; `model_index.json` says which of them a model has."""
+INDEX_SETTINGS = ("force_zeros_for_empty_prompt",)
+"""Values of `model_index.json` that change what a model computes (SDXL)."""
 _WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.safetensors")
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+"""Name endings of weights that would have to be unpickled."""
 _VARIANT_INDEX = re.compile(r".*\.index\.[^.]+\.json")
 
 HUB_PATTERNS = (
@@ -31,6 +38,50 @@ HUB_PATTERNS = (
     ),
 )
 """Files to fetch from a hub: never a pickle, never a second precision of the same weights."""
+CONFIG_PATTERNS = tuple(pattern for pattern in HUB_PATTERNS if not pattern.endswith(".safetensors"))
+"""Those of them that a single file of weights needs beside it."""
+VAE_PATTERNS = tuple(
+    f"{folder}{name}" for folder in ("", "vae/") for name in ("config.json", "diffusion_pytorch_model.safetensors")
+)
+"""Files to fetch of an autoencoder that stands in a repository of its own, or of a whole model."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where the parts of a model are read from."""
+
+    folder: Path
+    """Folder in diffusers format: configurations and vocabularies, and the weights unless `single_file` has them."""
+    vae: Path | None = None
+    """Folder of an autoencoder that takes the place of the model's own."""
+    single_file: Path | None = None
+    """One safetensors file with all weights, in the layout of the model's first release."""
+
+    def folder_of(self, component: str) -> Path:
+        """Return the folder of a component."""
+        return self.vae if component == "vae" and self.vae is not None else self.folder / component
+
+    def components(self) -> list[str]:
+        """Return the parts that the model has, sorted.
+
+        Raises:
+            SafetyDPOError: if `model_index.json` is missing or damaged.
+        """
+        index = read_json(self.folder / "model_index.json")
+        return [component for component in COMPONENTS if names_component(index, component)]
+
+    def weight_folders(self) -> list[Path]:
+        """Return the folders from which weights are read."""
+        networks = [component for component in self.components() if component in NETWORKS]
+        if self.single_file is not None:
+            networks = ["vae"] if self.vae is not None else []
+        return [self.folder_of(component) for component in networks]
+
+
+def names_component(index: Mapping[str, Any], component: str) -> bool:
+    """Return whether the content of a `model_index.json` names a class for `component`."""
+    entry = index.get(component)
+    return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -55,54 +106,77 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_weights(folder: Path) -> None:
-    """Refuse a folder in which a network has no safetensors weights.
+def check_weights(files: ModelFiles) -> None:
+    """Refuse a model in which a network has no safetensors weights.
 
     Raises:
-        SafetyDPOError: naming the first component without safetensors, and its pickle if there is one.
+        SafetyDPOError: naming the first network without safetensors, and its pickle if there is one.
     """
-    for component in NETWORKS:
-        names = sorted(path.name for path in (folder / component).glob("*"))
+    for folder in files.weight_folders():
+        names = sorted(path.name for path in folder.glob("*"))
         if any(_WEIGHTS.fullmatch(name) for name in names):
             continue
-        pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
+        pickles = [name for name in names if name.endswith(PICKLES)]
         found = f"only the pickle {pickles[0]!r}, which is never read" if pickles else "none"
         raise SafetyDPOError(
-            f"expected safetensors weights in {folder / component}, found {found}: "
+            f"expected safetensors weights in {folder}, found {found}: "
             "convert the model once with save_pretrained(folder, safe_serialization=True)"
         )
 
 
-def check_whole(folder: Path) -> None:
-    """Refuse a folder with weights that are cut short; only headers are read.
+def check_whole(files: ModelFiles) -> None:
+    """Refuse weights that are cut short; only headers are read.
 
     Raises:
         SafetyDPOError: naming the first such file.
     """
-    for component in NETWORKS:
-        for path in sorted((folder / component).glob("*")):
+    for folder in files.weight_folders():
+        for path in sorted(folder.glob("*")):
             if _WEIGHTS.fullmatch(path.name):
                 read_header(open_location(str(path)), remedy="fetch or save the model again")
+    if files.single_file is not None:
+        read_header(open_location(str(files.single_file)), remedy="fetch the file again")
 
 
 def fingerprint_folder(folder: Path) -> str:
+    """Return the fingerprint of a model that is one folder; see `fingerprint_files`.
+
+    Raises:
+        SafetyDPOError: as `fingerprint_files`.
+    """
+    return fingerprint_files(ModelFiles(folder))
+
+
+def fingerprint_files(files: ModelFiles) -> str:
     """Return the identity of a model: sha256 over the sorted lines `relative name, sha256 of the file's bytes`.
 
-    Counted are the weights that are loaded by default, and the configurations and vocabularies of the five
-    components; other precisions of the same weights, safety checkers and readmes are not.
+    Counted are the weights that are loaded by default, and the configurations and vocabularies of the model's
+    components; other precisions of the same weights, safety checkers and readmes are not. Another autoencoder stands
+    in place of the model's own. A single file and the settings of `model_index.json` that change results have a line
+    of their own.
 
     Raises:
         SafetyDPOError: if a network has no safetensors weights.
     """
-    check_weights(folder)
+    check_weights(files)
     total = hashlib.sha256()
-    for component in COMPONENTS:
-        for path in sorted((folder / component).glob("*")):
-            if path.is_file() and _counts(path.name):
-                with path.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                total.update(f"{component}/{path.name}\x1f{digest}\n".encode())
+    for component in files.components():
+        whole = files.single_file is None or (component == "vae" and files.vae is not None)
+        for path in sorted(files.folder_of(component).glob("*")):
+            if path.is_file() and _counts(path.name) and (whole or not path.name.endswith(".safetensors")):
+                total.update(f"{component}/{path.name}\x1f{_sha256(path)}\n".encode())
+    if files.single_file is not None:
+        total.update(f"single_file\x1f{_sha256(files.single_file)}\n".encode())
+    index = read_json(files.folder / "model_index.json")
+    for name in INDEX_SETTINGS:
+        if name in index:
+            total.update(f"{name}\x1f{json.dumps(index[name])}\n".encode())
     return total.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _counts(name: str) -> bool:

@@ -24,11 +24,11 @@ def require_posterior(autoencoder: str) -> None:
 
 
 def check_posterior(folder: Path) -> None:
-    """Check the same of a model folder, reading its autoencoder's configuration only, where it has one.
+    """Check the same of an autoencoder's folder, reading its configuration only, where it has one.
 
     Raises:
         UsageError: if the model's autoencoder gives latents only.
     """
-    file = folder / "vae" / "config.json"
+    file = folder / "config.json"
     if file.is_file():
         require_posterior(str(read_json(file).get("_class_name")))

@@ -45,13 +45,15 @@ def render(
     picture's bytes depend on its prompt, its seed, the sampler and the model, not on its neighbours or position.
 
     Raises:
-        SafetyDPOError: if there are not as many seeds as prompts.
+        SafetyDPOError: if there are not as many seeds as prompts, or a negative prompt for a model that has no
+            unguided branch.
     """
     if len(prompts) != len(seeds):
         raise SafetyDPOError(
             f"expected one seed per prompt, found {len(prompts)} prompts and {len(seeds)} seeds: "
             "derive a seed for every row"
         )
+    _check_negative_prompts(backbone, [negative_prompt])
     if not prompts:
         return torch.zeros(0, sampler.height, sampler.width, 3, dtype=torch.uint8)
     size = sampler.batch_size
@@ -69,6 +71,16 @@ def render(
             )
             pictures.append(batch[: len(rows)].cpu())
     return torch.cat(pictures)
+
+
+def _check_negative_prompts(backbone: Backbone, negative_prompts: Sequence[str]) -> None:
+    wanted = [prompt for prompt in negative_prompts if prompt]
+    if wanted and backbone.guidance_is_embedded:
+        raise SafetyDPOError(
+            f"expected a model with an unguided branch for the negative prompt {wanted[0]!r}, found one that is "
+            "told the guidance scale (FLUX.1 dev): leave the negative prompt empty, or call Backbone.sample with "
+            "prompts that carry a guidance of their own"
+        )
 
 
 def _render_batch(
@@ -108,7 +120,8 @@ def redraw(
     unguided branch sees the row's negative prompt.
 
     Raises:
-        SafetyDPOError: if there is not one prompt, negative prompt and seed per picture, or no step is left to run.
+        SafetyDPOError: if there is not one prompt, negative prompt and seed per picture, no step is left to run, or a
+            negative prompt for a model that has no unguided branch.
 
     Source: Meng et al. 2021 (arXiv 2108.01073), algorithm 1.
     """
@@ -117,6 +130,7 @@ def redraw(
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{count} {name}" for name, count in counts.items())
         raise SafetyDPOError(f"expected one prompt, negative prompt and seed per picture, found {found}")
+    _check_negative_prompts(backbone, negative_prompts)
     if not prompts:
         return torch.zeros(0, sampler.height, sampler.width, 3, dtype=torch.uint8)
     start_step = start_step_for_strength(strength, steps=sampler.steps)
@@ -126,8 +140,9 @@ def redraw(
             "or use more sampler.steps"
         )
     size, drawn = sampler.batch_size, []
-    timestep = backbone.sampling_timesteps(sampler.steps)[start_step]
     shape = backbone.latent_shape(height=sampler.height, width=sampler.width)
+    # A whole number for most families, a fraction for those of flow matching.
+    timestep = backbone.sampling_timesteps(sampler.steps, latent_shape=shape)[start_step]
     with torch.no_grad(), _deterministic(backbone.device):
         for rows, padded in _padded_batches(len(prompts), size):
             noise = initial_noise([seeds[row] for row in padded], shape=shape)

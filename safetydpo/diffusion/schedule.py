@@ -3,14 +3,15 @@
 Axis legend: `batch` pictures, `channel height width` latent axes, `step` training timesteps, `chosen` picked timesteps.
 
 Symbols: z clean latents, n unit Gaussian noise, t timestep, a_t = alphas_cumprod[t] (share of signal variance),
-z_t = sqrt(a_t) z + sqrt(1 - a_t) n the noisy latents. Coefficients are computed in the precision of
+z_t = sqrt(a_t) z + sqrt(1 - a_t) n the noisy latents. Flow models: s_t the share of noise,
+z_t = (1 - s_t) z + s_t n. Coefficients are computed in the precision of
 `alphas_cumprod`; results have the type of the first argument.
 """
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 Latents = Float[Tensor, "batch channel height width"]
@@ -99,6 +100,61 @@ def flow_to_epsilon(prediction: Latents, noisy: Latents, *, sigmas: Float[Tensor
     """
     share = sigmas.reshape(-1, 1, 1, 1)
     return (noisy + (1.0 - share) * prediction).to(prediction.dtype)
+
+
+def flow_sigmas(num_train_timesteps: int, *, shift: float = 1.0) -> Schedule:
+    """Return the noise share of every training timestep of a flow model, rising to 1.
+
+    `b = (t + 1) / num_train_timesteps`, `s_t = shift b / (1 + (shift - 1) b)`; a shift above 1 moves timesteps
+    towards noise, as larger pictures need.
+
+    Raises:
+        ValueError: if there is no timestep or the shift is not above 0.
+
+    Source: Esser et al. 2024 (arXiv 2403.03206), equation 23.
+    """
+    if num_train_timesteps < 1 or shift <= 0:
+        raise ValueError(
+            f"expected at least 1 timestep and a shift above 0, found {num_train_timesteps} and {shift}: "
+            "correct the scheduler's configuration"
+        )
+    share = torch.arange(1, num_train_timesteps + 1, dtype=torch.float32) / num_train_timesteps
+    return shift * share / (1.0 + (shift - 1.0) * share)
+
+
+def sigmas_at(timesteps: Real[Tensor, " chosen"], sigmas: Schedule) -> Float[Tensor, " chosen"]:
+    """Return the noise share at timesteps, on the straight line between two whole ones."""
+    times = timesteps.to(sigmas.device)
+    if not times.is_floating_point():
+        return sigmas[times]
+    below = times.floor().long().clamp(0, len(sigmas) - 1)
+    above = (below + 1).clamp(max=len(sigmas) - 1)
+    return torch.lerp(sigmas[below], sigmas[above], (times - below).to(sigmas.dtype))
+
+
+def timesteps_at(wanted: Float[Tensor, " chosen"], sigmas: Schedule) -> Float[Tensor, " chosen"]:
+    """Return the timesteps at which the noise share is `wanted`: the inverse of `sigmas_at`.
+
+    Shares below the first training timestep's give timestep 0. `sigmas` must rise.
+    """
+    shares = wanted.to(sigmas).clamp(sigmas[0], sigmas[-1])
+    above = torch.searchsorted(sigmas, shares).clamp(1, len(sigmas) - 1)
+    low, high = sigmas[above - 1], sigmas[above]
+    return (above - 1) + (shares - low) / (high - low)
+
+
+def shift_for_tokens(
+    num_tokens: int, *, base_tokens: int, max_tokens: int, base_shift: float, max_shift: float
+) -> float:
+    """Return the logarithm of the shift of a picture of `num_tokens` patches: a straight line through two points.
+
+    The line is `base_shift` at `base_tokens` and `max_shift` at `max_tokens`; a scheduler with dynamic shifting then
+    uses the shift `exp(result)`.
+
+    Source: Esser et al. 2024 (arXiv 2403.03206), section 5.3.2; the line is that of the FLUX.1 release.
+    """
+    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+    return base_shift + slope * (num_tokens - base_tokens)
 
 
 def signal_to_noise_ratio(timesteps: Int[Tensor, " chosen"], alphas_cumprod: Schedule) -> Float[Tensor, " chosen"]:

@@ -122,7 +122,9 @@ class PreferenceData:
         )
         place = {sha: index for index, sha in enumerate(captions)}
         tokens = gather_arrays(captions, embeddings, "text features of caption")
-        condition = Condition(tokens, None if pooled is None else gather_arrays(captions, pooled, "pooled features of"))
+        condition = Condition(
+            tokens, None if pooled is None else gather_arrays(captions, pooled, "pooled features of caption")
+        )
 
         def stack(ids: list[str]) -> Tensor:
             return gather_arrays(ids, latents, "latent of picture", shape=latent_shape)
@@ -282,8 +284,7 @@ def _timesteps(rows: Sequence[tuple[RowUse, RowDraw]]) -> Tensor:
 
 def _select(condition: Condition, rows: Sequence[int], device: torch.device | str) -> Condition:
     chosen = condition.select(torch.tensor(rows, dtype=torch.long))
-    pooled = None if chosen.pooled is None else chosen.pooled.float().to(device)
-    return Condition(chosen.tokens.float().to(device), pooled)
+    return chosen.map(lambda features: features.float().to(device))
 
 
 def _check_latents(ids: Sequence[str], latents: Tensor, what: str) -> None:

@@ -79,6 +79,7 @@ class DistillationData:
         latents: Mapping[str, NDArray[np.floating]],
         embeddings: Mapping[str, NDArray[np.floating]],
         latent_shape: tuple[int, int, int],
+        pooled: Mapping[str, NDArray[np.floating]] | None = None,
     ) -> DistillationData:
         """Gather rows from latents by image id and text features by caption sha256; equal rows count once.
 
@@ -108,7 +109,10 @@ class DistillationData:
                 [row.image_id for row in ordered], latents, "latent of picture", shape=latent_shape
             ).float(),
             captions=torch.tensor([place[row.caption_sha256] for row in ordered], dtype=torch.long),
-            condition=Condition(gather_arrays(captions, embeddings, "text features of caption").float()),
+            condition=Condition(
+                gather_arrays(captions, embeddings, "text features of caption").float(),
+                None if pooled is None else gather_arrays(captions, pooled, "pooled features of caption").float(),
+            ),
             empty_caption=place[EMPTY_CAPTION],
         )
 
@@ -134,10 +138,8 @@ def ask(
     )
     timesteps = torch.tensor([draw.timestep for draw in draws], dtype=torch.long).to(backbone.device)
     noise = torch.stack([draw.noise for draw in draws]).to(backbone.device)
-    tokens = data.condition.tokens[captions].to(backbone.device)
-    return Questions(
-        backbone.add_noise(latents.to(backbone.device), noise, timesteps), timesteps, Condition(tokens, None)
-    )
+    condition = data.condition.select(captions).map(lambda features: features.to(backbone.device))
+    return Questions(backbone.add_noise(latents.to(backbone.device), noise, timesteps), timesteps, condition)
 
 
 def _draw(data: DistillationData, use: RowUse, backbone: Backbone, *, config: DistillConfig, run_seed: int) -> RowDraw:

@@ -80,6 +80,7 @@ class MergeResult:
         named = sorted(prepared.experts, key=lambda expert: expert.name)
         return AdapterMetadata(
             base_fingerprint=named[0].metadata.base_fingerprint,
+            denoiser=named[0].metadata.denoiser,
             training_hash=adapter_hash(self.layers),
             kind="merged",
             categories=tuple(dict.fromkeys(c for expert in named for c in expert.metadata.categories)),

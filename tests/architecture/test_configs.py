@@ -46,4 +46,4 @@ def test_the_demo_world_holds_as_many_prompts_as_it_asks_for(path: Path):
 
 
 def test_the_shipped_ones_are_there():
-    assert {"smoke", "demo", "evidence"} <= {path.stem for path in CONFIGS}
+    assert {"smoke", "demo", "evidence", "sd15", "sd21", "sdxl", "sd35", "flux"} <= {path.stem for path in CONFIGS}

@@ -203,3 +203,34 @@ def test_plain_diffusers_loads_the_file_and_computes_base_plus_up_down(tmp_path:
         loaded, expected = (p.unet(x, 500, tokens).sample for p in (pipeline, by_hand))
     assert (expected - base).norm() > 0.1 * base.norm()
     torch.testing.assert_close(loaded, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_transformers_adapter_has_its_own_keys_and_comes_back():
+    layers = make_layers({"transformer_blocks.0.attn.to_q": 2})
+    metadata = AdapterMetadata(base_fingerprint="b", denoiser="transformer")
+    data = adapter_to_bytes(layers, metadata)
+    assert sorted(load(data)) == [f"transformer.transformer_blocks.0.attn.to_q.lora_{f}.weight" for f in ("A", "B")]
+    found, read = adapter_from_bytes(data, source="x")
+    assert_equal_layers(found, layers)
+    assert read == metadata
+    # A file that is not ours tells it by its keys too.
+    assert adapter_from_bytes(save(load(data)), source="x")[1] == AdapterMetadata(denoiser="transformer")
+
+
+def test_an_adapter_of_two_networks_is_refused():
+    pair = {"lora_A.weight": torch.ones(1, 3), "lora_B.weight": torch.ones(3, 1)}
+    both = {
+        f"{network}.q.{part}": tensor.clone() for network in ("transformer", "unet") for part, tensor in pair.items()
+    }
+    with pytest.raises(SafetyDPOError, match=r"expected keys 'transformer.<module>.* found 'unet.q.lora_A.weight'"):
+        adapter_from_bytes(save(both), source="here")
+
+
+def test_the_metadata_of_a_unet_adapter_is_what_it_was_before_there_were_others():
+    header = read_header_of(adapter_to_bytes(make_layers({"q": 1}), METADATA))
+    assert "denoiser" not in header
+
+
+def read_header_of(data: bytes) -> dict[str, object]:
+    length = int.from_bytes(data[:8], "little")
+    return dict(json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["safetydpo"]))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safetydpo.artifacts import tables
-from safetydpo.artifacts.schemas import ADDED_LATER, IMAGES, PROMPT_PAIRS, SELECTIONS
+from safetydpo.artifacts.schemas import ADDED_LATER, IMAGES, PROMPT_PAIRS, SELECTIONS, TEXT_EMBEDDINGS
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import ROWS_PER_GROUP, fingerprint_rows, read_table, table_from_rows, write_table
 from safetydpo.errors import SafetyDPOError
@@ -206,3 +206,17 @@ def test_some_columns_of_a_truncated_file_are_refused_too(store: Location):
     (store / "t.parquet").write_bytes((store / "t.parquet").read_bytes()[:-9])
     with pytest.raises(SafetyDPOError, match=r"expected a complete Parquet file at .*, found \d+ bytes"):
         read_table(store / "t.parquet", schema, columns=["image_id"])
+
+
+def test_text_features_of_earlier_versions_read_without_pooled_ones(store: Location):
+    """A pool may hold files from before and after the columns came."""
+    row = {"caption_sha256": "a", "embedding": b"1234", "tokens": 1, "width": 2}
+    old = pa.schema([field for field in TEXT_EMBEDDINGS if field.metadata != ADDED_LATER])
+    write_table(store / "pool" / "1.parquet", table_from_rows([row], old))
+    new = row | {"caption_sha256": "b", "pooled": b"56", "pooled_width": 1}
+    write_table(store / "pool" / "2.parquet", table_from_rows([new], TEXT_EMBEDDINGS))
+    found = read_table(store / "pool", TEXT_EMBEDDINGS)
+    assert found.schema.equals(TEXT_EMBEDDINGS)
+    assert found.to_pylist() == [row | {"pooled": None, "pooled_width": None}, new]
+    chosen = read_table(store / "pool" / "1.parquet", TEXT_EMBEDDINGS, columns=["pooled_width", "tokens"])
+    assert chosen.to_pylist() == [{"pooled_width": None, "tokens": 1}]

@@ -96,3 +96,13 @@ def test_one_and_a_half_gpus_are_refused():
 def test_a_name_is_part_of_a_path_and_kept_plain(name: str):
     with pytest.raises(ValidationError, match="String should match pattern"):
         Config(name=name)
+
+
+def test_a_base_model_without_later_settings_is_dumped_as_before_they_came():
+    """Hashes of artifacts cover this dump."""
+    plain = {"model": "demo", "revision": None, "dtype": "float32"}
+    assert schema.BaseModelConfig().model_dump(mode="json") == plain
+    assert Config().model_dump(mode="json")["identity"]["base"] == plain
+    full = schema.BaseModelConfig(model="a.safetensors", config="b", vae="c")
+    assert full.model_dump() == plain | {"model": "a.safetensors", "config": "b", "vae": "c"}
+    assert schema.BaseModelConfig(**full.model_dump()) == full

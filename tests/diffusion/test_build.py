@@ -11,7 +11,7 @@ import torch
 from safetydpo.artifacts import layout
 from safetydpo.config.schema import BaseModelConfig
 from safetydpo.diffusion.build import base_fingerprint, check_targets, load_backbone, resolve_folder
-from safetydpo.diffusion.folder import HUB_PATTERNS, linear_layers_of
+from safetydpo.diffusion.folder import HUB_PATTERNS, VAE_PATTERNS, linear_layers_of
 from safetydpo.diffusion.targets import matches_suffix
 from safetydpo.errors import SafetyDPOError, UsageError
 
@@ -56,7 +56,7 @@ def test_an_unsupported_family_is_refused_with_the_supported_ones(tiny_folder: P
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "KandinskyPipeline"}))
     for call in (load_backbone, base_fingerprint):
         with pytest.raises(
-            UsageError, match=r"supported family \(StableDiffusionPipeline\), found 'KandinskyPipeline'"
+            UsageError, match=r"supported family \(StableDiffusionPipeline, .*FluxPipeline\), found 'KandinskyPipeline'"
         ):
             call(BaseModelConfig(model=str(folder)))
 
@@ -102,3 +102,46 @@ def test_targets_are_told_from_the_files_alone(tiny_folder: Path):
     check_targets(base, ["to_q", "ff.net.2"])
     with pytest.raises(UsageError, match=r"linear layers of the denoiser, found 'to_w', which names none: use .*to_q"):
         check_targets(base, ["to_q", "to_w"])
+
+
+def test_another_autoencoder_is_found_on_a_hub_or_inside_a_model(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = {}
+
+    def snapshot_download(name: str, **arguments: object) -> str:
+        asked.update(arguments, name=name)
+        return str(tiny_folder / "vae")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    fetched = base_fingerprint(BaseModelConfig(model=str(tiny_folder), vae="owner/vae-fix"))
+    assert asked == {"name": "owner/vae-fix", "revision": None, "allow_patterns": list(VAE_PATTERNS)}
+    # The same files give the same model, wherever they stand.
+    assert fetched == base_fingerprint(BaseModelConfig(model=str(tiny_folder), vae=str(tiny_folder)))
+    assert fetched == base_fingerprint(BaseModelConfig(model=str(tiny_folder)))
+    with pytest.raises(UsageError, match=r"expected base.vae to be a local folder or a hub id .*, found '/no/such'"):
+        base_fingerprint(BaseModelConfig(model=str(tiny_folder), vae="/no/such"))
+
+
+def test_code_in_a_model_folder_is_never_run(copy_of_tiny: Path):
+    """Neither a pipeline of its own nor classes that configurations point to."""
+    marker = copy_of_tiny / "was_run"
+    code = f"open({str(marker)!r}, 'w').close()\nclass Own: pass\n"
+    for place in ("own.py", "unet/own.py", "text_encoder/own.py", "tokenizer/own.py"):
+        (copy_of_tiny / place).write_text(code)
+    config = copy_of_tiny / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoModel": "own.Own"}}))
+    load_backbone(BaseModelConfig(model=str(copy_of_tiny)))
+    index = copy_of_tiny / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": ["own", "Own"]}))
+    with pytest.raises(UsageError, match=r"expected a model of a supported family .*, found \['own', 'Own'\] in"):
+        load_backbone(BaseModelConfig(model=str(copy_of_tiny)))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("call", [load_backbone, base_fingerprint])
+def test_pickles_are_refused_in_one_line(copy_of_tiny: Path, call):
+    weights = copy_of_tiny / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    expected = r"found only the pickle 'diffusion_pytorch_model.bin', which is never read: convert"
+    with pytest.raises(SafetyDPOError, match=expected) as raised:
+        call(BaseModelConfig(model=str(copy_of_tiny)))
+    assert "\n" not in str(raised.value)

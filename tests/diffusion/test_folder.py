@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from tests.tiny import build_tiny_model
 
 def test_fingerprint_by_hand(tmp_path: Path):
     """Three one-file networks and nothing else: sha256 over three lines `name US sha256 LF`, sorted by name."""
+    index = {name: ["library", "Class"] for name in ("text_encoder", "unet", "vae")} | {"tokenizer": [None, None]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
     lines = ""
     for name, content in (
         ("text_encoder/model.safetensors", b"t"),
@@ -87,6 +90,12 @@ def test_json_errors_name_the_file(tmp_path: Path):
         ("tokenizer/merges.txt", True),
         ("scheduler/scheduler_config.json", True),
         ("model_index.json", True),
+        ("text_encoder_2/model-00001-of-00002.safetensors", True),
+        ("transformer/diffusion_pytorch_model-00003-of-00003.safetensors", True),
+        ("tokenizer_3/tokenizer.json", True),
+        ("text_encoder_3/model.fp16-00001-of-00002.safetensors", False),
+        ("flux1-dev.safetensors", False),
+        ("own_pipeline.py", False),
         ("unet/diffusion_pytorch_model.bin", False),
         ("unet/diffusion_pytorch_model.fp16.safetensors", False),
         ("unet/diffusion_pytorch_model.non_ema.safetensors", False),

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
-from safetydpo.diffusion.loading import load_clip_tokenizer
+from safetydpo.diffusion.loading import load_tokenizer
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
 from safetydpo.errors import SafetyDPOError
 
@@ -46,7 +46,7 @@ def test_a_missing_vocabulary_is_refused(copy_of_tiny: Path):
 
 def test_the_tokenizer_is_the_one_that_was_saved(tiny_folder: Path):
     text = ["A red BALL, on a house!", "zebra 42"]
-    assert load_clip_tokenizer(tiny_folder / "tokenizer")(text).input_ids == (
+    assert load_tokenizer(CLIPTokenizer, tiny_folder / "tokenizer")(text).input_ids == (
         CLIPTokenizer.from_pretrained(tiny_folder / "tokenizer")(text).input_ids
     )
 

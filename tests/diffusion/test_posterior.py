@@ -59,7 +59,7 @@ def test_an_autoencoder_without_a_posterior_is_refused(tiny_folder: Path, pictur
 def test_the_same_is_known_from_the_folder_alone(tiny_folder: Path, kl_folder: Path, tmp_path: Path):
     for folder in (tiny_folder, demo_weights() / "base"):
         with pytest.raises(UsageError, match=REFUSED):
-            check_posterior(folder)
-    check_posterior(kl_folder)
+            check_posterior(folder / "vae")
+    check_posterior(kl_folder / "vae")
     check_posterior(tmp_path)  # nothing to look at: the loaded model will say
     require_posterior("AutoencoderKL")

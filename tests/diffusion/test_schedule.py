@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
@@ -14,11 +15,15 @@ from safetydpo.diffusion.schedule import (
     draw_timesteps,
     epsilon_target,
     epsilon_to_clean,
+    flow_sigmas,
     flow_target,
     flow_to_epsilon,
     min_snr_weights_epsilon,
     min_snr_weights_v,
+    shift_for_tokens,
+    sigmas_at,
     start_step_for_strength,
+    timesteps_at,
     v_target,
     v_to_epsilon,
     velocity_weights_epsilon,
@@ -154,3 +159,70 @@ def test_start_step_by_hand(strength: float, start: int):
 def test_start_step_refuses_a_strength_above_one():
     with pytest.raises(ValueError, match=r"expected a strength in \[0, 1\], found 1.5"):
         start_step_for_strength(1.5, steps=10)
+
+
+def test_flow_sigmas_by_hand():
+    """Four timesteps, shift 3: b = 1/4, 1/2, 3/4, 1 gives 3b / (1 + 2b) = 0.5, 0.75, 0.9, 1."""
+    assert flow_sigmas(4).tolist() == [0.25, 0.5, 0.75, 1.0]
+    torch.testing.assert_close(flow_sigmas(4, shift=3.0), torch.tensor([0.5, 0.75, 0.9, 1.0]))
+
+
+@pytest.mark.parametrize("shift", [1.0, 1.7, 3.0, 0.5])
+def test_flow_sigmas_are_the_training_grid_of_diffusers(shift: float):
+    theirs = FlowMatchEulerDiscreteScheduler(shift=shift).sigmas.flip(0)
+    torch.testing.assert_close(flow_sigmas(1000, shift=shift), theirs, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(0, 1.0), (10, 0.0), (10, -1.0)])
+def test_flow_sigmas_refuse_an_empty_schedule(steps: int, shift: float):
+    with pytest.raises(ValueError, match="expected at least 1 timestep and a shift above 0, found"):
+        flow_sigmas(steps, shift=shift)
+
+
+def test_sigmas_between_timesteps_by_hand():
+    """Halfway between 0.5 and 0.75 lies 0.625, a quarter of the way from 0.9 to 1.0 lies 0.925."""
+    sigmas = torch.tensor([0.5, 0.75, 0.9, 1.0])
+    assert torch.equal(sigmas_at(torch.tensor([3, 0]), sigmas), torch.tensor([1.0, 0.5]))
+    torch.testing.assert_close(
+        sigmas_at(torch.tensor([0.5, 2.25, 3.0]), sigmas), torch.tensor([0.625, 0.925, 1.0]), rtol=0, atol=1e-7
+    )
+    torch.testing.assert_close(
+        timesteps_at(torch.tensor([0.625, 0.925, 1.0, 0.1]), sigmas), torch.tensor([0.5, 2.25, 3.0, 0.0])
+    )
+
+
+@given(times=st.lists(st.floats(0, 999, width=32), min_size=1, max_size=8), shift=st.floats(0.3, 8.0))
+def test_timesteps_and_sigmas_are_inverse_and_equal_numpy(times: list[float], shift: float):
+    share = np.arange(1, 1001) / 1000
+    reference = shift * share / (1 + (shift - 1) * share)
+    sigmas = flow_sigmas(1000, shift=shift)
+    found = sigmas_at(torch.tensor(times), sigmas)
+    np.testing.assert_allclose(found.numpy(), np.interp(times, np.arange(1000), reference), rtol=1e-4, atol=1e-6)
+    back = timesteps_at(found.double(), sigmas.double())
+    assert sigmas_at(back, sigmas.double()).numpy() == pytest.approx(found.double().numpy(), abs=1e-6)
+    assert back.numpy() == pytest.approx(np.array(times), abs=0.05)
+
+
+def test_the_flow_path_equals_diffusers_and_numpy():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 1000, 4, 2, 2, generator=generator)
+    timesteps = torch.arange(1000)
+    sigmas = sigmas_at(timesteps, flow_sigmas(1000, shift=3.0))
+    noisy = add_noise_flow(latents, noise, sigmas=sigmas)
+    torch.testing.assert_close(
+        noisy, scheduler.scale_noise(latents, scheduler.timesteps.flip(0), noise), rtol=1e-5, atol=1e-6
+    )
+    by_hand = (1 - sigmas.numpy())[:, None, None, None] * latents.numpy()
+    by_hand = by_hand + sigmas.numpy()[:, None, None, None] * noise.numpy()
+    np.testing.assert_allclose(noisy.numpy(), by_hand, rtol=1e-6, atol=1e-6)
+    assert np.array_equal(flow_target(latents, noise).numpy(), noise.numpy() - latents.numpy())
+
+
+def test_shift_of_a_picture_by_hand():
+    """FLUX.1: 0.5 at 256 patches, 1.15 at 4096: half of the way (2176) is 0.825; as diffusers computes it."""
+    line = {"base_shift": 0.5, "max_shift": 1.15}
+    for tokens, wanted in ((256, 0.5), (4096, 1.15), (2176, 0.825)):
+        found = shift_for_tokens(tokens, base_tokens=256, max_tokens=4096, **line)
+        assert found == pytest.approx(wanted)
+        assert found == pytest.approx(calculate_shift(tokens, 256, 4096, **line))

@@ -132,7 +132,7 @@ def test_targets_and_noising_follow_the_prediction_type(tiny_folder: Path, tmp_p
 
 def test_networks_are_frozen_and_in_evaluation_mode(model: Model):
     parts = model.backbone._parts
-    for network in (parts.unet, parts.vae, parts.text_encoder):
+    for network in (parts.denoiser, parts.vae, parts.towers[0]._encoder):
         assert not network.training
         assert not any(parameter.requires_grad for parameter in network.parameters())
 
@@ -184,7 +184,7 @@ def test_picture_sizes_that_do_not_fit_are_refused(tiny_folder: Path):
 
 
 def test_recording_an_unknown_module_is_refused(model: Model):
-    expected = pytest.raises(SafetyDPOError, match="expected the name of a module of the U-Net, found 'nope'")
+    expected = pytest.raises(SafetyDPOError, match="expected the name of a module of the unet, found 'nope'")
     with expected, model.backbone.layer_inputs(["nope"]):
         pass
 

@@ -1,0 +1,95 @@
+"""A frozen denoiser with one adapter slot: the part of the `Backbone` protocol that is the same for every network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from safetydpo.artifacts.adapters import Denoiser, LoraLayer, LoraSignature
+from safetydpo.diffusion.adapter import AdapterSlot
+from safetydpo.errors import SafetyDPOError
+
+
+class AdaptedNetwork:
+    """The denoiser, its adapter slot, and the inputs of its layers."""
+
+    denoiser: ClassVar[Denoiser]
+
+    def __init__(self, network: Any) -> None:
+        """Take a denoiser that carries no adapter yet."""
+        self._denoiser = network
+        self._slot = AdapterSlot(network)
+
+    @property
+    def network(self) -> nn.Module:
+        """Return the denoiser."""
+        network: nn.Module = self._denoiser
+        return network
+
+    def install_adapter(self, signature: LoraSignature) -> None:
+        """Put the adapter slot in, with all tensors zero."""
+        self._slot.install(signature)
+
+    def load_adapter(self, layers: Mapping[str, LoraLayer], *, scale: float = 1.0) -> None:
+        """Overwrite the slot; see `AdapterSlot.load`."""
+        self._slot.load(layers, scale=scale)
+
+    def swap_adapter(self, signature: LoraSignature, layers: Mapping[str, LoraLayer]) -> None:
+        """Draw with `layers` from now on; see `AdapterSlot.swap`."""
+        self._slot.swap(signature, layers)
+
+    def export_adapter(self) -> dict[str, LoraLayer]:
+        """Return copies of the slot's layers with every scale folded into `up`."""
+        return self._slot.export()
+
+    def adapter_parameters(self) -> list[tuple[str, Tensor]]:
+        """Return the slot's trainable tensors with names, in a fixed order."""
+        return self._slot.parameters()
+
+    def adapter_off(self) -> AbstractContextManager[None]:
+        """Compute with the base alone inside this context."""
+        return self._slot.off()
+
+    def remove_adapter(self) -> None:
+        """Take the slot out."""
+        self._slot.remove()
+
+    def layer_weight(self, module: str) -> Tensor:
+        """Return the live base weight of a linear layer."""
+        return self._slot.weight(module)
+
+    def named_linear_layers(self, suffixes: Sequence[str]) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Yield (module name, (d_in, d_out)) of the denoiser's linear layers whose name ends in a suffix."""
+        return self._slot.shapes(suffixes)
+
+    @contextmanager
+    def layer_inputs(self, modules: Sequence[str]) -> Iterator[Mapping[str, list[Tensor]]]:
+        """Record the first input of the named modules at every call inside this context (detached, on device).
+
+        Raises:
+            SafetyDPOError: if the denoiser has no module of that name.
+        """
+        known = dict(self._denoiser.named_modules())
+        for name in modules:
+            if name not in known:
+                raise SafetyDPOError(
+                    f"expected the name of a module of the {self.denoiser}, found {name!r}: "
+                    "list the names with named_linear_layers"
+                )
+        captured: dict[str, list[Tensor]] = {name: [] for name in modules}
+        handles = [known[name].register_forward_pre_hook(_recorder(captured[name])) for name in captured]
+        try:
+            yield captured
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _recorder(into: list[Tensor]) -> Any:
+    def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        into.append(inputs[0].detach())
+
+    return record

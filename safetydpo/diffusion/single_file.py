@@ -1,0 +1,89 @@
+"""Load a model from one safetensors file in the layout of its first release, by diffusers' own key tables.
+
+Such a file holds weights only: configurations and vocabularies come from a folder in diffusers format beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from diffusers.loaders.single_file_model import SingleFileComponentError
+from diffusers.loaders.single_file_utils import (
+    create_diffusers_clip_model_from_ldm,
+    create_diffusers_t5_model_from_checkpoint,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import T5EncoderModel
+
+from safetydpo.diffusion.folder import ModelFiles
+from safetydpo.diffusion.loading import FolderLoader, quiet_loading
+from safetydpo.errors import SafetyDPOError
+
+
+class SingleFileLoader(FolderLoader):
+    """Loads the networks of a single file, each by its configuration in the folder beside it."""
+
+    def __init__(self, files: ModelFiles, index: Mapping[str, Any], *, dtype: torch.dtype) -> None:
+        """Read the whole file.
+
+        Raises:
+            SafetyDPOError: if it is damaged.
+        """
+        super().__init__(files, index, dtype=dtype)
+        try:
+            self._tensors: dict[str, Tensor] = load_file(str(files.single_file))
+        except (OSError, SafetensorError) as error:
+            raise SafetyDPOError(
+                f"expected readable safetensors weights at {files.single_file}, found {error}: fetch the file again"
+            ) from error
+
+    def network(self, component: str, kind: Any) -> Any:
+        """Return a network of class `kind` with the file's weights.
+
+        Raises:
+            SafetyDPOError: if the file lacks some of them.
+        """
+        return self._build(component, kind, self._dtype)
+
+    def autoencoder(self) -> Any:
+        """Return the file's autoencoder, or the one that takes its place.
+
+        Raises:
+            SafetyDPOError: as `FolderLoader.autoencoder`, or if the file lacks weights.
+        """
+        if self._files.vae is not None:
+            return super().autoencoder()
+        kind, dtype = self._autoencoder_class()
+        return self._build("vae", kind, dtype)
+
+    def _build(self, component: str, kind: Any, dtype: torch.dtype) -> Any:
+        # diffusers' converters take tensors out of what they are given.
+        options = {"config": str(self._files.folder), "subfolder": component, "local_files_only": True}
+        make: Callable[..., Any]
+        given: tuple[Any, ...]
+        if issubclass(kind, ModelMixin):
+            make, given = kind.from_single_file, (dict(self._tensors),)
+        else:
+            is_t5 = issubclass(kind, T5EncoderModel)
+            make = create_diffusers_t5_model_from_checkpoint if is_t5 else create_diffusers_clip_model_from_ldm
+            given = (kind, dict(self._tensors))
+        try:
+            with quiet_loading():
+                network: nn.Module = make(*given, torch_dtype=dtype, **options)
+        except (AttributeError, KeyError, ValueError, RuntimeError, SingleFileComponentError, OSError) as error:
+            raise self._unfit(component, kind, " ".join(str(error).split())[:160] or type(error).__name__) from error
+        missing = [name for name, tensor in network.state_dict(keep_vars=True).items() if tensor.is_meta]
+        if missing:
+            raise self._unfit(component, kind, f"{len(missing)} missing, first {missing[0]!r}")
+        return network
+
+    def _unfit(self, component: str, kind: Any, found: str) -> SafetyDPOError:
+        return SafetyDPOError(
+            f"expected all weights of the {component} ({kind.__name__}) in {self._files.single_file}, found {found}: "
+            f"use a complete file of the model that base.config ({self._files.folder}) describes"
+        )

@@ -1,0 +1,102 @@
+"""Diffusion-DPO trains every model family: exactly ln 2 at first, then finite steps of the adapter alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from safetydpo.artifacts.adapters import LoraSignature
+from safetydpo.artifacts.schemas import caption_sha256
+from safetydpo.config.schema import BaseModelConfig, DistillConfig, LoraConfig
+from safetydpo.diffusion.backbone import Backbone
+from safetydpo.diffusion.build import load_backbone
+from safetydpo.dpo.batch import PreferenceData, PreferenceRow, RetentionRow, step_batch
+from safetydpo.dpo.distillation import BASE, DistillationData, TaughtRow, answer_rows
+from safetydpo.dpo.engine import open_engine
+from safetydpo.dpo.step import METRICS, policy_loss
+from safetydpo.dpo.trainer import train_expert
+from tests.diffusion.tiny_models import FAMILIES, SIZE, build_model
+from tests.dpo.preferences import small_config
+
+LORA = LoraConfig(rank=2)
+CAPTIONS = ("", "a bomb on red", "a dagger", "a ball on red", "a flower", "a house")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    build_model(request.param, folder)
+    return load_backbone(BaseModelConfig(model=str(folder)))
+
+
+def features(backbone: Backbone) -> dict[str, dict[str, np.ndarray] | None]:
+    """Text features by caption, as they are stored: float16."""
+    condition = backbone.encode_prompts(CAPTIONS).map(lambda values: values.half())
+    keys = [caption_sha256(text) for text in CAPTIONS]
+    pooled = None if condition.pooled is None else dict(zip(keys, condition.pooled.numpy(), strict=True))
+    return {"embeddings": dict(zip(keys, condition.tokens.numpy(), strict=True)), "pooled": pooled}
+
+
+def latents(backbone: Backbone, *names: str) -> dict[str, np.ndarray]:
+    shape = backbone.latent_shape(height=SIZE, width=SIZE)
+    generator = np.random.default_rng(0)
+    return {name: generator.normal(size=shape).astype(np.float16) for name in names}
+
+
+def preferences(backbone: Backbone) -> PreferenceData:
+    safe, unsafe = (caption_sha256(text) for text in ("a ball on red", "a bomb on red"))
+    rows = [PreferenceRow(f"pair{i}", f"safe{i}", f"unsafe{i}", safe, unsafe) for i in range(6)]
+    benign = [RetentionRow(f"benign{i}", caption_sha256("a house")) for i in range(3)]
+    names = [f"{kind}{i}" for kind in ("safe", "unsafe") for i in range(6)] + [row.image_id for row in benign]
+    return PreferenceData.from_tables(
+        rows,
+        latents=latents(backbone, *names),
+        latent_shape=backbone.latent_shape(height=SIZE, width=SIZE),
+        retention=benign,
+        **features(backbone),
+    )
+
+
+def test_training_starts_at_ln_2_and_moves_the_adapter_only(backbone: Backbone):
+    config = small_config().model_copy(update={"error_weighting": "velocity"})
+    base = {name: tensor.clone() for name, tensor in backbone.network.state_dict().items()}
+    data = preferences(backbone)
+    assert (data.condition.pooled is None) == (backbone.encode_prompts(["a"]).pooled is None)
+    engine = open_engine(backbone, config=config, lora=LORA)
+    batch = step_batch(data, 0, config=config, run_seed=5, expert="hate", num_timesteps=backbone.num_train_timesteps)
+    # B is zero in a fresh slot; a large beta would show a difference in the last bit.
+    loss, metrics = policy_loss(backbone, batch, config=config.model_copy(update={"beta": 5000.0}))
+    assert torch.equal(loss.detach(), torch.tensor(math.log(2)))
+    assert dict(zip(METRICS, metrics.tolist(), strict=True))["margin"] == 0.0
+    trained = train_expert(backbone, data, config=config, lora=LORA, run_seed=5, expert_name="hate", engine=engine)
+    assert len(trained.history) == config.steps
+    assert trained.history[0].preference_loss == pytest.approx(math.log(2), abs=1e-7)
+    assert all(math.isfinite(step.loss) and math.isfinite(step.gradient_norm) for step in trained.history)
+    assert all(torch.isfinite(layer.up).all() for layer in trained.layers.values())
+    assert all(layer.up.abs().max() > 0 for layer in trained.layers.values())
+    backbone.remove_adapter()
+    after = backbone.network.state_dict()
+    assert base.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in base.items())
+
+
+def test_distillation_asks_with_pooled_features(backbone: Backbone):
+    """The base's answers to rows of its own equal its predictions under the whole condition."""
+    shas = [caption_sha256(text) for text in CAPTIONS]
+    rows = [TaughtRow("hate", "a", shas[1]), TaughtRow(BASE, "b", shas[3])]
+    data = DistillationData.from_tables(
+        rows,
+        latents=latents(backbone, "a", "b"),
+        latent_shape=backbone.latent_shape(height=SIZE, width=SIZE),
+        **features(backbone),
+    )
+    assert (data.condition.pooled is None) == (backbone.encode_prompts(["a"]).pooled is None)
+    config = DistillConfig(rows_per_step=2, benign_rate=0.5, draws=1, strategy="single")
+    signature = LoraSignature(rank=2, alpha=2.0, targets=LORA.targets)
+    answers = answer_rows(backbone, data, {"hate": {}}, signature=signature, config=config, run_seed=0)
+    assert torch.isfinite(answers).all()
+    assert answers.abs().amax(dim=(2, 3, 4)).min() > 0
