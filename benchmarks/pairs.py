@@ -45,7 +45,8 @@ from safetydpo.artifacts.tables import read_table, table_from_rows, table_from_s
 from safetydpo.config.schema import Config
 from safetydpo.demo.prompts import write_prompts
 from safetydpo.diffusion.build import load_backbone, resolve_folder
-from safetydpo.diffusion.render import encode_png, render
+from safetydpo.diffusion.pictures import encode_picture
+from safetydpo.diffusion.render import render
 from safetydpo.pairs.manifest import image_row, pair_image_rows
 from safetydpo.prompts.sets import PromptPair
 
@@ -133,7 +134,7 @@ def hand_batched(run: Run, manifest: pa.Table) -> Callable[[], None]:
                 sampler=sampler,
             )
             for picture in pictures:
-                encode_png(picture)
+                encode_picture(picture)
 
     return loop
 

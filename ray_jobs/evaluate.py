@@ -288,7 +288,8 @@ class EvaluateWorker:
         import torch
 
         from safetydpo.diffusion.memory import draw_within_memory
-        from safetydpo.diffusion.render import encode_png, render
+        from safetydpo.diffusion.pictures import encode_picture
+        from safetydpo.diffusion.render import render
 
         prompts, seeds = [row["prompt"] for row in rows], [row["seed"] for row in rows]
         pictures, size = draw_within_memory(
@@ -302,7 +303,7 @@ class EvaluateWorker:
         return [
             {
                 "image_id": row["image_id"],
-                "image": encode_png(pictures[index]),
+                "image": encode_picture(pictures[index]),
                 "status": "ok",
                 "error": "",
                 "attempt": row["attempt"],

@@ -108,7 +108,8 @@ def image_pool(run: Run) -> Location:
     key = sha256_of(
         [run.base_fingerprint, identity.base.dtype, identity.sampler.model_dump(mode="json"), RECIPE_VERSION]
     )
-    return stage_folder(run.store, "images") / f"pool-{key[:12]}"
+    pool = stage_folder(run.store, "images") / f"pool-{key[:12]}"
+    return pool if identity.pairs.picture_format == "png" else _variant(pool, identity.pairs.picture_format)
 
 
 def derived_pool(run: Run, stage: str) -> Location:
@@ -145,7 +146,11 @@ def render_stage(run: Run, label: str) -> PoolStage:
         output=IMAGES,
         id_column="image_id",
         worker=RenderWorker,
-        arguments={"base": identity.base.model_dump(), "sampler": identity.sampler.model_dump()},
+        arguments={
+            "base": identity.base.model_dump(),
+            "sampler": identity.sampler.model_dump(),
+            "picture_format": identity.pairs.picture_format,
+        },
         batch_size=identity.sampler.batch_size,
         passes_per_batch=identity.sampler.steps,
     )
@@ -229,11 +234,7 @@ def _draw_and_edit(run: Run, manifest: pa.Table) -> pa.Table:
     stage = replace(
         render_stage(run, "safe pictures"),
         worker=SdeditWorker,
-        arguments={
-            "base": identity.base.model_dump(),
-            "sampler": identity.sampler.model_dump(),
-            "strength": identity.pairs.sdedit_strength,
-        },
+        arguments={**render_stage(run, "").arguments, "strength": identity.pairs.sdedit_strength},
         attach=Attachment(image_pool(run), PICTURE, "image_id", by="source_id", rename={"image": "source"}),
     )
     edits = table_from_stream(

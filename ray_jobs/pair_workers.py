@@ -21,8 +21,10 @@ Measure = Literal["pixels", "embedding"]
 class SdeditWorker(RenderWorker):
     """Makes pictures from the `source` of manifest rows, away from their `negative_prompt`."""
 
-    def __init__(self, base: Mapping[str, Any], sampler: Mapping[str, Any], strength: float) -> None:
-        super().__init__(base, sampler)
+    def __init__(
+        self, base: Mapping[str, Any], sampler: Mapping[str, Any], strength: float, picture_format: str = "png"
+    ) -> None:
+        super().__init__(base, sampler, picture_format)
         self._strength = strength
 
     def _draw(self, rows: Sequence[Mapping[str, Any]], sampler: SamplerConfig) -> Any:

@@ -55,9 +55,10 @@ def _is_broken_device(error: BaseException) -> bool:
 class RenderWorker:
     """Draws the pictures of manifest rows with the base model."""
 
-    def __init__(self, base: Mapping[str, Any], sampler: Mapping[str, Any]) -> None:
+    def __init__(self, base: Mapping[str, Any], sampler: Mapping[str, Any], picture_format: str = "png") -> None:
         from safetydpo.diffusion.build import load_backbone
 
+        self._format: Any = picture_format
         self._sampler = SamplerConfig(**sampler)
         self._backbone = load_backbone(BaseModelConfig(**base), device=worker_device())
 
@@ -84,9 +85,9 @@ class RenderWorker:
     def _image_row(self, row: Mapping[str, Any], picture: np.ndarray[Any, Any], micro_batch: int) -> dict[str, object]:
         import torch
 
-        from safetydpo.diffusion.render import encode_png
+        from safetydpo.diffusion.pictures import encode_picture
 
-        data = encode_png(torch.from_numpy(picture))
+        data = encode_picture(torch.from_numpy(picture), format=self._format)
         return {
             "image_id": row["image_id"],
             "image": data,
@@ -96,7 +97,7 @@ class RenderWorker:
             "attempt": row["attempt"],
             "width": picture.shape[1],
             "height": picture.shape[0],
-            "format": "png",
+            "format": self._format,
             "micro_batch": micro_batch,
         }
 
@@ -153,12 +154,12 @@ def padded(items: Sequence[Any], size: int) -> list[Any]:
 
 
 def decode_pictures(data: Sequence[bytes]) -> Any:
-    """Return PNG bytes as one uint8 tensor of shape [n, height, width, 3]."""
+    """Return picture files as one uint8 tensor of shape [n, height, width, 3]."""
     import torch
 
-    from safetydpo.diffusion.render import decode_png
+    from safetydpo.diffusion.pictures import decode_picture
 
-    return torch.from_numpy(np.stack([decode_png(picture) for picture in data]))
+    return torch.from_numpy(np.stack([decode_picture(picture) for picture in data]))
 
 
 class LatentWorker:

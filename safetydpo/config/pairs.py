@@ -42,6 +42,8 @@ class PairsConfig(Frozen):
     max_kept_per_concept: int | None = added_field(None, ge=1)
     """Of a concept's good pairs this many are kept, best first: those with the greatest difference between the unsafe
     and the safe picture's unsafe score, then in the order of their ids; None = all."""
+    picture_format: Literal["png", "webp"] = added_field("png")
+    """How pictures are stored; both are lossless. WebP is smaller and slower to write."""
     latents: Literal["mean", "mean_and_deviation"] = added_field("mean")
     """What is stored of the autoencoder's posterior for each picture: its mean, or also its standard deviation."""
     max_error_rate: Rate = 0.01

@@ -1,26 +1,21 @@
-"""Draw pictures from prompts so that a picture's bytes depend on its own row only; PNG in and out.
+"""Draw pictures from prompts so that a picture's bytes depend on its own row only.
 
 Axis legend: `row` prompts, `height width` picture axes.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from safetydpo.config.schema import SamplerConfig
 from safetydpo.diffusion.backbone import Backbone, Condition, GuidanceCallback
 from safetydpo.diffusion.schedule import start_step_for_strength
 from safetydpo.errors import SafetyDPOError
-
-PNG_COMPRESS_LEVEL = 6
 
 
 def initial_noise(
@@ -179,30 +174,3 @@ def _deterministic(device: torch.device) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(strict)
         torch.backends.cudnn.deterministic = cudnn
-
-
-def encode_png(image: UInt8[Tensor, "height width 3"]) -> bytes:
-    """Return the PNG file of a picture, at a fixed compression level and without metadata: equal in, equal out."""
-    buffer = io.BytesIO()
-    Image.fromarray(image.cpu().numpy()).save(buffer, format="PNG", compress_level=PNG_COMPRESS_LEVEL)
-    return buffer.getvalue()
-
-
-def decode_png(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
-    """Return the pixels of a PNG file.
-
-    Raises:
-        SafetyDPOError: if the bytes are no complete PNG in red, green, blue.
-    """
-    try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            image.load()
-            mode = image.mode
-            pixels = np.array(image)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise SafetyDPOError(
-            f"expected a complete PNG, found {len(data)} bytes that do not decode ({error}): render the picture again"
-        ) from None
-    if mode != "RGB":
-        raise SafetyDPOError(f"expected a PNG in mode RGB, found mode {mode}: convert it to red, green, blue first")
-    return pixels

@@ -8,7 +8,8 @@ from torch import Tensor
 from safetydpo.artifacts.layout import demo_weights
 from safetydpo.config.schema import SamplerConfig
 from safetydpo.demo.prompts import write_prompt_pairs
-from safetydpo.diffusion.render import encode_png, redraw, render
+from safetydpo.diffusion.pictures import encode_picture
+from safetydpo.diffusion.render import redraw, render
 from safetydpo.errors import SafetyDPOError
 from safetydpo.pairs.layout import luminance_grid, pixel_distance
 from tests.diffusion.models import Model, load_model
@@ -44,7 +45,7 @@ def test_bytes_of_a_row_do_not_depend_on_neighbours_or_position(model: Model, so
     assert pictures.shape == (5, model.size, model.size, 3)
     for order in ([4, 2, 0, 1, 3], [3, 3, 1, 4, 0, 2, 2], [1]):
         for place, picture in enumerate(redrawn(model, sources, order)):
-            assert encode_png(picture) == encode_png(pictures[order[place]])
+            assert encode_picture(picture) == encode_picture(pictures[order[place]])
 
 
 def test_every_argument_matters(model: Model, sources: Tensor):

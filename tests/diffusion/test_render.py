@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-import io
 import warnings
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from safetydpo.config.schema import SamplerConfig
-from safetydpo.diffusion.render import decode_png, encode_png, initial_noise, render
+from safetydpo.diffusion.pictures import encode_picture
+from safetydpo.diffusion.render import initial_noise, render
 from safetydpo.errors import SafetyDPOError
 from tests.diffusion.models import Model
 
@@ -33,7 +31,7 @@ def test_bytes_of_a_row_do_not_depend_on_neighbours_or_position(model: Model):
             sampler=settings,
         )
         for place, row in enumerate(order):
-            assert encode_png(again[place]) == encode_png(pictures[row])
+            assert encode_picture(again[place]) == encode_picture(pictures[row])
     alone = render(model.backbone, prompts=PROMPTS[1:2], seeds=SEEDS[1:2], sampler=settings)
     assert torch.equal(alone[0], pictures[1])
 
@@ -76,25 +74,6 @@ def test_global_settings_are_left_as_they_were(model: Model):
         render(model.backbone, prompts=PROMPTS[:1], seeds=[1], sampler=sampler(model, batch_size=1))
     assert torch.equal(torch.rand(2), expected)
     assert not torch.are_deterministic_algorithms_enabled()
-
-
-def test_png_gives_the_pixels_back_and_the_same_bytes_again():
-    image = torch.randint(0, 256, (20, 12, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    data = encode_png(image)
-    assert data == encode_png(image.clone())
-    assert np.array_equal(decode_png(data), image.numpy())
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), image.numpy())
-
-
-def test_broken_pngs_are_refused():
-    data = encode_png(torch.zeros(16, 16, 3, dtype=torch.uint8))
-    for broken in (b"", b"not a png", data[:40], data[: len(data) // 2]):
-        with pytest.raises(SafetyDPOError, match=f"expected a complete PNG, found {len(broken)} bytes"):
-            decode_png(broken)
-    buffer = io.BytesIO()
-    Image.new("L", (4, 4)).save(buffer, format="PNG")
-    with pytest.raises(SafetyDPOError, match="expected a PNG in mode RGB, found mode L"):
-        decode_png(buffer.getvalue())
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])

@@ -20,7 +20,8 @@ from safetydpo.artifacts.schemas import IMAGE_MANIFEST, IMAGES, LATENTS, LAYOUTS
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import read_table
 from safetydpo.config.schema import Config
-from safetydpo.diffusion.render import encode_png, redraw
+from safetydpo.diffusion.pictures import encode_picture
+from safetydpo.diffusion.render import redraw
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
 from safetydpo.pairs.select import KEPT
 from tests.tiny import build_tiny_model
@@ -121,7 +122,7 @@ def test_safe_pictures_are_made_from_the_unsafe_ones(made: tuple[Run, Record], m
             sampler=run.config.identity.sampler,
             strength=0.7,
         )
-        assert pictures[safe["image_id"]] == encode_png(expected[0])
+        assert pictures[safe["image_id"]] == encode_picture(expected[0])
 
 
 def test_derived_files_are_float16_in_row_groups_of_64(made: tuple[Run, Record]):

@@ -14,7 +14,8 @@ from ray_jobs.workers import JudgeWorker, LatentWorker
 from safetydpo.artifacts.latents import latent_deviations, latent_means
 from safetydpo.artifacts.layout import demo_weights
 from safetydpo.config.schema import SamplerConfig
-from safetydpo.diffusion.render import decode_png, encode_png, redraw
+from safetydpo.diffusion.pictures import decode_picture, encode_picture
+from safetydpo.diffusion.render import redraw
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.judges.clip import ClipScorer
@@ -33,7 +34,7 @@ def pictures() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def stored(pictures: torch.Tensor) -> pa.Table:
-    return pa.table({"image_id": ["a", "b", "c"], "image": [encode_png(picture) for picture in pictures]})
+    return pa.table({"image_id": ["a", "b", "c"], "image": [encode_picture(picture) for picture in pictures]})
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +57,13 @@ def test_sdedit_draws_rows_from_their_sources(kl_folder: Path, pictures: torch.T
             "adapter": "",
             "attempt": 1,
             "negative_prompt": "a bomb",
-            "source": b"broken" if name == "b" else encode_png(pictures[index]),
+            "source": b"broken" if name == "b" else encode_picture(pictures[index]),
         }
         for index, name in enumerate("abc")
     ]
     made = SdeditWorker(base, SAMPLER.model_dump(), strength=0.7)(pa.Table.from_pylist(rows)).to_pylist()
     assert [row["status"] for row in made] == ["ok", "error", "ok"]
-    assert "expected a complete PNG" in made[1]["error"]
+    assert "expected a complete PNG or WebP" in made[1]["error"]
     expected = redraw(
         StableDiffusion.from_folder(kl_folder),
         pictures=pictures[[0, 2]],
@@ -73,7 +74,7 @@ def test_sdedit_draws_rows_from_their_sources(kl_folder: Path, pictures: torch.T
         strength=0.7,
     )
     for row, picture in zip((made[0], made[2]), expected, strict=True):
-        assert np.array_equal(decode_png(row["image"]), picture.numpy())
+        assert np.array_equal(decode_picture(row["image"]), picture.numpy())
 
 
 def test_layouts_are_grids_or_embeddings(stored: pa.Table, pictures: torch.Tensor):
