@@ -18,11 +18,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ray_jobs import distill_experts, evaluate, generate_pairs, merge_experts, search_merges, train_experts
+from ray_jobs import distill_experts, evaluate, merge_experts, search_merges, train_experts
 from ray_jobs.evaluate import EvaluatedRow, evaluate_rows, evaluation_prompts, judges_fingerprint, list_rows
 from ray_jobs.expert_files import MERGE_RECIPE_VERSION
 from ray_jobs.outcomes import read_outcomes, reference_features
 from ray_jobs.pipeline import STAGES, Chain, run_stages
+from ray_jobs.places import PAIRS_RECIPE_VERSION
 from ray_jobs.prompt_tables import all_pairs, split_prompts
 from ray_jobs.run import Run, package_versions, with_absolute_paths
 from ray_jobs.train_experts import ALL_SINGLE
@@ -76,7 +77,7 @@ class PlannedUnit:
                 "features": _file_hash(demo_weights() / "reference_features.safetensors"),
                 "prompts": _prompts_fingerprint(self.run.config),
                 "recipes": {
-                    "pairs": generate_pairs.RECIPE_VERSION,
+                    "pairs": PAIRS_RECIPE_VERSION,
                     "train": train_experts.RECIPE_VERSION,
                     "distill": distill_experts.RECIPE_VERSION,
                     "layer_inputs": merge_experts.INPUTS_RECIPE_VERSION,

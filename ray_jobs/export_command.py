@@ -6,6 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from ray_jobs.places import image_pool_of
 from ray_jobs.run import Run, with_absolute_paths
 from safetydpo.artifacts.layout import IDENTITY_FILE
 from safetydpo.artifacts.records import Record, check_run_identity, read_pointers, read_record
@@ -47,7 +48,7 @@ def export_pairs(
     refuse_existing(target)
     folder, record = find_pairs(run)
     kept = read_kept_pairs(folder)
-    pictures = PictureIndex(run.store) if with_pictures else None
+    pictures = PictureIndex(image_pool_of(run.store, record)) if with_pictures else None
     facts = card_facts(
         record,
         name=name or f"{run.config.name}-pairs",

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from ray_jobs.cluster import connect
 from ray_jobs.pair_workers import Measure, SdeditWorker
+from ray_jobs.places import PAIRS_RECIPE_VERSION, image_pool, variant
 from ray_jobs.pool_index import FILE_COLUMN
 from ray_jobs.pools import Attachment, PoolStage, check_error_rate, fill_pool
 from ray_jobs.prompt_tables import chosen_pairs, retention_prompts
@@ -46,7 +47,6 @@ from safetydpo.artifacts.schemas import (
     SELECTIONS,
     TEXT_EMBEDDINGS,
     caption_sha256,
-    sha256_of,
 )
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows, table_from_rows, table_from_stream, write_table
@@ -56,7 +56,6 @@ from safetydpo.pairs.manifest import pair_image_rows, pair_seed, retention_image
 from safetydpo.pairs.select import Selection, check_enough_pairs
 from safetydpo.prompts.sets import Prompt, PromptPair
 
-RECIPE_VERSION = 1
 SELECT_JUDGE = "demo_select"
 """The judge of the merge search; that of pairs is `identity.pairs.judges`."""
 SDEDIT_MANIFEST = pa.schema(
@@ -97,19 +96,21 @@ def pairs_key(run: Run, pairs: Sequence[PromptPair], benign: Sequence[Prompt]) -
             "retention_prompts": fingerprint_rows((prompt.prompt_id, "") for prompt in benign),
             "judge": fingerprint_judges(identity.pairs),
             **fingerprint_measures(identity.pairs),
+            **_concepts_input(run, pairs),
         },
-        recipe_version=RECIPE_VERSION,
+        recipe_version=PAIRS_RECIPE_VERSION,
     )
 
 
-def image_pool(run: Run) -> Location:
-    """Return the pool of pictures drawn by this run's base model and sampler."""
+def _concepts_input(run: Run, pairs: Sequence[PromptPair]) -> dict[str, str]:
+    """Return what makes a key follow the concepts of pairs: they are counted, and may be capped.
+
+    Those of the demo world come with the package, and its keys are older than this input.
+    """
     identity = run.config.identity
-    key = sha256_of(
-        [run.base_fingerprint, identity.base.dtype, identity.sampler.model_dump(mode="json"), RECIPE_VERSION]
-    )
-    pool = stage_folder(run.store, "images") / f"pool-{key[:12]}"
-    return pool if identity.pairs.picture_format == "png" else _variant(pool, identity.pairs.picture_format)
+    if identity.prompts.source == "demo" and identity.pairs.max_kept_per_concept is None:
+        return {}
+    return {"concepts": fingerprint_rows((pair.pair_id, pair.concept) for pair in pairs)}
 
 
 def derived_pool(run: Run, stage: str) -> Location:
@@ -119,23 +120,19 @@ def derived_pool(run: Run, stage: str) -> Location:
 
 def verdict_pool(run: Run, judge: str) -> Location:
     """Return the pool of a judge's verdicts on those pictures: other weights of the judge have another one."""
-    return _variant(derived_pool(run, "verdicts"), fingerprint_judge(judge)[:12])
+    return variant(derived_pool(run, "verdicts"), fingerprint_judge(judge)[:12])
 
 
 def layout_pool(run: Run, measure: Measure) -> Location:
     """Return the pool of what the layouts of those pictures are compared by."""
     networks = fingerprint_measures(run.config.identity.pairs).values() if measure == "embedding" else ()
-    return _variant(derived_pool(run, "layouts"), "-".join([measure, *(network[:12] for network in networks)]))
+    return variant(derived_pool(run, "layouts"), "-".join([measure, *(network[:12] for network in networks)]))
 
 
 def latent_pool(run: Run) -> Location:
     """Return the pool of the latents of those pictures: with deviations they are other rows than without."""
     pool = derived_pool(run, "latents")
-    return pool if run.config.identity.pairs.latents == "mean" else _variant(pool, "deviation")
-
-
-def _variant(pool: Location, name: str) -> Location:
-    return pool.parent / f"{pool.name}-{name}"
+    return pool if run.config.identity.pairs.latents == "mean" else variant(pool, "deviation")
 
 
 def render_stage(run: Run, label: str) -> PoolStage:

@@ -130,7 +130,7 @@ def read_rows(pool: Location, schema: pa.Schema, index: pa.Table, *, id_column: 
         members.setdefault(file, []).append(row_id)
     parts = []
     for file, wanted in members.items():
-        table = read_table(pool / file, schema)
+        table = read_table(pool / file, schema, columns=schema.names)
         parts.append(table.filter(pc.is_in(table.column(id_column), value_set=pa.array(wanted, type=pa.string()))))
     table = pa.concat_tables(parts) if parts else schema.empty_table()
     return table.take(pc.sort_indices(table, sort_keys=[(id_column, "ascending")]))

@@ -24,8 +24,10 @@ import ray.data
 from ray.data.checkpoint import CheckpointConfig
 
 from ray_jobs.cluster import NETWORK_PASSES_PER_WORKER, workers_for
+from ray_jobs.leases import hold_lease
 from ray_jobs.pool_index import DATA_FOLDER, FILE_COLUMN, close_index, good_rows, read_index, read_rows
 from ray_jobs.progress import progress_bar
+from ray_jobs.salvage import BATCH_PREFIX, CHECKPOINT_FOLDER, salvage_open_batches
 from safetydpo.artifacts.layout import RECORD_FILE
 from safetydpo.artifacts.manifest import verify_rows
 from safetydpo.artifacts.schemas import sha256_of
@@ -83,12 +85,14 @@ def fill_pool(pool: Location, manifest: pa.Table, stage: PoolStage, *, execution
     """
     ids = manifest.column(stage.id_column).combine_chunks()
     for _ in range(ATTEMPTS):
-        lacking = plan_missing(pool, manifest, stage)
-        if not lacking.num_rows:
+        plan = _plan_batch(pool, manifest, stage)
+        if plan is not None and not plan.folder.exists():
+            salvage_open_batches(pool, stage.output, id_column=stage.id_column, leave=plan.folder)
+            plan = _plan_batch(pool, manifest, stage)
+        if plan is None:
             break
-        failures = _count_failures(pool)
-        attempts = [1 + failures[row_id] for row_id in lacking.column(stage.id_column).to_pylist()]
-        _run_batch(pool, lacking, stage, execution=execution, attempts=attempts)
+        with hold_lease(plan.folder):
+            _run_batch(plan, stage, execution=execution)
     rows = read_index(pool, stage.output, wanted=ids, id_column=stage.id_column)
     verification = verify_rows(ids, rows.column(stage.id_column))
     if not verification.is_exact:
@@ -126,6 +130,32 @@ def check_error_rate(rows: pa.Table, *, limit: float) -> list[str]:
     return [row["image_id"] for row in failed]
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """The rows that one batch makes, each at its next attempt, and the folder that is named by them."""
+
+    folder: Location
+    manifest: pa.Table
+    attempts: Sequence[int]
+
+
+def _plan_batch(pool: Location, manifest: pa.Table, stage: PoolStage) -> _Batch | None:
+    lacking = plan_missing(pool, manifest, stage)
+    if not lacking.num_rows:
+        return None
+    if stage.attach is not None:
+        # Rows of one file come together, so that each file is opened by one task.
+        lacking = lacking.take(pc.sort_indices(lacking, sort_keys=[(FILE_COLUMN.name, "ascending")]))
+    failures = _count_failures(pool)
+    ids = lacking.column(stage.id_column).to_pylist()
+    attempts = [1 + failures[row_id] for row_id in ids]
+    if "attempt" in lacking.column_names:
+        column = lacking.schema.get_field_index("attempt")
+        lacking = lacking.set_column(column, lacking.schema.field(column), pa.array(attempts, type=pa.int32()))
+    name = f"{BATCH_PREFIX}{sha256_of(sorted(map(list, zip(ids, attempts, strict=True))))[:16]}"
+    return _Batch(pool / name, lacking, attempts)
+
+
 def _count_failures(pool: Location) -> Counter[str]:
     """Return how often each row failed in closed batches."""
     records = [folder / RECORD_FILE for folder in pool.list()]
@@ -134,14 +164,8 @@ def _count_failures(pool: Location) -> Counter[str]:
     )
 
 
-def _run_batch(
-    pool: Location, manifest: pa.Table, stage: PoolStage, *, execution: ExecutionConfig, attempts: Sequence[int]
-) -> None:
-    if "attempt" in manifest.column_names:
-        column = manifest.schema.get_field_index("attempt")
-        manifest = manifest.set_column(column, manifest.schema.field(column), pa.array(list(attempts), type=pa.int32()))
-    ids = manifest.column(stage.id_column).to_pylist()
-    folder = pool / f"batch-{sha256_of(sorted(map(list, zip(ids, attempts, strict=True))))[:16]}"
+def _run_batch(batch: _Batch, stage: PoolStage, *, execution: ExecutionConfig) -> None:
+    folder, manifest = batch.folder, batch.manifest
     started = time.time()
     write_table(folder / "manifest.parquet", manifest)
     # The checkpoint deletes the data of commits that were under way, hence one writer at a time per folder.
@@ -153,18 +177,18 @@ def _run_batch(
     verification = verify_rows(manifest.column(stage.id_column), made)
     if not verification.is_exact:
         raise SafetyDPOError(
-            f"{stage.label}: expected {len(ids)} rows once each in {data}, found {len(verification.missing)} missing, "
-            f"{len(verification.duplicated)} doubled: run the same command again"
+            f"{stage.label}: expected {manifest.num_rows} rows once each in {data}, found "
+            f"{len(verification.missing)} missing, {len(verification.duplicated)} doubled: run the same command again"
         )
     record = {
         "stage": stage.label,
-        "rows": len(ids),
+        "rows": manifest.num_rows,
         "failed_units": made.filter(pc.invert(good_rows(found))).to_pylist(),
-        "attempt": max(attempts),
+        "attempt": max(batch.attempts),
         "seconds": round(time.time() - started, 3),
     }
     (folder / RECORD_FILE).write_bytes(json.dumps(record, indent=2, sort_keys=True).encode())
-    (folder / "checkpoint").delete()
+    (folder / CHECKPOINT_FOLDER).delete()
 
 
 def rows_per_block(rows: int, *, batch_size: int, workers: int) -> int:
@@ -245,7 +269,7 @@ class CountingWorker:
 @contextmanager
 def _checkpointing(folder: Location, id_column: str) -> Iterator[None]:
     context = ray.data.DataContext.get_current()
-    checkpoint = (folder / "checkpoint").make_folder()
+    checkpoint = (folder / CHECKPOINT_FOLDER).make_folder()
     wanted = {
         "checkpoint_config": CheckpointConfig(
             id_column=id_column,

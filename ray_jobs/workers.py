@@ -13,11 +13,11 @@ import pyarrow as pa
 from safetydpo.artifacts.schemas import IMAGES, LATENTS, TEXT_EMBEDDINGS, VERDICTS
 from safetydpo.artifacts.tables import table_from_rows
 from safetydpo.config.schema import BaseModelConfig, SamplerConfig
-from safetydpo.errors import SafetyDPOError
 
 logger = logging.getLogger(__name__)
 Row = Mapping[str, Any]
 Made = dict[str, object]
+OUR_ERRORS = (TypeError, AttributeError, NameError, ImportError, AssertionError, NotImplementedError)
 ErrorRow = Callable[[Row, BaseException], Made]
 
 
@@ -32,14 +32,17 @@ def make_each(rows: Sequence[Row], make: Callable[[Sequence[Row]], list[Made]], 
     """Return `make(rows)`; if that fails, make each row alone, and an error row of each that fails alone too.
 
     One bad row must not take its neighbours along; batches are padded anyway, so that a row made alone is the same.
+    A row that could end the process would end it at every later command too, so that all exceptions count but those
+    that no row can cause.
 
     Raises:
         RuntimeError: if the device is broken; then nothing more can be made in this process.
+        TypeError, AttributeError, ...: an error of ours (`OUR_ERRORS`), which every row would have.
     """
     try:
         return make(rows)
-    except (SafetyDPOError, ValueError, RuntimeError) as error:
-        if _is_broken_device(error):
+    except Exception as error:
+        if isinstance(error, OUR_ERRORS) or _is_broken_device(error):
             raise
         if len(rows) > 1:
             return [result for row in rows for result in make_each([row], make, error_row=error_row)]

@@ -1,4 +1,4 @@
-"""The pictures of a store, found by id and read a row group at a time."""
+"""The pictures of a pool, found by id and read a row group at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from safetydpo.artifacts.layout import RECORD_FILE, stage_folder
+from safetydpo.artifacts.layout import RECORD_FILE
 from safetydpo.artifacts.schemas import IMAGES
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError
@@ -21,14 +21,17 @@ _GROUPS_HELD = 4
 
 
 class PictureIndex:
-    """Where the pictures of a store lie, by id; reads them a row group at a time."""
+    """Where the pictures of a pool lie, by id; reads them a row group at a time.
 
-    def __init__(self, store: Location) -> None:
+    Of one pool only: the same id stands for other bytes in the pool of another compute type.
+    """
+
+    def __init__(self, pool: Location) -> None:
         self._files: list[Location] = []
         self._held: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
-        tables = [self._look(file) for file in _picture_files(store)]
+        tables = [self._look(file) for file in _picture_files(pool)]
         self._index = pa.concat_tables(tables) if tables else None
-        self._store = store
+        self._pool = pool
 
     def _look(self, location: Location) -> pa.Table:
         self._files.append(location)
@@ -52,7 +55,7 @@ class PictureIndex:
         found = pc.index_in(ids, value_set=index.column("id")) if index is not None else pa.nulls(len(ids), pa.int32())
         if found.null_count:
             raise SafetyDPOError(
-                f"expected {len(ids)} pictures of kept pairs in {stage_folder(self._store, 'images')}, found "
+                f"expected {len(ids)} pictures of kept pairs in {self._pool}, found "
                 f"{found.null_count} missing: run `safetydpo pairs` again, or export with --no-pictures"
             )
         assert index is not None
@@ -82,11 +85,10 @@ class PictureIndex:
         return data
 
 
-def _picture_files(store: Location) -> Iterator[Location]:
-    for pool in stage_folder(store, "images").list():
-        for batch in pool.list():
-            if (batch / RECORD_FILE).is_file():
-                yield from (file for file in (batch / "data").walk() if file.path.endswith(".parquet"))
+def _picture_files(pool: Location) -> Iterator[Location]:
+    for batch in pool.list():
+        if (batch / RECORD_FILE).is_file():
+            yield from (file for file in (batch / "data").walk() if file.path.endswith(".parquet"))
 
 
 @contextmanager

@@ -72,9 +72,11 @@ def failed_row(pair: MadePair, side: str) -> dict[str, object]:
     return row | {"attempt": 1, "width": 0, "height": 0, "format": ""}
 
 
-def close_batch(store: Location, name: str, rows: Sequence[dict[str, object]], *, files: int = 1) -> None:
-    """Close a batch of the pool of pictures, its rows dealt to several files."""
-    batch = store / "images/pool-1" / name
+def close_batch(
+    store: Location, name: str, rows: Sequence[dict[str, object]], *, files: int = 1, pool: str = "pool-1"
+) -> None:
+    """Close a batch of a pool of pictures, its rows dealt to several files."""
+    batch = store / "images" / pool / name
     for index in range(files):
         write_table(batch / "data" / f"part-{index}.parquet", table_from_rows(rows[index::files], IMAGES))
     (batch / "record.json").write_bytes(b"{}")

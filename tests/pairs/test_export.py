@@ -45,7 +45,14 @@ def folder(store: Location) -> Location:
 
 def write(store: Location, folder: Location, out: Location, layout: Layout = Layout.PREFERENCE, **options: Any) -> int:
     """Write with pictures and a card of one line."""
-    return write_dataset(out, read_kept_pairs(folder), PictureIndex(store), layout=layout, card="a card\n", **options)
+    return write_dataset(
+        out,
+        read_kept_pairs(folder),
+        PictureIndex(store / "images" / "pool-1"),
+        layout=layout,
+        card="a card\n",
+        **options,
+    )
 
 
 def load(out: Location, cache: Path) -> Any:
@@ -147,7 +154,8 @@ def peak():
     # Not getrusage: its peak begins with that of the parent process.
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 before = peak()
-write_dataset(out, pairs, PictureIndex(store), layout=Layout.PREFERENCE, card="", shard_bytes=20_000_000)
+pictures = PictureIndex(store / "images" / "pool-1")
+write_dataset(out, pairs, pictures, layout=Layout.PREFERENCE, card="", shard_bytes=20_000_000)
 print(peak() - before)
 """
 
@@ -215,7 +223,8 @@ def test_a_missing_picture_leaves_nothing_behind(store: Location, folder: Locati
     (store / "images/pool-1/batch-2").delete()
     out = open_location(str(tmp_path / "new/out"))
     with pytest.raises(
-        SafetyDPOError, match="expected 3 pictures of kept pairs in .*/images, found 1 missing: run `safetydpo pairs`"
+        SafetyDPOError,
+        match="expected 3 pictures of kept pairs in .*pool-1, found 1 missing: run `safetydpo pairs`",
     ):
         write(store, folder, out)
     assert not any(path.is_file() for path in (tmp_path / "new").rglob("*"))
@@ -244,7 +253,7 @@ def test_a_broken_file_of_pictures(store: Location, folder: Location, damage: st
     with pytest.raises(
         SafetyDPOError, match="expected a complete Parquet file of pictures at .*part-0.parquet, found: "
     ):
-        PictureIndex(store)
+        PictureIndex(store / "images" / "pool-1")
 
 
 @pytest.mark.parametrize(
@@ -307,5 +316,5 @@ def test_the_front_matter_of_a_card_is_yaml_that_names_the_shards(store: Locatio
     assert front["license"] == "cc-by-4.0"
     assert front["size_categories"] == ["n<1K"]
     out = open_location(str(tmp_path / "out"))
-    write_dataset(out, kept, PictureIndex(store), layout=Layout.PREFERENCE, card=card)
+    write_dataset(out, kept, PictureIndex(store / "images" / "pool-1"), layout=Layout.PREFERENCE, card=card)
     assert len(load(out, tmp_path / "cache")) == 3

@@ -13,7 +13,8 @@ import pyarrow as pa
 import torch
 
 from ray_jobs.expert_files import record_folder
-from ray_jobs.generate_pairs import SELECT_JUDGE, image_pool, pairs_key, verdict_pool
+from ray_jobs.generate_pairs import SELECT_JUDGE, pairs_key, verdict_pool
+from ray_jobs.places import image_pool
 from ray_jobs.prompt_tables import chosen_pairs, retention_prompts
 from ray_jobs.run import Run, with_absolute_paths
 from ray_jobs.train_experts import plan_experts

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from ray_jobs.generate_pairs import derived_pool, image_pool
+from ray_jobs.generate_pairs import derived_pool
+from ray_jobs.places import image_pool
 from safetydpo.artifacts.schemas import IMAGES, LATENTS
 from safetydpo.artifacts.storage import open_location
 from safetydpo.artifacts.tables import read_table

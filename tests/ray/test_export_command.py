@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ray_jobs.places import image_pool_of
 from safetydpo.artifacts.records import check_run_identity, write_pointer
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.config.load import identity_of, load_config
@@ -35,8 +36,12 @@ PAIRS = [
 def store(command: Command) -> Location:
     """The command's store with closed pairs and their pictures, and a run folder that points to them."""
     store, run_dir = open_location(f"{command.folder}/store"), open_location(f"{command.folder}/run")
-    close_batch(store, "batch-1", [image_row(pair, side) for pair in PAIRS for side in ("unsafe", "safe")])
-    _, _, key = close_pairs(store, PAIRS)
+    _, record, key = close_pairs(store, PAIRS)
+    pool = image_pool_of(store, record).name
+    close_batch(store, "batch-1", [image_row(pair, side) for pair in PAIRS for side in ("unsafe", "safe")], pool=pool)
+    # The same ids with other bytes, as another compute type leaves them: not this run's.
+    other = [image_row(pair, side) | {"image": b"other"} for pair in PAIRS for side in ("unsafe", "safe")]
+    close_batch(store, "batch-1", other, pool="pool-000000000000")
     check_run_identity(run_dir, identity_of(load_config(command.config)))
     write_pointer(run_dir, "pairs", key)
     return store

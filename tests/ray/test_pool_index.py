@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_jobs import pool_index
+from ray_jobs import pool_index, pools
 from ray_jobs.pool_index import close_index, good_rows, index_schema, read_index, read_pool
-from ray_jobs.pools import Attachment, attach_columns, rows_per_block
+from ray_jobs.pools import Attachment, PoolStage, attach_columns, rows_per_block
 from safetydpo.artifacts.schemas import IMAGES, LATENTS, OUTCOMES
 from safetydpo.artifacts.storage import Location
-from safetydpo.artifacts.tables import table_from_rows, write_table
+from safetydpo.artifacts.tables import read_table, table_from_rows, write_table
 from safetydpo.errors import SafetyDPOError
 
 PICTURES = pa.schema(
@@ -125,3 +125,24 @@ def test_attached_pictures_come_in_the_order_of_the_rows(store: Location):
 )
 def test_rows_of_a_task(rows: int, batch_size: int, workers: int, expected: int):
     assert rows_per_block(rows, batch_size=batch_size, workers=workers) == expected
+
+
+def test_attached_rows_open_each_file_once(store: Location, monkeypatch: pytest.MonkeyPatch):
+    """Ids in hash order jump between files; planned by file, 4 files are opened 4 times."""
+    names = [f"{index * 7919 % 16:02d}" for index in range(16)]
+    close(store, "batch-1", {f"{n}.parquet": [picture(name) for name in names[n::4]] for n in range(4)})
+    index = read_index(store, PICTURES, id_column="image_id").select(["image_id", "file"])
+    stage = PoolStage("toy", PICTURES, "image_id", dict, {}, 4, attach=Attachment(store, PICTURES, "image_id"))
+    plan = pools._plan_batch(store / "empty", index, stage)
+    assert plan is not None
+    assert plan.manifest.column("file").to_pylist() == sorted(index.column("file").to_pylist())
+    opened = []
+
+    def counted(place: Location, *rest: object, **more: object) -> pa.Table:
+        opened.append(place)
+        return read_table(place, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pool_index, "read_table", counted)
+    for start in range(0, 16, 4):
+        attach_columns(plan.manifest.slice(start, 4), Attachment(store, PICTURES.remove(2), "image_id"))
+    assert len(opened) == 4

@@ -42,7 +42,10 @@ def test_rows_that_work_are_made_together():
     assert make.calls == [["a", "b", "c"]]
 
 
-@pytest.mark.parametrize("error", [ValueError("no"), RuntimeError("no"), SafetyDPOError("no")])
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("no"), RuntimeError("no"), SafetyDPOError("no"), IndexError("no"), MemoryError("no"), OSError("no")],
+)
 def test_a_bad_row_does_not_take_its_neighbours_along(error: Exception):
     make = Maker(error, "b")
     made = make_each(_rows("a", "b", "c"), make, error_row=_error_row)

@@ -60,5 +60,5 @@ class PoisonedRender(RenderWorker):
 
     def _render(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
         if any("poison" in row["prompt"] for row in rows):
-            raise ValueError("this prompt cannot be drawn")
+            raise IndexError("this prompt cannot be drawn")
         return super()._render(rows)
