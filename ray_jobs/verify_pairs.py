@@ -19,9 +19,9 @@ from ray_jobs.workers import JudgeWorker
 from safetydpo.artifacts.schemas import IMAGES, LAYOUTS, VERDICTS
 from safetydpo.artifacts.storage import Location
 from safetydpo.config.pairs import PairsConfig
-from safetydpo.config.schema import ExecutionConfig, IdentityConfig
+from safetydpo.config.schema import ExecutionConfig, IdentityConfig, SamplerConfig
 from safetydpo.errors import UsageError
-from safetydpo.judges.build import clip_folder, fingerprint_files, fingerprint_judge
+from safetydpo.judges.build import DEMO_SIDE, clip_folder, fingerprint_files, fingerprint_judge, picture_side
 from safetydpo.pairs.layout import cosine_distance, pixel_distance
 from safetydpo.pairs.select import (
     CAPPED,
@@ -72,19 +72,47 @@ def layout_limits(rules: PairsConfig) -> dict[Measure, float]:
 
 
 def check_verification(identity: IdentityConfig) -> None:
-    """Refuse judges, networks and latents that cannot be had, loading none of them.
+    """Refuse judges, networks, pictures and latents that cannot be had, loading none of them.
 
     Raises:
         UsageError: naming the setting.
         SafetyDPOError: if weights are missing.
     """
-    fingerprint_judges(identity.pairs)
-    fingerprint_measures(identity.pairs)
-    if identity.pairs.latents == "mean_and_deviation":
-        from safetydpo.diffusion.build import resolve_files
-        from safetydpo.diffusion.posterior import check_posterior
+    from safetydpo.diffusion.build import check_picture_size, embeds_guidance, resolve_files
+    from safetydpo.diffusion.posterior import check_posterior
 
+    rules, sampler = identity.pairs, identity.sampler
+    fingerprint_judges(rules)
+    fingerprint_measures(rules)
+    check_picture_sides(rules, sampler)
+    check_picture_size(identity.base, height=sampler.height, width=sampler.width)
+    away = rules.safe_picture == "sdedit" and rules.sdedit_negative == "unsafe_prompt"
+    if away and embeds_guidance(identity.base):
+        raise UsageError(
+            "expected a model with an unguided branch for identity.pairs.sdedit_negative=unsafe_prompt, found "
+            f"{identity.base.model!r}, which is told the guidance scale instead (FLUX.1 dev): set "
+            "identity.pairs.sdedit_negative=empty"
+        )
+    if rules.latents == "mean_and_deviation":
         check_posterior(resolve_files(identity.base).folder_of("vae"))
+
+
+def check_picture_sides(rules: PairsConfig, sampler: SamplerConfig) -> None:
+    """Refuse judges and networks of the demo world for pictures of another size than its drawings have.
+
+    Raises:
+        UsageError: naming the setting.
+    """
+    sides = {f"judge {name!r} of identity.pairs.judges": picture_side(name) for name in rules.judges}
+    if rules.layout_embedding_max is not None and rules.layout_clip == "demo":
+        sides["identity.pairs.layout_clip 'demo'"] = DEMO_SIDE
+    for user, side in sides.items():
+        if side is not None and (sampler.height, sampler.width) != (side, side):
+            raise UsageError(
+                f"expected pictures of {side} x {side} (identity.sampler) for {user}, which knows the drawings of the "
+                f"demo world only, found {sampler.height} x {sampler.width}: name one for real pictures, such as the "
+                "judge open_nsfw or a folder with a CLIP model"
+            )
 
 
 def fingerprint_judges(rules: PairsConfig) -> str:
