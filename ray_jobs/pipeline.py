@@ -92,8 +92,8 @@ def check_request(run: Run, *, last: str = "report") -> None:
     if last in STAGES_OF_DEMO_JUDGES and (sampler.height, sampler.width) != (DEMO_SIDE, DEMO_SIDE):
         raise UsageError(
             f"expected pictures of {DEMO_SIDE} x {DEMO_SIDE} (identity.sampler) for the stage {last!r}, whose judges "
-            f"know the drawings of the demo world only, found {sampler.height} x {sampler.width}: run `safetydpo merge`, "
-            "which goes as far as real pictures can"
+            f"know the drawings of the demo world only, found {sampler.height} x {sampler.width}: "
+            "run `safetydpo merge`, which goes as far as real pictures can"
         )
     _check_places(run)
     all_pairs(identity.prompts)
