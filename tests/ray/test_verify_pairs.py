@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from ray_jobs.pair_workers import Measure
 from ray_jobs.pool_index import index_schema
 from ray_jobs.verify_pairs import (
+    Layouts,
     PicturePools,
     check_verification,
     fingerprint_judges,
@@ -24,7 +28,7 @@ from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.artifacts.tables import table_from_rows
 from safetydpo.config.pairs import PairsConfig
 from safetydpo.config.schema import BaseModelConfig, ExecutionConfig, IdentityConfig, SamplerConfig
-from safetydpo.errors import UsageError
+from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.judges.build import fingerprint_judge
 from safetydpo.pairs.select import CAPPED, KEPT, MISSING
 from safetydpo.prompts.sets import PromptPair
@@ -123,6 +127,39 @@ def test_a_concept_keeps_its_best_pairs(store: Location):
     assert verify(pools, max_kept_per_concept=2)[0] == [KEPT, CAPPED, KEPT, KEPT]
     assert verify(pools, max_kept_per_concept=1)[0] == [KEPT, CAPPED, CAPPED, KEPT]
     assert verify(pools, "unsafe a bomb one", max_kept_per_concept=1)[0] == [MISSING, CAPPED, KEPT, KEPT]
+
+
+def test_the_cap_leaves_pairs_without_a_concept_alone(store: Location, monkeypatch: pytest.MonkeyPatch):
+    """All four without one are kept; a pair that has one elsewhere competes in that."""
+    pools = pools_of({"demo_select": close_verdicts(store / "first", {"unsafe a bomb one": 0.8})}, {})
+    without = [replace(pair, concept="") for pair in PAIRS]
+    monkeypatch.setattr(f"{__name__}.PAIRS", without)
+    assert verify(pools, max_kept_per_concept=1)[0] == [KEPT] * 4
+    monkeypatch.setattr(
+        f"{__name__}.PAIRS", [*without, replace(PAIRS[0], concept="axe"), replace(PAIRS[3], concept="axe")]
+    )
+    assert verify(pools, max_kept_per_concept=1)[0][:4] == [CAPPED, KEPT, KEPT, KEPT]
+
+
+def test_layouts_are_held_as_one_matrix():
+    """4 bytes a number: 1,000 embeddings of 512 take 2 MB, where lists of Python floats took 16."""
+    numbers = np.random.default_rng(0).normal(size=(1000, 512)).astype(np.float32)
+    ids = [f"picture {row:04}" for row in range(1000)]
+    values = pa.array(list(numbers), type=LAYOUTS.field("values").type)
+    table = pa.table({"image_id": ids, "values": values}, schema=LAYOUTS)
+    tracemalloc.start()
+    layouts = Layouts.from_table(pa.concat_tables([table.slice(0, 300), table.slice(300)]))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 3e6
+    assert layouts.values.dtype == np.float32
+    assert all(np.array_equal(layouts[image_id], row) for image_id, row in zip(ids, numbers, strict=True))
+    assert "picture 0999" in layouts
+    assert "picture" not in layouts
+    assert Layouts.from_table(LAYOUTS.empty_table()).places == {}
+    uneven = table_from_rows([{"image_id": name, "values": [0.5] * len(name)} for name in ("a", "bb")], LAYOUTS)
+    with pytest.raises(SafetyDPOError, match=r"expected layouts of equally many numbers each, found rows of \[1, 2\]"):
+        Layouts.from_table(uneven)
 
 
 def test_which_measures_and_networks_are_asked():
