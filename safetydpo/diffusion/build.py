@@ -238,14 +238,17 @@ def _fetch(name: str, *, setting: str, patterns: Sequence[str], revision: str | 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    if not _HUB_ID.fullmatch(name):
-        known = "'demo', a local folder" if setting == "base.model" else "a local folder"
-        raise UsageError(
-            f"expected {setting} to be {known} or a hub id 'owner/name', found {name!r}, "
-            "which does not exist: correct the path"
-        )
+    is_model = setting == "base.model"
+    # The model has a setting of its own for it.
+    hub_id, at, pinned = (name, "", "") if is_model else name.partition("@")
+    if not _HUB_ID.fullmatch(hub_id) or bool(at) != bool(pinned):
+        known = "'demo', a local folder or a hub id 'owner/name'"
+        if not is_model:
+            known = "a local folder or a hub id 'owner/name' or 'owner/name@revision'"
+        raise UsageError(f"expected {setting} to be {known}, found {name!r}, which does not exist: correct the path")
+    revision = pinned or revision
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise SafetyDPOError(
             f"expected a local folder or a reachable hub model {name!r}, found neither "
