@@ -87,7 +87,7 @@ def check_request(run: Run, *, last: str = "report") -> None:
             f"expected a merge that a distillation can start from in identity.merge.distill.start_method, found "
             f"{start!r} itself: use sum or another merge"
         )
-    check_verification(identity)
+    # First, because what comes next fetches the model.
     sampler = identity.sampler
     if last in STAGES_OF_DEMO_JUDGES and (sampler.height, sampler.width) != (DEMO_SIDE, DEMO_SIDE):
         raise UsageError(
@@ -95,6 +95,7 @@ def check_request(run: Run, *, last: str = "report") -> None:
             f"know the drawings of the demo world only, found {sampler.height} x {sampler.width}: "
             "run `safetydpo merge`, which goes as far as real pictures can"
         )
+    check_verification(identity)
     _check_places(run)
     all_pairs(identity.prompts)
     # Computed once per run and kept: asking here costs nothing.
