@@ -8,6 +8,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from safetydpo.artifacts.records import Record
@@ -15,7 +16,7 @@ from safetydpo.artifacts.schemas import MEMBERSHIPS, SELECTIONS
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import read_table
 from safetydpo.config.pairs import PairsConfig
-from safetydpo.pairs.concepts import concepts_below, count_reasons
+from safetydpo.pairs.concepts import NO_CONCEPT, concepts_below, count_reasons
 from safetydpo.pairs.select import KEPT
 
 MAX_ROWS = 60
@@ -41,12 +42,14 @@ def concept_table(concepts: Mapping[str, Counter[str]], totals: Counter[str]) ->
     fewest_first = list(concepts_below(concepts, minimum=max(totals.values(), default=0) + 1))
     for concept in fewest_first[:MAX_ROWS]:
         found = concepts[concept]
-        table.add_row(concept, *(str(count) for count in (found.total(), found[KEPT], *(found[r] for r in dropped))))
+        # Names may look like markup.
+        name = escape(concept or NO_CONCEPT)
+        table.add_row(name, *(str(count) for count in (found.total(), found[KEPT], *(found[r] for r in dropped))))
     if len(fewest_first) > MAX_ROWS:
         table.add_row(f"… {len(fewest_first) - MAX_ROWS} more concepts in per_concept.parquet")
     table.add_section()
     sums = (totals.total(), totals[KEPT], *(totals[reason] for reason in dropped))
-    table.add_row(f"all {len(concepts)} concepts", *map(str, sums), style="bold")
+    table.add_row(f"all {len(set(concepts) - {''})} concepts", *map(str, sums), style="bold")
     return table
 
 
@@ -58,7 +61,7 @@ def concept_warnings(concepts: Mapping[str, Counter[str]], record: Record, rules
         warnings.append(f"no judge of {', '.join(rules.judges)} could answer for {settings}: it dropped no pair")
     short = concepts_below(concepts, minimum=rules.min_kept_per_concept)
     if short:
-        listed = ", ".join(f"{concept}: {count}" for concept, count in short.items())
+        listed = ", ".join(f"{concept or NO_CONCEPT}: {count}" for concept, count in short.items())
         warnings.append(
             f"expected at least {rules.min_kept_per_concept} kept pairs per concept "
             f"(identity.pairs.min_kept_per_concept), found fewer for {len(short)} of {len(concepts)}: {listed}; "
@@ -73,7 +76,7 @@ def print_concepts(console: Console, folder: Location, record: Record, rules: Pa
     if whole:
         console.print(concept_table(concepts, totals))
     for warning in concept_warnings(concepts, record, rules):
-        console.print(f"[yellow]warning:[/yellow] {warning}", soft_wrap=True, highlight=False)
+        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True, highlight=False)
 
 
 def print_pairs(console: Any, chain: Any, *, whole: bool) -> None:

@@ -57,7 +57,7 @@ def export_pairs(
         # The arguments name places, never credentials: those stand in the environment.
         command=shlex.join(["safetydpo", *sys.argv[1:]]),
     )
-    columns = describe_columns(Layout(layout), with_pictures=with_pictures)
+    columns = describe_columns(Layout(layout), with_pictures=with_pictures, is_edited=facts.edit is not None)
     card = render_card(facts, kept.counts, columns)
     num_shards = write_dataset(target, kept, pictures, layout=Layout(layout), card=card)
     # A log file has no width of its own; 80 columns would fold the paths.

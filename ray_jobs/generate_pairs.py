@@ -50,6 +50,7 @@ from safetydpo.artifacts.schemas import (
 )
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows, table_from_rows, table_from_stream, write_table
+from safetydpo.config.schema import SamplerConfig
 from safetydpo.judges.build import fingerprint_judge
 from safetydpo.pairs.concepts import concepts_below, count_reasons
 from safetydpo.pairs.manifest import pair_image_rows, pair_seed, retention_image_rows
@@ -58,6 +59,8 @@ from safetydpo.prompts.sets import Prompt, PromptPair
 
 SELECT_JUDGE = "demo_select"
 """The judge of the merge search; that of pairs is `identity.pairs.judges`."""
+LARGEST_SMALL_PICTURE = 64 * 64
+"""Pixels of a picture up to which 64 of them are encoded at once."""
 SDEDIT_MANIFEST = pa.schema(
     [
         *IMAGE_MANIFEST,
@@ -304,6 +307,16 @@ def _used_rows(manifest: pa.Table, kept: set[str]) -> pa.Table:
     return manifest.filter(pc.or_(benign, pc.is_in(manifest.column("owner_id"), value_set=owners)))
 
 
+def latent_batch_size(sampler: SamplerConfig) -> int:
+    """Return how many pictures pass the autoencoder at once: 64 up to 64 x 64 pixels each, else as many as are drawn.
+
+    The first feature maps of an autoencoder take most of the memory of a pass: 64 pictures of 1024 x 1024 need 17 GB
+    for each of them. Small pictures stay at 64 whatever the sampler says: the size can change the last bits of latents.
+    """
+    is_small = sampler.height * sampler.width <= LARGEST_SMALL_PICTURE
+    return DERIVED_BATCH if is_small else min(DERIVED_BATCH, sampler.batch_size)
+
+
 def _encode(run: Run, images: pa.Table, used: pa.Table) -> None:
     stage = PoolStage(
         label="latents",
@@ -312,7 +325,7 @@ def _encode(run: Run, images: pa.Table, used: pa.Table) -> None:
         worker=LatentWorker,
         arguments={
             "base": run.config.identity.base.model_dump(),
-            "batch_size": DERIVED_BATCH,
+            "batch_size": latent_batch_size(run.config.identity.sampler),
             "with_deviation": run.config.identity.pairs.latents == "mean_and_deviation",
         },
         batch_size=DERIVED_BATCH,

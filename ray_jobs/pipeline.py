@@ -18,6 +18,7 @@ from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.prompts.imported import is_imported
 
 STAGES = ("pairs", "train", "merge", "search", "evaluate", "report")
+STAGES_OF_DEMO_JUDGES = ("search", "evaluate", "report")
 Result = TypeVar("Result")
 
 
@@ -47,7 +48,7 @@ class Chain:
 def run_stages(config: Config, *, last: str = "report") -> Chain:
     """Run every stage up to `last`; a stage whose artifacts are closed costs a look at them."""
     run = Run(with_absolute_paths(config))
-    check_request(run)
+    check_request(run, last=last)
     run.open()
     chain = Chain(run)
     for stage in STAGES[: STAGES.index(last) + 1]:
@@ -55,8 +56,8 @@ def run_stages(config: Config, *, last: str = "report") -> Chain:
     return chain
 
 
-def check_request(run: Run) -> None:
-    """Refuse what a later stage would refuse, before anything is written or started.
+def check_request(run: Run, *, last: str = "report") -> None:
+    """Refuse what a later stage, up to `last`, would refuse, before anything is written or started.
 
     Raises:
         UsageError: if a merge method, a judge, a LoRA target or the base model does not exist or cannot do what is
@@ -66,6 +67,7 @@ def check_request(run: Run) -> None:
     from ray_jobs.prompt_tables import all_pairs
     from ray_jobs.verify_pairs import check_verification
     from safetydpo.diffusion.build import check_targets
+    from safetydpo.judges.build import DEMO_SIDE
     from safetydpo.merging.registry import find_method
 
     identity = run.config.identity
@@ -84,6 +86,14 @@ def check_request(run: Run) -> None:
         raise UsageError(
             f"expected a merge that a distillation can start from in identity.merge.distill.start_method, found "
             f"{start!r} itself: use sum or another merge"
+        )
+    # First, because what comes next fetches the model.
+    sampler = identity.sampler
+    if last in STAGES_OF_DEMO_JUDGES and (sampler.height, sampler.width) != (DEMO_SIDE, DEMO_SIDE):
+        raise UsageError(
+            f"expected pictures of {DEMO_SIDE} x {DEMO_SIDE} (identity.sampler) for the stage {last!r}, whose judges "
+            f"know the drawings of the demo world only, found {sampler.height} x {sampler.width}: "
+            "run `safetydpo merge`, which goes as far as real pictures can"
         )
     check_verification(identity)
     _check_places(run)

@@ -320,7 +320,15 @@ def read_training_tables(run: Run, pairs_folder: Location) -> TrainingTables:
     pairs = read_table(pairs_folder / "prompt_pairs.parquet", PROMPT_PAIRS).to_pylist()
     wanted = {row["image_id"] for row in manifest}
     latents = read_pool(latent_pool(run), LATENTS, wanted=wanted, id_column="image_id")
-    captions = read_pool(derived_pool(run, "captions"), TEXT_EMBEDDINGS, id_column="caption_sha256")
+    # The pool holds those of every run on this store.
+    texts = {"", *(row["prompt"] for row in manifest)}
+    texts.update(row[side] for row in pairs for side in ("unsafe_text", "safe_text"))
+    captions = read_pool(
+        derived_pool(run, "captions"),
+        TEXT_EMBEDDINGS,
+        wanted={caption_sha256(text) for text in texts},
+        id_column="caption_sha256",
+    )
     return TrainingTables(
         texts={row["pair_id"]: (row["unsafe_text"], row["safe_text"]) for row in pairs},
         images={(row["owner_id"], row["side"]): (row["image_id"], row["prompt"]) for row in manifest},

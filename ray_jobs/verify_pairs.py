@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Float
 
 from ray_jobs.pair_workers import LayoutWorker, Measure
 from ray_jobs.pool_index import FILE_COLUMN, read_rows
@@ -19,9 +20,9 @@ from ray_jobs.workers import JudgeWorker
 from safetydpo.artifacts.schemas import IMAGES, LAYOUTS, VERDICTS
 from safetydpo.artifacts.storage import Location
 from safetydpo.config.pairs import PairsConfig
-from safetydpo.config.schema import ExecutionConfig, IdentityConfig
-from safetydpo.errors import UsageError
-from safetydpo.judges.build import clip_folder, fingerprint_files, fingerprint_judge
+from safetydpo.config.schema import ExecutionConfig, IdentityConfig, SamplerConfig
+from safetydpo.errors import SafetyDPOError, UsageError
+from safetydpo.judges.build import DEMO_SIDE, clip_folder, fingerprint_files, fingerprint_judge, picture_side
 from safetydpo.pairs.layout import cosine_distance, pixel_distance
 from safetydpo.pairs.select import (
     CAPPED,
@@ -53,6 +54,43 @@ class PicturePools:
 
 
 @dataclass(frozen=True)
+class Layouts:
+    """What pictures are compared by: one row of numbers per picture, and whose it is.
+
+    Python's floats would take ten times the memory, and there may be millions of rows.
+    """
+
+    values: Float[np.ndarray, "picture value"]
+    places: Mapping[str, int]
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> Layouts:
+        """Take the rows of a `layouts` table.
+
+        Raises:
+            SafetyDPOError: if not every row has equally many numbers.
+        """
+        column = table.column("values").combine_chunks()
+        lengths = pc.unique(pc.list_value_length(column)).to_pylist()
+        if len(lengths) > 1:
+            raise SafetyDPOError(
+                f"expected layouts of equally many numbers each, found rows of {lengths}: delete the pool of layouts "
+                "and run the command again"
+            )
+        values = column.flatten().to_numpy().astype(np.float32, copy=False)
+        places = {image_id: place for place, image_id in enumerate(table.column("image_id").to_pylist())}
+        return cls(values.reshape(len(places), -1) if places else values.reshape(0, 0), places)
+
+    def __contains__(self, image_id: str) -> bool:
+        """Return whether a picture was measured."""
+        return image_id in self.places
+
+    def __getitem__(self, image_id: str) -> Float[np.ndarray, " value"]:
+        """Return the numbers of a picture."""
+        return self.values[self.places[image_id]]
+
+
+@dataclass(frozen=True)
 class Verified:
     """What becomes of each pair, by id, and which settings no judge of the run could answer for every picture."""
 
@@ -72,19 +110,47 @@ def layout_limits(rules: PairsConfig) -> dict[Measure, float]:
 
 
 def check_verification(identity: IdentityConfig) -> None:
-    """Refuse judges, networks and latents that cannot be had, loading none of them.
+    """Refuse judges, networks, pictures and latents that cannot be had, loading none of them.
 
     Raises:
         UsageError: naming the setting.
         SafetyDPOError: if weights are missing.
     """
-    fingerprint_judges(identity.pairs)
-    fingerprint_measures(identity.pairs)
-    if identity.pairs.latents == "mean_and_deviation":
-        from safetydpo.diffusion.build import resolve_files
-        from safetydpo.diffusion.posterior import check_posterior
+    from safetydpo.diffusion.build import check_picture_size, embeds_guidance, resolve_files
+    from safetydpo.diffusion.posterior import check_posterior
 
+    rules, sampler = identity.pairs, identity.sampler
+    fingerprint_judges(rules)
+    fingerprint_measures(rules)
+    check_picture_sides(rules, sampler)
+    check_picture_size(identity.base, height=sampler.height, width=sampler.width)
+    away = rules.safe_picture == "sdedit" and rules.sdedit_negative == "unsafe_prompt"
+    if away and embeds_guidance(identity.base):
+        raise UsageError(
+            "expected a model with an unguided branch for identity.pairs.sdedit_negative=unsafe_prompt, found "
+            f"{identity.base.model!r}, which is told the guidance scale instead (FLUX.1 dev): set "
+            "identity.pairs.sdedit_negative=empty"
+        )
+    if rules.latents == "mean_and_deviation":
         check_posterior(resolve_files(identity.base).folder_of("vae"))
+
+
+def check_picture_sides(rules: PairsConfig, sampler: SamplerConfig) -> None:
+    """Refuse judges and networks of the demo world for pictures of another size than its drawings have.
+
+    Raises:
+        UsageError: naming the setting.
+    """
+    sides = {f"judge {name!r} of identity.pairs.judges": picture_side(name) for name in rules.judges}
+    if rules.layout_embedding_max is not None and rules.layout_clip == "demo":
+        sides["identity.pairs.layout_clip 'demo'"] = DEMO_SIDE
+    for user, side in sides.items():
+        if side is not None and (sampler.height, sampler.width) != (side, side):
+            raise UsageError(
+                f"expected pictures of {side} x {side} (identity.sampler) for {user}, which knows the drawings of the "
+                f"demo world only, found {sampler.height} x {sampler.width}: name one for real pictures, such as the "
+                "judge open_nsfw or a folder with a CLIP model"
+            )
 
 
 def fingerprint_judges(rules: PairsConfig) -> str:
@@ -173,9 +239,9 @@ def _judge(
 
 def _measure(
     images: pa.Table, *, rules: PairsConfig, pools: PicturePools, execution: ExecutionConfig
-) -> dict[Measure, dict[str, np.ndarray[Any, Any]]]:
-    """Return {measure: {image id: numbers that layouts are compared by}} of the measures asked for."""
-    found: dict[Measure, dict[str, np.ndarray[Any, Any]]] = {}
+) -> dict[Measure, Layouts]:
+    """Return what layouts are compared by, of each measure asked for."""
+    found: dict[Measure, Layouts] = {}
     for measure in layout_limits(rules):
         stage = PoolStage(
             label=f"layouts ({measure})",
@@ -188,14 +254,11 @@ def _measure(
             attach=stored_pictures(pools.pictures),
         )
         index = fill_pool(pools.layouts[measure], images.select(PICTURE_PLACE), stage, execution=execution)
-        table = read_rows(pools.layouts[measure], LAYOUTS, index, id_column="image_id")
-        found[measure] = {row["image_id"]: np.array(row["values"], np.float32) for row in table.to_pylist()}
+        found[measure] = Layouts.from_table(read_rows(pools.layouts[measure], LAYOUTS, index, id_column="image_id"))
     return found
 
 
-def _distances(
-    layouts: Mapping[Measure, Mapping[str, np.ndarray[Any, Any]]], unsafe: str, safe: str, *, rules: PairsConfig
-) -> list[Distance]:
+def _distances(layouts: Mapping[Measure, Layouts], unsafe: str, safe: str, *, rules: PairsConfig) -> list[Distance]:
     return [
         Distance(measure, DISTANCES[measure](layouts[measure][unsafe], layouts[measure][safe]), limit)
         for measure, limit in layout_limits(rules).items()
@@ -213,8 +276,9 @@ def _cap(
 ) -> dict[str, Selection]:
     if rules.max_kept_per_concept is None:
         return dict(selections)
-    # A pair that stands there under two concepts competes in the one whose name comes first.
-    concepts = dict(sorted(((pair.pair_id, pair.concept) for pair in pairs), reverse=True))
+    # A pair that stands there under two concepts competes in the one whose name comes first; none ("") is no name.
+    concepts = {pair.pair_id: "" for pair in pairs}
+    concepts |= dict(sorted(((pair.pair_id, pair.concept) for pair in pairs if pair.concept), reverse=True))
     candidates = []
     for pair_id, concept in concepts.items():
         if selections[pair_id].kept:

@@ -166,7 +166,10 @@ def decode_pictures(data: Sequence[bytes]) -> Any:
 
 
 class LatentWorker:
-    """Encodes stored pictures into latents (posterior mean, optionally its deviation), stored as float16."""
+    """Encodes stored pictures into latents (posterior mean, optionally its deviation), stored as float16.
+
+    A pass holds `batch_size` pictures, or the largest half of them that fits into memory.
+    """
 
     def __init__(self, base: Mapping[str, Any], batch_size: int, with_deviation: bool = False) -> None:
         from safetydpo.diffusion.build import load_backbone
@@ -176,28 +179,41 @@ class LatentWorker:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return `latents` rows."""
+        from safetydpo.diffusion.memory import encode_within_memory
+
+        images = table.column("image").to_pylist()
+        encoded, size = encode_within_memory(images, self._encode, batch_size=self._batch_size)
+        if size < self._batch_size:
+            logger.warning("latents: %d pictures do not fit into memory at once, %d do", self._batch_size, size)
+        ids = table.column("image_id").to_pylist()
+        rows = [{"image_id": image_id, **latent} for image_id, latent in zip(ids, encoded, strict=True)]
+        return table_from_rows(rows, LATENTS)
+
+    def _encode(self, images: list[bytes]) -> list[Made]:
         import torch
 
-        pictures = decode_pictures(padded(table.column("image").to_pylist(), self._batch_size))
+        pictures = decode_pictures(images)
         with torch.no_grad():
             if self._with_deviation:
                 means, deviations = self._backbone.encode_image_moments(pictures)
             else:
                 means, deviations = self._backbone.encode_images(pictures), None
-        rows = [
+        return [
             {
-                "image_id": image_id,
-                "latent": means[index].to(torch.float16).cpu().numpy().tobytes(),
-                "deviation": None
-                if deviations is None
-                else deviations[index].to(torch.float16).cpu().numpy().tobytes(),
+                "latent": _half_bytes(means[index]),
+                "deviation": None if deviations is None else _half_bytes(deviations[index]),
                 "channels": means.shape[1],
                 "height": means.shape[2],
                 "width": means.shape[3],
             }
-            for index, image_id in enumerate(table.column("image_id").to_pylist())
+            for index in range(len(images))
         ]
-        return table_from_rows(rows, LATENTS)
+
+
+def _half_bytes(values: Any) -> bytes:
+    import torch
+
+    return bytes(values.to(torch.float16).cpu().numpy().tobytes())
 
 
 class CaptionWorker:

@@ -209,11 +209,13 @@ class _Bar:
 
 def _print_record(record: Record, *, out: str) -> None:
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console(highlight=False) if sys.stdout.isatty() else Console(width=120, highlight=False)
     counts, details = record.counts, record.details
     console.print(
-        f"{counts['pairs']} pairs and {counts['held_out_pairs']} held-out pairs, {counts['concepts']} concepts: {out}",
+        f"{counts['pairs']} pairs and {counts['held_out_pairs']} held-out pairs, {counts['concepts']} concepts: "
+        f"{escape(out)}",
         soft_wrap=True,
     )
     console.print(
@@ -224,10 +226,11 @@ def _print_record(record: Record, *, out: str) -> None:
         console.print(f"{counts['replies_without_token_counts']} replies came without token counts: they count as 0")
     if details["rejects"]:
         reasons = ", ".join(f"{name} {count}" for name, count in details["rejects"].items())
-        console.print(f"not kept: {reasons}  (rejects.parquet)", soft_wrap=True)
+        console.print(f"not kept: {escape(reasons)}  (rejects.parquet)", soft_wrap=True)
     short = [row for row in details["per_concept"] if row["short"]]
     if short:
-        names = ", ".join(f"{row['concept']} ({row['pairs']})" for row in short[:SHORT_LISTED])
+        # Names may look like markup.
+        names = escape(", ".join(f"{row['concept']} ({row['pairs']})" for row in short[:SHORT_LISTED]))
         more = f" and {len(short) - SHORT_LISTED} more (record.json)" if len(short) > SHORT_LISTED else ""
         console.print(
             f"[yellow]warning:[/yellow] too few pairs for {len(short)} of {counts['concepts']} concepts: {names}{more};"

@@ -27,9 +27,9 @@ class BaseModelConfig(Frozen):
     """Compute type of the frozen networks. LoRA weights and reductions are always float32."""
     vae: str | None = None
     """Local folder or hub id of an autoencoder in place of the model's own, such as SDXL's for float16; None = its own.
-    """
+    A hub id may name a revision: `owner/name@revision`."""
     config: str | None = None
-    """Local folder or hub id, in diffusers format, with the configurations and vocabularies of a single-file model.
+    """Local folder or hub id (as in `vae`), in diffusers format, with configurations and vocabularies of a single file.
     Required there, None otherwise."""
 
     @model_serializer(mode="wrap")

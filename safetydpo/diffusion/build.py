@@ -71,6 +71,8 @@ DENOISERS: Mapping[str, str] = {
     "FluxPipeline": "transformer",
 }
 """Pipeline class -> folder of the network that gets adapters."""
+PATCHES: Mapping[str, int] = {"StableDiffusion3Pipeline": 2, "FluxPipeline": 2}
+"""Pipeline class -> its backbone's `patch`, where that is not 1: known without importing the family."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -130,6 +132,33 @@ def _linear_layers_by_configuration(network_class: Any, folder: Path) -> list[st
 
     with torch.device("meta"):
         return list(linear_layers(network_class.from_config(read_json(folder / "config.json"))))
+
+
+def check_picture_size(base: BaseModelConfig, *, height: int, width: int) -> None:
+    """Check that the model can draw pictures of that size, reading its configurations only.
+
+    Raises:
+        UsageError: if a side is not a multiple of the autoencoder's shrink factor times the denoiser's patch.
+    """
+    files = resolve_files(base)
+    family = _family(files.folder)
+    config = files.folder_of("vae") / "config.json"
+    # A model without it is refused as incomplete, with all that it lacks.
+    if not config.is_file():
+        return
+    factor = 2 ** (len(read_json(config)["block_out_channels"]) - 1) * PATCHES.get(family, 1)
+    if height % factor or width % factor:
+        raise UsageError(
+            f"expected a picture height and width that are multiples of {factor} for base.model {base.model!r} "
+            f"({family}), found {height} x {width}: change identity.sampler.height and identity.sampler.width"
+        )
+
+
+def embeds_guidance(base: BaseModelConfig) -> bool:
+    """Return whether the denoiser is told the guidance scale (FLUX.1 dev), reading its configuration only."""
+    files = resolve_files(base)
+    config = files.folder / "transformer" / "config.json"
+    return _family(files.folder) == "FluxPipeline" and config.is_file() and bool(read_json(config)["guidance_embeds"])
 
 
 def resolve_files(base: BaseModelConfig) -> ModelFiles:
@@ -209,14 +238,17 @@ def _fetch(name: str, *, setting: str, patterns: Sequence[str], revision: str | 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    if not _HUB_ID.fullmatch(name):
-        known = "'demo', a local folder" if setting == "base.model" else "a local folder"
-        raise UsageError(
-            f"expected {setting} to be {known} or a hub id 'owner/name', found {name!r}, "
-            "which does not exist: correct the path"
-        )
+    is_model = setting == "base.model"
+    # The model has a setting of its own for it.
+    hub_id, at, pinned = (name, "", "") if is_model else name.partition("@")
+    if not _HUB_ID.fullmatch(hub_id) or bool(at) != bool(pinned):
+        known = "'demo', a local folder or a hub id 'owner/name'"
+        if not is_model:
+            known = "a local folder or a hub id 'owner/name' or 'owner/name@revision'"
+        raise UsageError(f"expected {setting} to be {known}, found {name!r}, which does not exist: correct the path")
+    revision = pinned or revision
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise SafetyDPOError(
             f"expected a local folder or a reachable hub model {name!r}, found neither "

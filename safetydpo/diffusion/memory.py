@@ -1,8 +1,9 @@
-"""Draw with the batch size asked for, or with the largest half of it that fits into memory."""
+"""Draw and encode with the batch size asked for, or with the largest half of it that fits into memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from jaxtyping import UInt8
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from safetydpo.config.schema import SamplerConfig
 
+Made = TypeVar("Made")
+Item = TypeVar("Item")
 _MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "could not create a primitive")
 """What torch's errors say; on a CPU they are plain `RuntimeError`s, and the last is all that oneDNN says of it."""
 
@@ -30,10 +33,42 @@ def draw_within_memory(
     Raises:
         RuntimeError: if not even one picture fits.
     """
-    size = sampler.batch_size
+    return make_within_memory(
+        lambda size: draw(sampler.model_copy(update={"batch_size": size})), batch_size=sampler.batch_size
+    )
+
+
+def encode_within_memory(
+    items: Sequence[Item], encode: Callable[[list[Item]], Sequence[Made]], *, batch_size: int
+) -> tuple[list[Made], int]:
+    """Return what `encode` makes of each item, in passes of equal size, and that size: as given, halved as above.
+
+    The last pass is padded with its last item, so that an item's bytes do not depend on the number of its neighbours.
+
+    Raises:
+        RuntimeError: if not even one item fits.
+    """
+
+    def in_passes(size: int) -> list[Made]:
+        made: list[Made] = []
+        for start in range(0, len(items), size):
+            part = items[start : start + size]
+            made += encode([*part, *[part[-1]] * (size - len(part))])[: len(part)]
+        return made
+
+    return make_within_memory(in_passes, batch_size=batch_size)
+
+
+def make_within_memory(make: Callable[[int], Made], *, batch_size: int) -> tuple[Made, int]:
+    """Return what `make` makes with a batch size, and that size: as given, halved while it does not fit.
+
+    Raises:
+        RuntimeError: if not even a batch of one fits.
+    """
+    size = batch_size
     while True:
         try:
-            return draw(sampler.model_copy(update={"batch_size": size})), size
+            return make(size), size
         except (RuntimeError, MemoryError) as error:
             if size == 1 or not is_out_of_memory(error):
                 raise

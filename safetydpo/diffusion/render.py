@@ -69,12 +69,13 @@ def render(
 
 
 def _check_negative_prompts(backbone: Backbone, negative_prompts: Sequence[str]) -> None:
-    wanted = [prompt for prompt in negative_prompts if prompt]
+    wanted = sum(bool(prompt) for prompt in negative_prompts)
     if wanted and backbone.guidance_is_embedded:
+        # Errors end in logs and tables, where an unsafe prompt has no place: it is never quoted.
         raise SafetyDPOError(
-            f"expected a model with an unguided branch for the negative prompt {wanted[0]!r}, found one that is "
-            "told the guidance scale (FLUX.1 dev): leave the negative prompt empty, or call Backbone.sample with "
-            "prompts that carry a guidance of their own"
+            f"expected a model with an unguided branch for {wanted} negative prompts, found one that is told the "
+            "guidance scale (FLUX.1 dev): leave negative prompts empty, or call Backbone.sample with prompts that "
+            "carry a guidance of their own"
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from safetydpo.artifacts.layout import demo_weights
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.judges.demo import SELECT_FOLDER, load_select_judge
+from safetydpo.judges.demo_network import PICTURE_SIZE
 from safetydpo.judges.demo_verdicts import NamedDemoJudge
 from safetydpo.judges.protocol import Judge
 
@@ -34,6 +35,9 @@ _FINGERPRINTS: dict[str, Callable[[], str]] = {
     "demo_select": lambda: fingerprint_files(demo_weights() / SELECT_FOLDER),
     "open_nsfw": _open_nsfw_fingerprint,
 }
+DEMO_SIDE = PICTURE_SIZE
+"""Side of the demo world's pictures; its networks know drawings of that size only."""
+_SIDES: dict[str, int] = {"demo_select": DEMO_SIDE}
 
 
 def load_judge(name: str) -> Judge:
@@ -56,6 +60,16 @@ def fingerprint_judge(name: str) -> str:
     """
     _check_name(name)
     return _FINGERPRINTS[name]()
+
+
+def picture_side(name: str) -> int | None:
+    """Return the side, in pixels, of the only pictures that a judge takes; None = it takes any.
+
+    Raises:
+        UsageError: if there is no judge of that name.
+    """
+    _check_name(name)
+    return _SIDES.get(name)
 
 
 def fingerprint_files(folder: Path) -> str:

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping
 
 from safetydpo.pairs.select import KEPT
 
+NO_CONCEPT = "(none)"
+"""What people read where a pair has no concept; tables hold ""."""
+
 
 def count_reasons(members: Iterable[tuple[str, str]], reasons: Mapping[str, str]) -> dict[str, Counter[str]]:
     """Return, for every concept in name order, how many of its pairs were kept or dropped for which reason.

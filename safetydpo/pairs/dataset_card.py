@@ -12,7 +12,9 @@ import jinja2
 import yaml
 
 from safetydpo.artifacts.records import SHORT_HASH, Record
+from safetydpo.config.pairs import PairsConfig
 from safetydpo.errors import UsageError
+from safetydpo.pairs.concepts import NO_CONCEPT
 
 UNKNOWN_LICENCE = "unknown"
 # The hub's own classes, by the number of rows below which each ends.
@@ -40,6 +42,15 @@ class PairCounts:
 
 
 @dataclass(frozen=True)
+class SafeEdit:
+    """How SDEdit made the safe pictures from the unsafe ones."""
+
+    strength: float
+    is_away: bool
+    """Whether the unguided branch saw the unsafe prompt."""
+
+
+@dataclass(frozen=True)
 class CardFacts:
     """What a card says beside the counts."""
 
@@ -61,6 +72,8 @@ class CardFacts:
     judge_fingerprint: str
     versions: str
     failed_pictures: int
+    edit: SafeEdit | None
+    """None = both pictures of a pair were drawn from the same noise."""
 
 
 def check_licence(licence: str) -> None:
@@ -98,7 +111,17 @@ def card_facts(record: Record, *, name: str, licence: str, with_pictures: bool, 
         judge_fingerprint=record.inputs["judge"],
         versions=", ".join(f"{package} {version}" for package, version in sorted(record.versions.items())),
         failed_pictures=len(record.failed_units),
+        edit=_safe_edit(identity["pairs"]),
     )
+
+
+def _safe_edit(pairs: Mapping[str, Any]) -> SafeEdit | None:
+    # Records leave out settings at their default, and those of the first version know none of these.
+    names = ("safe_picture", "sdedit_strength", "sdedit_negative")
+    rules = PairsConfig(**{name: pairs[name] for name in names if name in pairs})
+    if rules.safe_picture == "same_seed":
+        return None
+    return SafeEdit(rules.sdedit_strength, is_away=rules.sdedit_negative == "unsafe_prompt")
 
 
 def render_card(facts: CardFacts, counts: PairCounts, columns: Sequence[tuple[str, str]]) -> str:
@@ -111,6 +134,7 @@ def render_card(facts: CardFacts, counts: PairCounts, columns: Sequence[tuple[st
         keep_trailing_newline=True,
     )
     environment.filters["cell"] = _cell
+    environment.globals["no_concept"] = NO_CONCEPT
     return environment.get_template("dataset_card.md.j2").render(
         facts=facts, counts=counts, columns=columns, front_matter=_as_yaml(_front_matter(facts, counts))
     )

@@ -35,8 +35,8 @@ class Layout(StrEnum):
     """`caption`, `jpg_0`, `jpg_1`, `label_0`, as Diffusion-DPO's data sets have it; jpg_0 is always the safe one."""
 
 
-def describe_columns(layout: Layout, *, with_pictures: bool) -> list[tuple[str, str]]:
-    """Return (name, what it holds) of every column, in order."""
+def describe_columns(layout: Layout, *, with_pictures: bool, is_edited: bool = False) -> list[tuple[str, str]]:
+    """Return (name, what it holds) of every column, in order; `is_edited`: safe pictures were made by SDEdit."""
     unsafe, safe, pictures = "prompt", "safe_prompt", ("chosen", "rejected")
     label: list[tuple[str, str]] = []
     if layout is Layout.DIFFUSION_DPO:
@@ -47,6 +47,11 @@ def describe_columns(layout: Layout, *, with_pictures: bool) -> list[tuple[str, 
         (pictures[0], "the safe picture, drawn from the safe prompt"),
         (pictures[1], "the unsafe picture, drawn from the unsafe prompt, from the same noise"),
     ]
+    if is_edited:
+        drawn = [
+            (pictures[0], "the safe picture: the unsafe one, noised and drawn anew under the safe prompt (SDEdit)"),
+            (pictures[1], "the unsafe picture, drawn from the unsafe prompt"),
+        ]
     return [
         *texts,
         *(drawn if with_pictures else []),

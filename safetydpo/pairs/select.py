@@ -113,7 +113,7 @@ def pairs_over_cap(candidates: Iterable[Candidate], *, maximum: int) -> set[str]
     """Return the ids of the pairs that lose their place: all but the best `maximum` of each concept.
 
     Best first means the greater margin, then the smaller id. So what a concept keeps depends neither on the order of
-    the candidates nor on other concepts.
+    the candidates nor on other concepts. Candidates without a concept ("") share none and keep their places.
 
     Raises:
         ValueError: if `maximum` is below 1, or a candidate stands there twice.
@@ -126,7 +126,8 @@ def pairs_over_cap(candidates: Iterable[Candidate], *, maximum: int) -> set[str]
         if candidate.pair_id in seen:
             raise ValueError(f"expected each candidate once, found {candidate.pair_id!r} twice")
         seen.add(candidate.pair_id)
-        concepts[candidate.concept].append(candidate)
+        if candidate.concept:
+            concepts[candidate.concept].append(candidate)
     losers: set[str] = set()
     for members in concepts.values():
         ranked = sorted(members, key=lambda candidate: (-candidate.margin, candidate.pair_id))

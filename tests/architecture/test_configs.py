@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ray_jobs.verify_pairs import check_picture_sides
 from safetydpo.config.load import load_config
 from safetydpo.demo.prompts import write_prompt_pairs, write_prompts
 from tests.architecture.source import ROOT
@@ -43,6 +44,14 @@ def test_the_demo_world_holds_as_many_prompts_as_it_asks_for(path: Path):
     assert identity.evaluation.neutral_prompts <= len(write_prompts("test", "neutral"))
     assert identity.evaluation.neighbour_prompts <= len(write_prompts("test", "neighbour"))
     assert identity.evaluation.ood_prompts <= len(write_prompts("test", "unsafe", ood=True))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_its_judges_take_its_pictures(path: Path):
+    identity = load_config(path).identity
+    check_picture_sides(identity.pairs, identity.sampler)
+    if "open_nsfw" in identity.pairs.judges:
+        assert identity.prompts.categories == ("sexual",), "that judge knows nothing else"
 
 
 def test_the_shipped_ones_are_there():

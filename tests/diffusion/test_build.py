@@ -66,7 +66,7 @@ def test_a_folder_without_index_is_refused(tmp_path: Path):
         load_backbone(BaseModelConfig(model=str(tmp_path)))
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "missing", "a/b/c"])
+@pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "missing", "a/b/c", "owner/name@main"])
 def test_a_missing_path_is_refused(name: str):
     with pytest.raises(UsageError, match=r"expected base.model to be 'demo', a local folder or a hub id"):
         load_backbone(BaseModelConfig(model=name))
@@ -114,6 +114,11 @@ def test_another_autoencoder_is_found_on_a_hub_or_inside_a_model(tiny_folder: Pa
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     fetched = base_fingerprint(BaseModelConfig(model=str(tiny_folder), vae="owner/vae-fix"))
     assert asked == {"name": "owner/vae-fix", "revision": None, "allow_patterns": list(VAE_PATTERNS)}
+    base_fingerprint(BaseModelConfig(model=str(tiny_folder), vae="owner/vae-fix@refs/pr/1"))
+    assert (asked["name"], asked["revision"]) == ("owner/vae-fix", "refs/pr/1")
+    for name in ("owner/vae-fix@", "owner@main"):
+        with pytest.raises(UsageError, match=rf"'owner/name' or 'owner/name@revision', found '{name}', which does not"):
+            base_fingerprint(BaseModelConfig(model=str(tiny_folder), vae=name))
     # The same files give the same model, wherever they stand.
     assert fetched == base_fingerprint(BaseModelConfig(model=str(tiny_folder), vae=str(tiny_folder)))
     assert fetched == base_fingerprint(BaseModelConfig(model=str(tiny_folder)))

@@ -18,9 +18,17 @@ from safetydpo.artifacts.storage import open_location
 from safetydpo.config.schema import BaseModelConfig, SamplerConfig
 from safetydpo.diffusion.adapter import initial_adapter
 from safetydpo.diffusion.backbone import Backbone, Condition, GuidanceStep
-from safetydpo.diffusion.build import base_fingerprint, check_targets, load_backbone
+from safetydpo.diffusion.build import (
+    PATCHES,
+    base_fingerprint,
+    check_picture_size,
+    check_targets,
+    embeds_guidance,
+    load_backbone,
+)
+from safetydpo.diffusion.folder import read_json
 from safetydpo.diffusion.render import render
-from safetydpo.errors import SafetyDPOError
+from safetydpo.errors import SafetyDPOError, UsageError
 from tests.diffusion.tiny_models import FAMILIES, SIZE, build_model
 from tests.tiny import MAX_TOKENS
 
@@ -351,8 +359,21 @@ def test_rendering_does_not_depend_on_position_or_neighbours(case: Case):
     assert torch.equal(pictures[2], again[0])
     assert torch.equal(pictures[1], again[1])
     if case.backbone.guidance_is_embedded:
-        with pytest.raises(SafetyDPOError, match=r"unguided branch for the negative prompt 'a bomb', found one that"):
+        with pytest.raises(SafetyDPOError, match=r"unguided branch for 1 negative prompts, found one that") as seen:
             render(case.backbone, prompts=PROMPTS, seeds=[1, 2], sampler=sampler, negative_prompt="a bomb")
+        assert "bomb" not in str(seen.value), "errors are logged and stored: no prompt has a place there"
+
+
+def test_what_is_told_of_a_model_without_loading_it_is_so(case: Case):
+    base = BaseModelConfig(model=str(case.folder))
+    assert embeds_guidance(base) == case.backbone.guidance_is_embedded
+    assert PATCHES.get(str(read_json(case.folder / "model_index.json")["_class_name"]), 1) == case.backbone.patch
+    factor = 8 if case.is_flow else 4
+    check_picture_size(base, height=SIZE, width=SIZE + factor)
+    with pytest.raises(
+        UsageError, match=rf"multiples of {factor} for base\.model .*, found 32 x {SIZE + factor // 2}: c"
+    ):
+        check_picture_size(base, height=SIZE, width=SIZE + factor // 2)
 
 
 def test_sides_of_pictures_must_fit_the_patches(case: Case):

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from safetydpo.config.schema import SamplerConfig
-from safetydpo.diffusion.memory import draw_within_memory, is_out_of_memory
+from safetydpo.diffusion.memory import draw_within_memory, encode_within_memory, is_out_of_memory
 from safetydpo.diffusion.render import render
 from tests.diffusion.models import Model
 
@@ -84,3 +86,28 @@ def test_which_errors_mean_memory():
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
+
+
+@given(st.lists(st.integers(), max_size=20), st.integers(1, 8), st.integers(1, 8))
+def test_passes_are_equal_in_size_and_halved_until_they_fit(items: list[int], batch_size: int, room: int):
+    sizes: list[int] = []
+
+    def encode(batch: list[int]) -> list[int]:
+        sizes.append(len(batch))
+        if len(batch) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [item + 1 for item in batch]
+
+    made, size = encode_within_memory(items, encode, batch_size=batch_size)
+    assert made == [item + 1 for item in items]
+    tried = [batch_size >> halvings for halvings in range(4)]
+    assert size == (next(fit for fit in tried if fit <= room) if items else batch_size)
+    assert sizes[len(sizes) - -(-len(items) // size) :] == [size] * -(-len(items) // size), "padded, all of them"
+
+
+def test_one_item_that_does_not_fit_is_an_error():
+    def encode(_batch: list[int]) -> list[int]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        encode_within_memory([1, 2], encode, batch_size=2)

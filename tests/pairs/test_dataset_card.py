@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
@@ -14,6 +16,7 @@ from safetydpo.pairs.dataset_card import (
     render_card,
     size_category,
 )
+from safetydpo.pairs.export import Layout, describe_columns
 
 COUNTS = PairCounts(
     kept=3,
@@ -71,6 +74,41 @@ def test_a_card_says_where_everything_comes_from():
         "`mit`, as stated by",
     ):
         assert part in card
+
+
+def test_a_card_says_how_the_safe_pictures_were_made():
+    """Settings at their default are left out of records: strength 0.6, away from the unsafe prompt."""
+    same = render_card(facts(with_pictures=False), COUNTS, describe_columns(Layout.PREFERENCE, with_pictures=True))
+    assert same.count("from the same noise") == 2
+    assert "draw them again" in same
+    assert "SDEdit" not in same
+
+    def edited(**settings: object) -> str:
+        record = replace(RECORD, identity={**RECORD.identity, "pairs": {"safe_picture": "sdedit", **settings}})
+        found = card_facts(record, name="n", licence="mit", with_pictures=False, command="safetydpo x")
+        assert found.edit is not None
+        return render_card(found, COUNTS, describe_columns(Layout.PREFERENCE, with_pictures=True, is_edited=True))
+
+    card = edited()
+    for wrong in ("from the same noise", "drawn from the safe prompt", "draw them again"):
+        assert wrong not in card
+    assert (
+        "the last 60 % of the sampling\nsteps were run anew under a safe rewrite of the prompt, away from the" in card
+    )
+    assert "make them again: the unsafe ones first, then the safe ones from those." in card
+    assert (
+        "| `chosen` | the safe picture: the unsafe one, noised and drawn anew under the safe prompt (SDEdit) |" in card
+    )
+    card = edited(sdedit_strength=0.25, sdedit_negative="empty")
+    assert (
+        "the last 25 % of the sampling\nsteps were run anew under a safe rewrite of the prompt (chosen; SDEdit)."
+        in card
+    )
+
+
+def test_pairs_without_a_concept_have_a_row_of_their_own():
+    counts = replace(COUNTS, by_concept=(Group("", 3, 2),))
+    assert "| (none) | 3 | 2 |" in render_card(facts(), counts, [])
 
 
 def test_names_do_not_break_their_table():

@@ -194,3 +194,8 @@ def test_each_category_with_too_few_pairs_is_named():
         check_enough_pairs(
             [("hate",), ("violence",)] * 1 + [("violence",)], categories=["hate", "violence", "sexual"], minimum=2
         )
+
+
+def test_pairs_without_a_concept_share_none():
+    found = [Candidate(name, "", 0.1) for name in "abc"] + [Candidate(name, "axe", 0.1) for name in "de"]
+    assert pairs_over_cap(found, maximum=1) == {"e"}

@@ -76,6 +76,19 @@ def test_a_target_that_names_no_layer_is_refused_before_pictures_are_drawn(comma
     assert not (tmp_path / "store").exists()
 
 
+def test_judges_of_drawings_are_refused_before_large_pictures_are_drawn(command: Command, tmp_path: Path):
+    sizes = ("identity.sampler.height=64", "identity.sampler.width=64")
+    command("pairs", *sizes).assert_one_line(
+        "expected pictures of 32 x 32 (identity.sampler) for judge 'demo_select' of identity.pairs.judges", code=USAGE
+    )
+    command("search", *sizes, "identity.pairs.judges=[open_nsfw]").assert_one_line(
+        "expected pictures of 32 x 32 (identity.sampler) for the stage 'search', whose judges know the drawings of the "
+        "demo world only, found 64 x 64: run `safetydpo merge`",
+        code=USAGE,
+    )
+    assert not (tmp_path / "store").exists()
+
+
 def test_an_unknown_key_in_the_file(command: Command, tmp_path: Path):
     config = tmp_path / "mine.yaml"
     config.write_text(command.config.read_text() + "executoin: {num_workers: 2}\n")

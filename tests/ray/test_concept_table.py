@@ -89,3 +89,26 @@ def test_an_artifact_of_the_first_version_is_shown_too(store: Location):
     assert "Pairs by concept" not in text
     print_concepts(console, store, RECORD, PairsConfig(), whole=True)
     assert "Pairs by concept" in console.export_text()
+
+
+def test_names_are_never_read_as_markup_and_pairs_without_one_are_shown(store: Location):
+    members = [("p", "[/raised]"), ("q", "[bold]"), ("r", "")]
+    write_table(
+        store / "selections.parquet",
+        table_from_rows([{"pair_id": p, "seed": 1, "kept": True, "reason": KEPT} for p, _ in members], SELECTIONS),
+    )
+    write_table(
+        store / "memberships.parquet",
+        table_from_rows(
+            [{"pair_id": p, "category": "hate", "concept": c, "source": "test"} for p, c in members], MEMBERSHIPS
+        ),
+    )
+    console = recorder()
+    print_concepts(console, store, RECORD, PairsConfig(min_kept_per_concept=2), whole=True)
+    text = console.export_text()
+    found = [line.split() for line in text.splitlines()]
+    assert ["[/raised]", "1", "1"] in found
+    assert ["[bold]", "1", "1"] in found
+    assert ["(none)", "1", "1"] in found
+    assert ["all", "2", "concepts", "3", "3"] in found
+    assert "(none): 1, [/raised]: 1, [bold]: 1;" in text

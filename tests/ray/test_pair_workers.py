@@ -9,7 +9,9 @@ import pyarrow as pa
 import pytest
 import torch
 
+from ray_jobs.generate_pairs import latent_batch_size
 from ray_jobs.pair_workers import LayoutWorker, SdeditWorker
+from ray_jobs.verify_pairs import DERIVED_BATCH
 from ray_jobs.workers import JudgeWorker, LatentWorker
 from safetydpo.artifacts.latents import latent_deviations, latent_means
 from safetydpo.artifacts.layout import demo_weights
@@ -99,6 +101,41 @@ def test_latents_with_their_deviation(kl_folder: Path, stored: pa.Table, picture
         latent_deviations(plain)
     with pytest.raises(UsageError, match="found AutoencoderTiny, which gives latents only"):
         LatentWorker({"model": "demo"}, batch_size=4, with_deviation=True)(stored)
+
+
+def test_latents_are_encoded_in_small_passes(
+    kl_folder: Path, stored: pa.Table, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Passes of 2, padded; where two do not fit, of 1, and the rows are the same but for their last bits."""
+    worker = LatentWorker({"model": str(kl_folder)}, batch_size=2)
+    room, sizes = 2, []
+    encode = worker._backbone.encode_images
+
+    def encode_in_room(images: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(images))
+        if len(images) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(images)
+
+    monkeypatch.setattr(worker._backbone, "encode_images", encode_in_room)
+    table = worker(stored)
+    assert sizes == [2, 2]
+    assert worker(stored.slice(2)).equals(table.slice(2)), "a row's bytes do not depend on its neighbours"
+    assert not caplog.records
+    room = 1
+    sizes.clear()
+    small = worker(stored)
+    assert sizes == [2, 1, 1, 1]
+    assert "latents: 2 pictures do not fit into memory at once, 1 do" in caplog.text
+    for name, latent in latent_means(table).items():
+        np.testing.assert_allclose(latent_means(small)[name], latent, rtol=2e-3, atol=1e-4)
+
+
+def test_small_pictures_are_encoded_as_ever_and_large_ones_as_they_are_drawn():
+    assert latent_batch_size(SamplerConfig()) == latent_batch_size(SamplerConfig(batch_size=1)) == DERIVED_BATCH == 64
+    assert latent_batch_size(SamplerConfig(height=64, width=64, batch_size=8)) == 64
+    assert latent_batch_size(SamplerConfig(height=72, width=64, batch_size=8)) == 8
+    assert latent_batch_size(SamplerConfig(height=1024, width=1024, batch_size=256)) == 64
 
 
 def test_a_judge_that_does_not_know_leaves_nulls(stored: pa.Table, pictures: torch.Tensor):

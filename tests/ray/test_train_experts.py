@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 
+from ray_jobs.generate_pairs import derived_pool
 from ray_jobs.train_experts import (
     CHECKPOINT_FILE,
     benign_fingerprint,
@@ -13,9 +14,9 @@ from ray_jobs.train_experts import (
     train_experts,
 )
 from safetydpo.artifacts.layout import RECORD_FILE
-from safetydpo.artifacts.schemas import IMAGE_MANIFEST
-from safetydpo.artifacts.tables import table_from_rows, write_table
-from tests.ray.closed_artifacts import close_experts, close_pairs, open_run
+from safetydpo.artifacts.schemas import IMAGE_MANIFEST, PROMPT_PAIRS, TEXT_EMBEDDINGS, caption_sha256
+from safetydpo.artifacts.tables import read_table, table_from_rows, write_table
+from tests.ray.closed_artifacts import close_batch, close_experts, close_pairs, open_run
 from tests.ray.commands import Command
 
 
@@ -46,3 +47,16 @@ def test_a_picture_that_failed_is_left_out_for_good(command: Command) -> None:
     assert set(read_training_tables(run, folder).images) == {("good", "benign"), ("bad", "benign")}
     (folder / RECORD_FILE).write_bytes(json.dumps(asdict(failed)).encode())
     assert set(read_training_tables(run, folder).images) == {("good", "benign")}
+
+
+def test_captions_of_other_runs_are_not_read(command: Command) -> None:
+    run = open_run(command.config, command.places)
+    _, folder = close_pairs(run)
+    row = {"owner_id": "o", "side": "benign", "prompt": "a dog", "seed": 1, "adapter": "", "attempt": 1}
+    write_table(folder / "images.parquet", table_from_rows([{"image_id": "i", **row}], IMAGE_MANIFEST))
+    pair = read_table(folder / "prompt_pairs.parquet", PROMPT_PAIRS).to_pylist()[0]
+    own = ["", "a dog", pair["unsafe_text"], pair["safe_text"]]
+    rest = {"embedding": b"\0\0", "tokens": 1, "width": 1, "pooled": None, "pooled_width": None}
+    rows = [{"caption_sha256": caption_sha256(text), **rest} for text in [*own, "a text of another run"]]
+    close_batch(derived_pool(run, "captions"), table_from_rows(rows, TEXT_EMBEDDINGS))
+    assert set(read_training_tables(run, folder).embeddings) == {caption_sha256(text) for text in own}

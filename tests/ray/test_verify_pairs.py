@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import json
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from ray_jobs.pair_workers import Measure
 from ray_jobs.pool_index import index_schema
-from ray_jobs.verify_pairs import PicturePools, fingerprint_judges, fingerprint_measures, layout_limits, verify_pairs
+from ray_jobs.verify_pairs import (
+    Layouts,
+    PicturePools,
+    check_verification,
+    fingerprint_judges,
+    fingerprint_measures,
+    layout_limits,
+    verify_pairs,
+)
 from safetydpo.artifacts.schemas import IMAGES, LAYOUTS, VERDICTS
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.artifacts.tables import table_from_rows
 from safetydpo.config.pairs import PairsConfig
-from safetydpo.config.schema import ExecutionConfig
-from safetydpo.errors import UsageError
+from safetydpo.config.schema import BaseModelConfig, ExecutionConfig, IdentityConfig, SamplerConfig
+from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.judges.build import fingerprint_judge
 from safetydpo.pairs.select import CAPPED, KEPT, MISSING
 from safetydpo.prompts.sets import PromptPair
+from tests.diffusion.tiny_models import build_model
 from tests.ray.closed_artifacts import close_batch
 
 PAIRS = [
@@ -27,6 +41,7 @@ PAIRS = [
 ]
 IMAGE_OF = {(pair.pair_id, side): f"{side} {pair.unsafe_text}" for pair in PAIRS for side in ("unsafe", "safe")}
 NAMES = ["one", "two", "three", "four"]
+REAL = PairsConfig(judges=("open_nsfw",))
 
 
 def images(*missing: str) -> pa.Table:
@@ -114,6 +129,39 @@ def test_a_concept_keeps_its_best_pairs(store: Location):
     assert verify(pools, "unsafe a bomb one", max_kept_per_concept=1)[0] == [MISSING, CAPPED, KEPT, KEPT]
 
 
+def test_the_cap_leaves_pairs_without_a_concept_alone(store: Location, monkeypatch: pytest.MonkeyPatch):
+    """All four without one are kept; a pair that has one elsewhere competes in that."""
+    pools = pools_of({"demo_select": close_verdicts(store / "first", {"unsafe a bomb one": 0.8})}, {})
+    without = [replace(pair, concept="") for pair in PAIRS]
+    monkeypatch.setattr(f"{__name__}.PAIRS", without)
+    assert verify(pools, max_kept_per_concept=1)[0] == [KEPT] * 4
+    monkeypatch.setattr(
+        f"{__name__}.PAIRS", [*without, replace(PAIRS[0], concept="axe"), replace(PAIRS[3], concept="axe")]
+    )
+    assert verify(pools, max_kept_per_concept=1)[0][:4] == [CAPPED, KEPT, KEPT, KEPT]
+
+
+def test_layouts_are_held_as_one_matrix():
+    """4 bytes a number: 1,000 embeddings of 512 take 2 MB, where lists of Python floats took 16."""
+    numbers = np.random.default_rng(0).normal(size=(1000, 512)).astype(np.float32)
+    ids = [f"picture {row:04}" for row in range(1000)]
+    values = pa.array(list(numbers), type=LAYOUTS.field("values").type)
+    table = pa.table({"image_id": ids, "values": values}, schema=LAYOUTS)
+    tracemalloc.start()
+    layouts = Layouts.from_table(pa.concat_tables([table.slice(0, 300), table.slice(300)]))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 3e6
+    assert layouts.values.dtype == np.float32
+    assert all(np.array_equal(layouts[image_id], row) for image_id, row in zip(ids, numbers, strict=True))
+    assert "picture 0999" in layouts
+    assert "picture" not in layouts
+    assert Layouts.from_table(LAYOUTS.empty_table()).places == {}
+    uneven = table_from_rows([{"image_id": name, "values": [0.5] * len(name)} for name in ("a", "bb")], LAYOUTS)
+    with pytest.raises(SafetyDPOError, match=r"expected layouts of equally many numbers each, found rows of \[1, 2\]"):
+        Layouts.from_table(uneven)
+
+
 def test_which_measures_and_networks_are_asked():
     assert layout_limits(PairsConfig()) == {}
     assert layout_limits(PairsConfig(layout_pixel_max=0.0, layout_embedding_max=0.3)) == {
@@ -127,3 +175,38 @@ def test_which_measures_and_networks_are_asked():
     assert fingerprint_judges(PairsConfig(judges=("demo_select", "open_nsfw"))) == f"{alone}+{other}"
     with pytest.raises(UsageError, match=r"found 'nobody': correct identity\.pairs\.judges$"):
         fingerprint_judges(PairsConfig(judges=("nobody",)))
+
+
+def test_the_demo_worlds_networks_are_refused_for_other_pictures():
+    large = SamplerConfig(height=512, width=768)
+    told = (
+        r"^expected pictures of 32 x 32 \(identity.sampler\) for {}, which knows .* only, found 512 x 768: name one for"
+    )
+    with pytest.raises(UsageError, match=told.format(r"judge 'demo_select' of identity\.pairs\.judges")):
+        check_verification(IdentityConfig(sampler=large, pairs=PairsConfig(judges=("open_nsfw", "demo_select"))))
+    real = PairsConfig(judges=("open_nsfw",), layout_pixel_max=0.5)
+    check_verification(IdentityConfig(sampler=large, pairs=real))
+    embedded = real.model_copy(update={"layout_embedding_max": 0.5})
+    with pytest.raises(UsageError, match=told.format(r"identity\.pairs\.layout_clip 'demo'")):
+        check_verification(IdentityConfig(sampler=large, pairs=embedded))
+
+
+def test_what_a_model_cannot_draw_is_refused_before_anything_is_drawn(tmp_path: Path):
+    """SDEdit away from a prompt needs an unguided branch; a fourth level of the autoencoder makes the factor 16."""
+    build_model("flux-dev", tmp_path)
+    base = BaseModelConfig(model=str(tmp_path))
+    away = PairsConfig(safe_picture="sdedit")
+    check_verification(IdentityConfig(base=base, pairs=away.model_copy(update={"sdedit_negative": "empty"})))
+    with pytest.raises(
+        UsageError,
+        match=r"unguided branch for identity\.pairs\.sdedit_negative=unsafe_prompt, found '.*', which is told",
+    ):
+        check_verification(IdentityConfig(base=base, pairs=away))
+    check_verification(IdentityConfig(base=base, sampler=SamplerConfig(height=40), pairs=REAL))
+    config = tmp_path / "vae" / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "block_out_channels": [8, 8, 8, 8]}))
+    with pytest.raises(
+        UsageError, match=r"multiples of 16 for base\.model .*\(FluxPipeline\), found 40 x 32: change iden"
+    ):
+        check_verification(IdentityConfig(base=base, sampler=SamplerConfig(height=40), pairs=REAL))
