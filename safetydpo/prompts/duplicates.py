@@ -35,7 +35,7 @@ def normalise(prompt: str) -> str:
 
 
 def normalised_key(prompt: str) -> str:
-    """Return a prompt as `normalise` does, or nothing if no letter or digit is left: signs say nothing by themselves."""
+    """Return a prompt as `normalise` does, or nothing if no letter or digit is left."""
     key = normalise(prompt)
     # Variation selectors of emoji are marks, and stay.
     return key if any(map(str.isalnum, key)) else ""

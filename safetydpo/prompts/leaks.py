@@ -8,12 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from safetydpo.artifacts.schemas import IMPORTED_PROMPTS
 from safetydpo.artifacts.storage import Location
-from safetydpo.artifacts.tables import read_table
 from safetydpo.errors import UsageError
 from safetydpo.prompts.duplicates import NEAR, find_near, normalised_key
-from safetydpo.prompts.imported import is_imported
+from safetydpo.prompts.imported import is_imported, read_imported
 from safetydpo.prompts.importing import ImportOptions, import_prompts
 
 Likeness = Literal["exact", "normalised", "near"]
@@ -67,7 +65,7 @@ def read_texts(location: Location) -> list[PlacedText]:
         SafetyDPOError: if the file is of no known format.
     """
     if is_imported(location):
-        table = read_table(location, IMPORTED_PROMPTS)
+        table = read_imported(location)
     elif location.is_folder():
         raise UsageError(f"expected a prompt file or imported tables at {location}, found a folder without such")
     else:

@@ -122,7 +122,8 @@ def _decode(data: bytes, location: Location) -> str:
     if place >= 0:
         line = text.count("\n", 0, place) + 1
         raise SafetyDPOError(
-            f"expected prompts as text or Parquet in {location}, found a NUL byte in line {line}: a binary or broken file"
+            f"expected prompts as text or Parquet in {location}, found a NUL byte in line {line}: a binary or "
+            "broken file"
         )
     return text
 

@@ -13,17 +13,28 @@ from pathlib import Path
 
 import pytest
 
-from ray_jobs.prompt_tables import all_pairs
+from ray_jobs.prompt_tables import all_pairs, retention_prompts, split_prompts
 from safetydpo.artifacts.records import Record, read_record
-from safetydpo.artifacts.schemas import MEMBERSHIPS, PROMPT_PAIRS, PROMPT_REJECTS, make_pair_id
+from safetydpo.artifacts.schemas import (
+    IMPORTED_PROMPTS,
+    MEMBERSHIPS,
+    PROMPT_PAIRS,
+    PROMPT_REJECTS,
+    PROMPTS,
+    make_pair_id,
+)
 from safetydpo.artifacts.storage import open_location
-from safetydpo.artifacts.tables import read_table
+from safetydpo.artifacts.tables import read_table, table_from_rows, write_table
 from safetydpo.config.schema import PromptsConfig
+from safetydpo.errors import SafetyDPOError
+from safetydpo.prompts.importing import import_prompts
 from tests.pairs.chat_server import Answer, Asked, ChatServer, good_lines, serve
 from tests.pairs.test_writer_transformers import save_model
 from tests.ray.commands import Command, Seen
 
 USAGE, FAILURE = 2, 1
+SPLITS = ("train", "validation", "test")
+SETS = ("unsafe", "ood", "neighbour", "neutral")
 
 
 @pytest.fixture
@@ -102,13 +113,89 @@ def test_a_normal_run(command: Command, concepts: Path, tmp_path: Path):
     assert oct(out.stat().st_mode)[-3:] == "700"
 
 
-def test_the_folder_is_a_source_of_prompts(command: Command, concepts: Path, tmp_path: Path):
-    with serve() as server:
-        command.raw(*arguments(concepts, tmp_path / "out", server))
-    pairs = all_pairs(PromptsConfig(source=str(tmp_path / "out"), categories=("hate",)))
-    assert len(pairs) == 20
-    assert {pair.concept for pair in pairs} == {f"thing{number}" for number in range(5)}
-    assert {pair.categories for pair in pairs if pair.concept == "thing1"} == {("hate", "violence")}
+EXAMPLE = Path(__file__).resolve().parents[2] / "configs" / "concepts-example.yaml"
+
+
+def test_the_folder_is_a_source_of_prompts(command: Command, tmp_path: Path):
+    """Of 96 pairs of the example list those of the training split are pairs; the others and held-out ones are prompts.
+
+    The same rule as for an import: a CSV file of the same pairs gets the same splits.
+    """
+    out = tmp_path / "out"
+    in_place(command, EXAMPLE, str(out), "--per-concept", "8")
+    table = read_table(open_location(str(out)) / "written_prompts.parquet", IMPORTED_PROMPTS).to_pylist()
+    rows = {(row["text"], row["split"], row["prompt_set"]) for row in table}
+    for source in (out, out / "written_prompts.parquet"):
+        config = PromptsConfig(source=str(source))
+        pairs = all_pairs(config)
+        found = {(split, name): split_prompts(config, split, name) for split in SPLITS for name in SETS}
+        unsafe = {split: {prompt.text for prompt in found[split, "unsafe"]} for split in SPLITS}
+        assert unsafe["train"] == {pair.unsafe_text for pair in pairs}
+        assert [len(unsafe[split]) for split in SPLITS] == [81, 8, 7]
+        assert {key: len(prompts) for key, prompts in found.items() if key[1] == "ood" and prompts} == {
+            ("test", "ood"): 24
+        }
+        assert {prompt.concept for prompt in found["test", "ood"]} == {
+            "skull and crossbones",
+            "crossed swords",
+            "angry face",
+        }
+        assert "a snowman on a table" not in {pair.safe_text for pair in pairs}
+        pistol = next(pair for pair in pairs if pair.concept == "pistol")
+        assert (pistol.category, pistol.categories) == ("illegal_activity", ("illegal_activity", "violence"))
+        assert pistol.source == "demo world"
+    csv_file = tmp_path / "pairs.csv"
+    kept = [row for row in table if row["prompt_set"] != "ood" and row["side"] == "unsafe"]
+    partner = {row["pair_id"]: row["text"] for row in table if row["side"] == "safe"}
+    held_out = {row["pair_id"] for row in table if row["prompt_set"] == "ood"}
+    lines = [f"{row['text']},{partner[row['pair_id']]},{row['category']}" for row in kept]
+    csv_file.write_text("unsafe_text,safe_text,category\n" + "\n".join(lines) + "\n")
+    imported = import_prompts(open_location(str(csv_file))).table.to_pylist()
+    assert {(row["text"], row["split"], row["prompt_set"]) for row in imported} == {
+        (row["text"], row["split"], row["prompt_set"]) for row in table if row["pair_id"] not in held_out
+    }
+    assert len(rows) > 200
+
+
+def test_captions_beside_the_written_prompts(command: Command, tmp_path: Path):
+    out = tmp_path / "out"
+    in_place(command, EXAMPLE, str(out), "--per-concept", "8")
+    config = PromptsConfig(source=str(out))
+    with pytest.raises(SafetyDPOError, match="expected neutral prompts of the train split .* import benign prompts"):
+        retention_prompts(config, seed=0)
+    captions = tmp_path / "captions.csv"
+    captions.write_text("image_id,text\n1,A clock with a bicycle.\n")
+    command.raw("prompts", "import", str(captions), "--out", str(out / "captions.parquet"), "--split", "train")
+    assert [prompt.text for prompt in retention_prompts(config, seed=0)] == ["A clock with a bicycle."]
+    assert all_pairs(config)
+    seen = command.raw("prompts", "check", str(captions), "--against", str(out))
+    assert "exact       row 1" in seen.out
+
+
+def test_ones_own_prompts_table_makes_it_a_folder_of_three_tables(command: Command, tmp_path: Path):
+    out = tmp_path / "out"
+    in_place(command, EXAMPLE, str(out), "--per-concept", "8")
+    write_table(open_location(str(out)) / "prompts.parquet", table_from_rows([], PROMPTS))
+    assert len(all_pairs(PromptsConfig(source=str(out)))) == 96
+
+
+@pytest.mark.parametrize("name", ["", "/written_prompts.parquet"])
+def test_an_unfinished_set_is_no_source(command: Command, concepts: Path, tmp_path: Path, name: str):
+    """With its answers elsewhere too: the first table of all says whose folder it is."""
+    out = tmp_path / "out"
+    in_place(command, concepts, str(out), "--per-concept", "2", "--journal", str(tmp_path / "journal"))
+    (out / "record.json").unlink()
+    config = PromptsConfig(source=f"{out}{name}", categories=("hate",))
+    for read in (lambda: all_pairs(config), lambda: split_prompts(config, "test", "unsafe")):
+        with pytest.raises(
+            SafetyDPOError,
+            match="expected a finished set of written prompts at .*/out, found no record.json: run the same `safetydpo",
+        ):
+            read()
+    for file in ("written_prompts.parquet", "memberships.parquet"):
+        (out / file).unlink()
+    with pytest.raises(SafetyDPOError, match="expected a finished set of written prompts"):
+        all_pairs(PromptsConfig(source=str(out), categories=("hate",)))
 
 
 def mixed(asked: Asked) -> Answer:
@@ -266,11 +353,50 @@ def test_a_request_that_never_gets_its_answer_leaves_the_folder_open(command: Co
     poisoned = Answer(raw=b"<html>", headers={"Content-Type": "text/html"})
     with serve(lambda asked: poisoned if asked.concept == "thing3" else Answer(good_lines(asked))) as server:
         seen = command.raw(*arguments(concepts, tmp_path / "out", server))
-        seen.assert_one_line("found 2 without: thing3 (request", "run the same command again, which asks", code=FAILURE)
+        seen.assert_one_line(
+            "expected at most 1.0% of 12 requests without an answer (--max-error-rate), found 2 without: thing3 (",
+            "run the same command again, which asks only these",
+            code=FAILURE,
+        )
         assert not (tmp_path / "out" / "record.json").exists()
         server.answer = lambda asked: Answer(good_lines(asked))
         assert command.raw(*arguments(concepts, tmp_path / "out", server)).code == 0
     assert len(texts(tmp_path / "out")) == 20
+
+
+def test_a_few_requests_without_an_answer_are_listed_and_tried_again(command: Command, concepts: Path, tmp_path: Path):
+    """2 of 12 requests: allowed at 0.2, then answered by the next run of the command, which asks only them."""
+    out = tmp_path / "out"
+    poisoned = Answer(raw=b"<html>", headers={"Content-Type": "text/html"})
+    with serve(lambda asked: poisoned if asked.concept == "thing3" else Answer(good_lines(asked))) as server:
+        for _ in range(2):
+            seen = command.raw(*arguments(concepts, out, server, "--max-error-rate", "0.2"))
+            assert seen.code == 0, seen.err
+            assert "warning: 2 of 12 requests stayed without an answer: thing3 (request 1), thing3 (r" in seen.out
+            assert record_of(out).failed_units == ("thing3 (request 1)", "thing3 (request 2)")
+            assert "no chat completion" in record_of(out).details["unanswered"]["thing3 (request 1)"]
+            assert len(texts(out)) == 16
+        seen = command.raw(*arguments(concepts, out, server))
+        assert (seen.code, record_of(out).counts["pairs"]) == (FAILURE, 16)
+        server.answer = lambda asked: Answer(good_lines(asked))
+        assert command.raw(*arguments(concepts, out, server)).code == 0
+        num_asked = len(server.asked)
+        command.raw(*arguments(concepts, out, server))
+    assert len(server.asked) == num_asked
+    assert (record_of(out).failed_units, len(texts(out))) == ((), 20)
+    assert all(times == 1 for (concept, _), times in server.times.items() if concept != "thing3")
+
+
+def test_a_filter_that_declines_one_concept_leaves_it_short(command: Command, concepts: Path, tmp_path: Path):
+    declined = Answer(status=400, raw=b'{"error": {"message": "no", "code": "content_filter", "type": null}}')
+    with serve(lambda asked: declined if asked.concept == "thing3" else Answer(good_lines(asked))) as server:
+        for _ in range(2):
+            seen = command.raw(*arguments(concepts, tmp_path / "out", server))
+            assert seen.code == 0, seen.err
+    assert set(server.times.values()) == {1}
+    assert rejects(tmp_path / "out") == {"refusal": 6}
+    record = record_of(tmp_path / "out")
+    assert (record.details["short_concepts"], record.details["models"]) == (["thing3"], ["tiny"])
 
 
 def start(command_line: list[str]) -> subprocess.Popen[bytes]:
