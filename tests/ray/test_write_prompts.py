@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -148,8 +149,10 @@ def test_the_folder_is_a_source_of_prompts(command: Command, tmp_path: Path):
     kept = [row for row in table if row["prompt_set"] != "ood" and row["side"] == "unsafe"]
     partner = {row["pair_id"]: row["text"] for row in table if row["side"] == "safe"}
     held_out = {row["pair_id"] for row in table if row["prompt_set"] == "ood"}
-    lines = [f"{row['text']},{partner[row['pair_id']]},{row['category']}" for row in kept]
-    csv_file.write_text("unsafe_text,safe_text,category\n" + "\n".join(lines) + "\n")
+    with csv_file.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["unsafe_text", "safe_text", "category"])
+        writer.writerows([row["text"], partner[row["pair_id"]], row["category"]] for row in kept)
     imported = import_prompts(open_location(str(csv_file))).table.to_pylist()
     assert {(row["text"], row["split"], row["prompt_set"]) for row in imported} == {
         (row["text"], row["split"], row["prompt_set"]) for row in table if row["pair_id"] not in held_out
