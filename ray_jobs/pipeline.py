@@ -120,8 +120,8 @@ def _check_places(run: Run) -> None:
     found = "a file" if place.is_file() else "nothing"
     raise UsageError(
         f"expected a folder of prompts at {source} (identity.prompts.source), found {found}: name one with "
-        "prompt_pairs.parquet, memberships.parquet and prompts.parquet, a file made by `safetydpo prompts import`, "
-        "or `demo`"
+        "prompt_pairs.parquet, memberships.parquet and prompts.parquet, a folder made by `safetydpo prompts write`, "
+        "a file made by `safetydpo prompts import`, or `demo`"
     )
 
 

@@ -8,10 +8,22 @@ if the file itself names that set.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from safetydpo.artifacts.layout import (
+    MEMBERSHIPS_FILE,
+    PROMPT_PAIRS_FILE,
+    PROMPT_REJECTS_FILE,
+    PROMPTS_FILE,
+    RECORD_FILE,
+    WRITTEN_PROMPTS_FILE,
+    WRITTEN_REPLIES_FILE,
+)
+from safetydpo.artifacts.records import read_record
 from safetydpo.artifacts.schemas import MEMBERSHIPS, PROMPT_PAIRS, PROMPTS
-from safetydpo.artifacts.storage import open_location
+from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.artifacts.tables import read_table
+from safetydpo.config.fields import CATEGORIES
 from safetydpo.config.schema import PromptsConfig
 from safetydpo.demo.prompts import PromptRow, write_prompt_pairs, write_prompts
 from safetydpo.errors import SafetyDPOError
@@ -20,13 +32,16 @@ from safetydpo.prompts.sets import Prompt, PromptPair, spread_evenly
 
 
 def all_pairs(prompts: PromptsConfig) -> list[PromptPair]:
-    """Return every prompt pair of the source whose first category takes part.
+    """Return every prompt pair of the source whose first known category takes part.
+
+    Known are the project's own; others, which an import may keep, only stand beside them.
 
     Raises:
         SafetyDPOError: if a category has no pair.
     """
     imported = prompts.source != "demo" and is_imported(open_location(prompts.source))
     pairs = _demo_pairs() if prompts.source == "demo" else _file_pairs(prompts.source)
+    pairs = [replace(pair, category=_first_known(pair.category, pair.categories)) for pair in pairs]
     chosen = [pair for pair in pairs if pair.category in prompts.categories]
     for category in prompts.categories:
         if not any(pair.category == category for pair in chosen):
@@ -119,8 +134,13 @@ def split_prompts(prompts: PromptsConfig, split: str, prompt_set: str) -> list[P
         else _file_prompts(prompts.source, split, prompt_set)
     )
     if prompt_set in ("unsafe", "ood"):
+        rows = [replace(row, category=_first_known(row.category, row.categories)) for row in rows]
         rows = [row for row in rows if row.category in prompts.categories]
     return rows
+
+
+def _first_known(first: str, categories: Sequence[str]) -> str:
+    return next((category for category in categories if category in CATEGORIES), first)
 
 
 _PAIRS_BY_IMPORT = " (import a set with safe partners; only pairs of the train split count, see --split)"
@@ -157,14 +177,37 @@ def _demo_prompts(split: str, prompt_set: str) -> list[Prompt]:
     ]
 
 
+def _open_source(source: str) -> Location:
+    """Return the place of a source.
+
+    Raises:
+        SafetyDPOError: if `safetydpo prompts write` has begun it and not finished.
+    """
+    place = open_location(source)
+    folder = place.parent if place.name == WRITTEN_PROMPTS_FILE else place
+    marks = (PROMPT_REJECTS_FILE, WRITTEN_REPLIES_FILE, WRITTEN_PROMPTS_FILE)
+    if any((folder / mark).is_file() for mark in marks) and read_record(folder) is None:
+        raise SafetyDPOError(
+            f"expected a finished set of written prompts at {folder}, found no {RECORD_FILE}: run the same `safetydpo "
+            "prompts write` again, which goes on from there"
+        )
+    return place
+
+
 def _file_pairs(source: str) -> list[PromptPair]:
-    folder = open_location(source)
+    folder = _open_source(source)
     if is_imported(folder):
         return read_pairs(folder)
-    texts = {row["pair_id"]: row for row in read_table(folder / "prompt_pairs.parquet", PROMPT_PAIRS).to_pylist()}
+    texts = {row["pair_id"]: row for row in read_table(folder / PROMPT_PAIRS_FILE, PROMPT_PAIRS).to_pylist()}
     members: dict[str, list[dict[str, str]]] = {}
-    for row in read_table(folder / "memberships.parquet", MEMBERSHIPS).to_pylist():
+    for row in read_table(folder / MEMBERSHIPS_FILE, MEMBERSHIPS).to_pylist():
         members.setdefault(row["pair_id"], []).append(row)
+    lost = [pair_id for pair_id in members if pair_id not in texts]
+    if lost:
+        raise SafetyDPOError(
+            f"expected the pair of every membership in {folder / PROMPT_PAIRS_FILE}, found {len(lost)} without (first: "
+            f"{lost[0]}): write both tables again from the same pairs"
+        )
     return [
         PromptPair(
             unsafe_text=texts[pair_id]["unsafe_text"],
@@ -175,15 +218,14 @@ def _file_pairs(source: str) -> list[PromptPair]:
             source=rows[0]["source"],
         )
         for pair_id, rows in members.items()
-        if pair_id in texts
     ]
 
 
 def _file_prompts(source: str, split: str, prompt_set: str) -> list[Prompt]:
-    folder = open_location(source)
+    folder = _open_source(source)
     if is_imported(folder):
         return read_prompts(folder, split, prompt_set)
-    table = read_table(folder / "prompts.parquet", PROMPTS)
+    table = read_table(folder / PROMPTS_FILE, PROMPTS)
     return [
         Prompt(
             text=row["text"],

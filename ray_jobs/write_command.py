@@ -58,6 +58,9 @@ _Temperature = Annotated[float, typer.Option(help="Of the sampling.", min=0)]
 _MaxTokens = Annotated[int, typer.Option(help="Longest answer.", min=1)]
 _Timeout = Annotated[float, typer.Option(help="Seconds without a byte before a try is given up.", min=0.001)]
 _MaxRetries = Annotated[int, typer.Option(help="Of a request after transient faults.", min=0)]
+_MaxErrorRate = Annotated[
+    float, typer.Option(help="Share of requests that may stay without an answer.", min=0.0, max=1.0)
+]
 _Seed = Annotated[int, typer.Option(help="Each request derives its own, for writers that take one.")]
 _Journal = Annotated[Path | None, typer.Option(help="Local folder of the answers as they come; none: --out.")]
 
@@ -82,6 +85,7 @@ def write_prompts_command(
     max_tokens: _MaxTokens = 1024,
     timeout: _Timeout = 120.0,
     max_retries: _MaxRetries = 6,
+    max_error_rate: _MaxErrorRate = 0.01,
     seed: _Seed = 0,
     journal: _Journal = None,
 ) -> None:
@@ -101,6 +105,7 @@ def write_prompts_command(
         max_requests=max_requests or 3 * -(-per_concept // per_request),
         max_characters=max_characters,
         concurrency=concurrency,
+        max_error_rate=max_error_rate,
     )
     sampling: dict[str, Any] = {"model": model, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     location, journal_folder = _places(out, journal)
@@ -227,6 +232,14 @@ def _print_record(record: Record, *, out: str) -> None:
     if details["rejects"]:
         reasons = ", ".join(f"{name} {count}" for name, count in details["rejects"].items())
         console.print(f"not kept: {escape(reasons)}  (rejects.parquet)", soft_wrap=True)
+    if record.failed_units:
+        asked = counts["requests"] + counts["unanswered_requests"]
+        names = escape(", ".join(record.failed_units[:SHORT_LISTED]))
+        console.print(
+            f"[yellow]warning:[/yellow] {len(record.failed_units)} of {asked} requests stayed without an answer: "
+            f"{names} (all in record.json); the same command asks them again",
+            soft_wrap=True,
+        )
     short = [row for row in details["per_concept"] if row["short"]]
     if short:
         # Names may look like markup.

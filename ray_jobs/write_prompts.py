@@ -27,7 +27,8 @@ from safetydpo.pairs.writing import RequestKey, Unanswered, ask_writer
 from safetydpo.prompts.concepts import ConceptEntry, fingerprint_concepts
 
 STAGE = "prompts"
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
+"""2: `written_prompts.parquet`, unanswered requests."""
 NOT_DONE_LISTED = 5
 
 
@@ -40,6 +41,8 @@ class WriteTask:
     max_requests: int
     max_characters: int
     concurrency: int
+    max_error_rate: float
+    """Share of requests, in [0, 1], that may stay without an answer; the record lists them."""
 
 
 @dataclass(frozen=True)
@@ -79,16 +82,19 @@ def write_prompts(
         _check_settings(journal, settings, out)
         record = read_record(out)
         if record is not None and record.hash == key.hash:
-            return record
-        # Another concept list or limit, the same settings: the folder is open again until its tables are new.
-        (out / RECORD_FILE).delete()
+            if not record.failed_units:
+                return record
+        else:
+            # Another concept list or limit, the same settings: the folder is open again until its tables are new.
+            (out / RECORD_FILE).delete()
         ledger = _open_ledger(concepts, task)
         run = _Run(settings, task, journal, ledger, report, known=_known_replies(journal, settings, concepts))
         unanswered = asyncio.run(run.ask(writer))
-        if unanswered:
-            raise _not_done(unanswered)
+        _check_answered(unanswered, len(run.replies) + len(unanswered), limit=task.max_error_rate)
+        (out / RECORD_FILE).delete()
         fingerprint = write_tables(out, concepts, ledger)
-        record = _make_record(key, fingerprint, describe_concepts(concepts, ledger, run.replies), started, run.replies)
+        rows = describe_concepts(concepts, ledger, run.replies)
+        record = _make_record(key, fingerprint, rows, started, run.replies, unanswered)
         write_record(out, record)
     return record
 
@@ -225,12 +231,19 @@ def _known_replies(
     return known
 
 
-def _not_done(unanswered: Sequence[Unanswered]) -> SafetyDPOError:
-    names = [f"{item.request.concept.concept} (request {item.request.attempt + 1})" for item in unanswered]
+def _name(item: Unanswered) -> str:
+    return f"{item.request.concept.concept} (request {item.request.attempt + 1})"
+
+
+def _check_answered(unanswered: Sequence[Unanswered], num_requests: int, *, limit: float) -> None:
+    if len(unanswered) <= limit * num_requests:
+        return
+    names = [_name(item) for item in unanswered]
     more = f" and {len(names) - NOT_DONE_LISTED} more" if len(names) > NOT_DONE_LISTED else ""
-    return SafetyDPOError(
-        f"expected an answer to every request, found {len(names)} without: {', '.join(names[:NOT_DONE_LISTED])}{more} "
-        f"(last: {unanswered[-1].error}); run the same command again, which asks only these"
+    raise SafetyDPOError(
+        f"expected at most {limit:.1%} of {num_requests} requests without an answer (--max-error-rate), found "
+        f"{len(names)} without: {', '.join(names[:NOT_DONE_LISTED])}{more} (last: {unanswered[-1].error}); run the "
+        "same command again, which asks only these, or allow more"
     )
 
 
@@ -240,6 +253,7 @@ def _make_record(
     rows: Sequence[Mapping[str, Any]],
     started: float,
     replies: Mapping[RequestKey, Reply],
+    unanswered: Sequence[Unanswered],
 ) -> Record:
     reasons: Counter[str] = Counter()
     for row in rows:
@@ -251,6 +265,7 @@ def _make_record(
         "held_out_pairs": sum(row["pairs"] for row in rows if row["ood"]),
         "rejects": reasons.total(),
         "requests": len(replies),
+        "unanswered_requests": len(unanswered),
         "retries": sum(reply.num_retries for reply in replies.values()),
         "prompt_tokens": sum(row["prompt_tokens"] for row in rows),
         "completion_tokens": sum(row["completion_tokens"] for row in rows),
@@ -259,7 +274,8 @@ def _make_record(
     details = {
         "rejects": dict(sorted(reasons.items())),
         "short_concepts": [row["concept"] for row in rows if row["short"]],
-        "models": sorted({reply.model for reply in replies.values()}),
+        "models": sorted({reply.model for reply in replies.values() if reply.model or not reply.refused}),
+        "unanswered": {_name(item): item.error for item in unanswered},
         "per_concept": list(rows),
     }
     return Record(
@@ -271,6 +287,7 @@ def _make_record(
         inputs=key.inputs,
         fingerprint=fingerprint,
         counts=counts,
+        failed_units=tuple(sorted(_name(item) for item in unanswered)),
         details=details,
         versions=package_versions(),
         started_at=datetime.fromtimestamp(started, tz=UTC).isoformat(timespec="seconds"),

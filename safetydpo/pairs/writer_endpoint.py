@@ -15,6 +15,8 @@ from safetydpo.pairs.writers import Reply, UnansweredError, WriteRequest
 
 NO_KEY = "none"
 """Sent when no key is named. Without it the client would send the key of its own environment variable to any server."""
+CONTENT_FILTER = "content_filter"
+"""What servers call the end of an answer, or an error, by which their filter declines."""
 
 
 class EndpointWriter:
@@ -46,7 +48,7 @@ class EndpointWriter:
                 connections.
 
         Raises:
-            UsageError: if the address is no http address or holds a password, or the client is not installed.
+            UsageError: if the address is no http address or holds a password or query, or the client is not installed.
         """
         self._base_url = _checked_url(base_url)
         try:
@@ -75,7 +77,7 @@ class EndpointWriter:
         }
 
     async def write(self, request: WriteRequest) -> Reply:
-        """Ask the server; the client retries transient faults.
+        """Ask the server; the client retries transient faults. A filter that declines the question is a refusal.
 
         Raises:
             UnansweredError: if retries did not help, or what came is no chat completion.
@@ -95,6 +97,9 @@ class EndpointWriter:
         except openai.APIStatusError as error:
             if error.status_code in (408, 409, 429) or error.status_code >= 500:
                 raise UnansweredError(self._told(f"{error.status_code} {error.message}")) from None
+            if error.status_code == 400 and error.code == CONTENT_FILTER:
+                # Azure's way to decline: about this one question, not about the request's form.
+                return Reply(text="", finish_reason=CONTENT_FILTER, refused=True)
             raise self._refused(error.status_code, error.message) from None
         except openai.APITimeoutError:
             raise UnansweredError(f"no answer from {self._base_url} in time") from None
@@ -121,7 +126,7 @@ class EndpointWriter:
         finish_reason = str(choices[0].finish_reason) if choices else ""
         refusal = getattr(message, "refusal", None)
         # What a server's filter lets through of an answer is not kept.
-        filtered = finish_reason == "content_filter"
+        filtered = finish_reason == CONTENT_FILTER
         usage = completion.usage
         return Reply(
             text="" if filtered else _encodable(str(refusal or message.content or "")),
@@ -152,13 +157,18 @@ class EndpointWriter:
 
 
 def _checked_url(base_url: str) -> str:
-    parts = urlsplit(base_url)
-    if parts.username or parts.password:
+    # Such an address may hold a key, so that no message repeats it before this is ruled out.
+    if any(sign in base_url for sign in "@?#"):
         raise UsageError(
-            "expected a base URL without a user name or password, found one: keys come from an environment variable "
-            "(--api-key-env)"
+            "expected a base URL without a user name, password, query or fragment, found one: keys come from an "
+            "environment variable (--api-key-env)"
         )
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(base_url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
         raise UsageError(f"expected a base URL such as http://localhost:8000/v1, found {base_url!r}: correct it")
     return base_url
 

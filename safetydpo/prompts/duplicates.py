@@ -34,9 +34,16 @@ def normalise(prompt: str) -> str:
     return " ".join(folded.translate(_SPACES).split())
 
 
+def normalised_key(prompt: str) -> str:
+    """Return a prompt as `normalise` does, or nothing if no letter or digit is left."""
+    key = normalise(prompt)
+    # Variation selectors of emoji are marks, and stay.
+    return key if any(map(str.isalnum, key)) else ""
+
+
 def word_set(prompt: str) -> frozenset[str]:
-    """Return the words of a normalised prompt, each once, without articles."""
-    return frozenset(normalise(prompt).split()) - ARTICLES
+    """Return the words of a normalised prompt, each once, without articles; none if it consists of signs."""
+    return frozenset(normalised_key(prompt).split()) - ARTICLES
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ def group_texts(texts: Sequence[str], links: Iterable[tuple[int, int]], *, near:
     """Return, for each text, the smallest place of its group.
 
     Two texts are in one group if they are equal after `normalise`, nearly the same (`find_near`), linked by
-    `links`, or joined by a chain of such.
+    `links`, or joined by a chain of such. Texts without a letter or digit are only equal if they are the same signs.
     """
     parent = list(range(len(texts)))
 
@@ -101,7 +108,7 @@ def group_texts(texts: Sequence[str], links: Iterable[tuple[int, int]], *, near:
 
     first: dict[str, int] = {}
     for place, text in enumerate(texts):
-        join(place, first.setdefault(normalise(text), place))
+        join(place, first.setdefault(normalised_key(text) or text, place))
     for one, other in links:
         join(one, other)
     distinct = sorted(first.values())

@@ -8,21 +8,55 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from safetydpo.artifacts.layout import (
+    MEMBERSHIPS_FILE,
+    PROMPT_PAIRS_FILE,
+    PROMPT_REJECTS_FILE,
+    PROMPTS_FILE,
+    WRITTEN_PROMPTS_FILE,
+)
 from safetydpo.artifacts.schemas import IMPORTED_PROMPTS
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import read_table
 from safetydpo.prompts.sets import Prompt, PromptPair
 
-PAIRS_TABLE = "prompt_pairs.parquet"
-"""File that tells a folder of three tables from a folder of imported ones."""
+OTHER_WRITTEN_TABLES = (PROMPT_PAIRS_FILE, MEMBERSHIPS_FILE, PROMPT_REJECTS_FILE)
 
 
 def is_imported(location: Location) -> bool:
-    """Whether an imported table, or a folder of such and of nothing else, stands here."""
+    """Whether an imported table, or a folder of such, stands here.
+
+    In a folder nothing else may stand beside them, but for the other tables of `safetydpo prompts write`. One with
+    `prompt_pairs.parquet` and `prompts.parquet` is a folder of three tables, whatever else it holds.
+    """
     if location.is_file():
         return _has_columns(location)
-    files = [file for file in location.list() if file.path.endswith(".parquet")] if location.is_folder() else []
-    return bool(files) and not (location / PAIRS_TABLE).is_file() and all(map(_has_columns, files))
+    files = _tables(location)
+    names = {file.name for file in files}
+    if PROMPT_PAIRS_FILE in names and (WRITTEN_PROMPTS_FILE not in names or PROMPTS_FILE in names):
+        return False
+    return bool(files) and all(map(_has_columns, _prompt_tables(files)))
+
+
+def read_imported(location: Location) -> pa.Table:
+    """Return all rows of an imported table, or of the tables of a folder in name order.
+
+    Raises:
+        SafetyDPOError: if a file is truncated.
+    """
+    files = _tables(location)
+    if not any(file.name == WRITTEN_PROMPTS_FILE for file in files):
+        return read_table(location, IMPORTED_PROMPTS)
+    return pa.concat_tables(read_table(file, IMPORTED_PROMPTS) for file in _prompt_tables(files))
+
+
+def _tables(location: Location) -> list[Location]:
+    return [file for file in location.list() if file.path.endswith(".parquet")] if location.is_folder() else []
+
+
+def _prompt_tables(files: list[Location]) -> list[Location]:
+    is_written = any(file.name == WRITTEN_PROMPTS_FILE for file in files)
+    return [file for file in files if not (is_written and file.name in OTHER_WRITTEN_TABLES)]
 
 
 def _has_columns(location: Location) -> bool:
@@ -83,4 +117,4 @@ def read_prompts(location: Location, split: str, prompt_set: str) -> list[Prompt
 
 
 def _rows(location: Location) -> Iterator[Mapping[str, Any]]:
-    yield from read_table(location, IMPORTED_PROMPTS).to_pylist()
+    yield from read_imported(location).to_pylist()

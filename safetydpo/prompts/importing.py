@@ -109,7 +109,14 @@ def import_prompts(
         found.notes[f"column left out: {name}"] = len(table.rows)
     members = _name_categories(found.prompts, table.file, options)
     splits = assign_splits(found.prompts, options.split or form.split)
-    rows = _table_rows(found.prompts, members, splits, table, form, options.source or form.name)
+    rows = prompt_rows(
+        found.prompts,
+        members,
+        splits,
+        source=options.source or form.name,
+        format_name=form.name,
+        file_sha256=table.sha256,
+    )
     return ImportedSet(
         table_from_rows(rows, IMPORTED_PROMPTS), _summarise(found, members, splits, table, form, options.side)
     )
@@ -185,14 +192,16 @@ def _tenth(text: str) -> str:
     return "test" if tenth == 0 else "validation" if tenth == 1 else "train"
 
 
-def _table_rows(
+def prompt_rows(
     prompts: Sequence[FilePrompt],
     members: Sequence[Sequence[tuple[str, str]]],
     splits: Sequence[str],
-    table: RawTable,
-    form: PromptFormat,
+    *,
     source: str,
+    format_name: str,
+    file_sha256: str,
 ) -> list[dict[str, object]]:
+    """Return the rows of `IMPORTED_PROMPTS`: one per prompt and (category, as the file spells it)."""
     return [
         {
             "row": prompt.row,
@@ -212,8 +221,8 @@ def _table_rows(
             "winner": prompt.winner,
             "row_name": prompt.row_name,
             "source": source,
-            "format": form.name,
-            "file_sha256": table.sha256,
+            "format": format_name,
+            "file_sha256": file_sha256,
         }
         for prompt, named, split in zip(prompts, members, splits, strict=True)
         for prompt_id in (make_prompt_id(prompt.text),)

@@ -8,12 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from safetydpo.artifacts.schemas import IMPORTED_PROMPTS
 from safetydpo.artifacts.storage import Location
-from safetydpo.artifacts.tables import read_table
 from safetydpo.errors import UsageError
-from safetydpo.prompts.duplicates import NEAR, find_near, normalise
-from safetydpo.prompts.imported import is_imported
+from safetydpo.prompts.duplicates import NEAR, find_near, normalised_key
+from safetydpo.prompts.imported import is_imported, read_imported
 from safetydpo.prompts.importing import ImportOptions, import_prompts
 
 Likeness = Literal["exact", "normalised", "near"]
@@ -67,7 +65,7 @@ def read_texts(location: Location) -> list[PlacedText]:
         SafetyDPOError: if the file is of no known format.
     """
     if is_imported(location):
-        table = read_table(location, IMPORTED_PROMPTS)
+        table = read_imported(location)
     elif location.is_folder():
         raise UsageError(f"expected a prompt file or imported tables at {location}, found a folder without such")
     else:
@@ -81,14 +79,15 @@ def find_leaks(texts: Sequence[PlacedText], others: Sequence[PlacedText], *, nea
     """Compare a set with another one.
 
     `exact`: the same characters, without white space at the ends. `normalised`: the same after `duplicates.normalise`
-    (no case, no punctuation). `near`: word sets without articles whose Jaccard index is at least `near`.
+    (no case, no punctuation). `near`: word sets without articles whose Jaccard index is at least `near`. A text without
+    a letter or digit leaks exactly or not at all.
     """
     rows: dict[str, list[int]] = {}
     for placed in texts:
         rows.setdefault(placed.text, []).append(placed.row)
     distinct = list(rows)
     exact = _first_rows((other.text, other) for other in others)
-    same = _first_rows((normalise(other.text), other) for other in others)
+    same = _first_rows((key, other) for other in others if (key := normalised_key(other.text)))
     candidates = list(exact.values())
     best: dict[int, tuple[float, PlacedText]] = {}
     for pair in find_near(distinct, [other.text for other in candidates], near=near):
@@ -99,7 +98,7 @@ def find_leaks(texts: Sequence[PlacedText], others: Sequence[PlacedText], *, nea
         likeness: Likeness = "exact"
         jaccard, other = 1.0, exact.get(text)
         if other is None:
-            likeness, other = "normalised", same.get(normalise(text))
+            likeness, other = "normalised", same.get(normalised_key(text))
         if other is None and place in best:
             likeness, (jaccard, other) = "near", best[place]
         if other is not None:

@@ -110,7 +110,7 @@ def _convert(name: str) -> str:
 
 def _decode(data: bytes, location: Location) -> str:
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         # Positions count from behind a byte order mark.
         before = error.object[: error.start]
@@ -118,6 +118,14 @@ def _decode(data: bytes, location: Location) -> str:
             f"expected UTF-8 text in {location}, found byte 0x{error.object[error.start]:02x} in line "
             f"{before.count(10) + 1}: if it is Latin-1 or Windows text, {_convert('WINDOWS-1252')}"
         ) from error
+    place = text.find("\0")
+    if place >= 0:
+        line = text.count("\n", 0, place) + 1
+        raise SafetyDPOError(
+            f"expected prompts as text or Parquet in {location}, found a NUL byte in line {line}: a binary or "
+            "broken file"
+        )
+    return text
 
 
 def _find_delimiter(text: str) -> str | None:
@@ -201,6 +209,11 @@ def _read_json_lines(text: str, location: Location, sha256: str) -> RawTable | N
             continue
         try:
             value = json.loads(content, parse_constant=_refuse_constant)
+        except RecursionError as error:
+            raise SafetyDPOError(
+                f"expected one JSON object per line in {location}, found one nested too deeply to read in line {line}: "
+                "take that line out"
+            ) from error
         except ValueError as error:
             # Only the first line says what kind of file it is; an array over several lines opens on one of its own.
             if not rows and content.strip() != "[" and not content.lstrip().startswith("{"):

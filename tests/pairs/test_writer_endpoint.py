@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -204,6 +205,37 @@ def test_refusals_that_the_server_marks():
     assert (reply.refused, reply.text) == (True, "")
 
 
+AZURE = json.dumps(
+    {
+        "error": {
+            "message": "The prompt triggered the content management policy.",
+            "type": None,
+            "param": "prompt",
+            "code": "content_filter",
+            "status": 400,
+            "innererror": {"code": "ResponsibleAIPolicyViolation", "content_filter_result": {}},
+        }
+    }
+).encode()
+
+
+def test_a_filter_that_declines_the_question_is_a_refusal():
+    with serve(lambda _: Answer(status=400, raw=AZURE)) as server:
+        reply = ask(server)
+    assert reply == Reply("", "content_filter", True)
+    assert len(server.asked) == 1
+    with (
+        serve(lambda _: Answer(status=400, raw=AZURE.replace(b'"content_filter",', b'"bad_request",'))) as server,
+        pytest.raises(SafetyDPOError, match="found 400 from .*correct the model's settings"),
+    ):
+        ask(server)
+    with (
+        serve(lambda _: Answer(status=403, raw=AZURE)) as server,
+        pytest.raises(SafetyDPOError, match="found 403 from"),
+    ):
+        ask(server)
+
+
 def test_a_server_that_does_not_count():
     with serve(lambda _: Answer("x", usage=None)) as server:
         reply = ask(server)
@@ -220,7 +252,16 @@ def test_half_a_letter_can_be_stored():
     [
         ("localhost:8000", "expected a base URL such as http://localhost:8000/v1, found 'localhost:8000'"),
         ("", "expected a base URL such as"),
-        ("https://me:secret@host/v1", "expected a base URL without a user name or password, found one"),
+        (
+            "https://me:secret@host/v1",
+            "expected a base URL without a user name, password, query or fragment, found one",
+        ),
+        ("me:secret@host/v1", "expected a base URL without a user name, password"),
+        ("http://host/v1?api_key=secret", "expected a base URL without a user name, password"),
+        ("host/v1?api_key=secret", "expected a base URL without a user name, password"),
+        ("http://host/v1#secret", "expected a base URL without a user name, password"),
+        ("http://[::1/v1", "expected a base URL such as"),
+        ("http://host:99999/v1", "expected a base URL such as"),
     ],
 )
 def test_addresses_that_are_none(url: str, told: str):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safetydpo.prompts.duplicates import NearPair, find_near, group_texts, normalise, word_set
+from safetydpo.prompts.duplicates import NearPair, find_near, group_texts, normalise, normalised_key, word_set
 
 words = st.text(alphabet="abcdefg ", max_size=16)
 texts = st.lists(words.map(lambda text: " ".join(text)), max_size=8)
@@ -62,3 +62,8 @@ def test_groups_are_closed_under_nearness(rows: list[str]):
     groups = group_texts(rows, [], near=0.75)
     assert all(group <= place and groups[group] == group for place, group in enumerate(groups))
     assert all(groups[pair.left] == groups[pair.right] for pair in find_near(rows, rows, near=0.75))
+
+
+def test_signs_are_equal_only_as_themselves():
+    assert group_texts(["💣", "🎈", "💣", "❤️", "⚔️", "the", "a bomb!"], [], near=0.8) == [0, 1, 0, 3, 4, 5, 6]
+    assert (normalise("❤️"), normalised_key("❤️"), normalised_key("A bomb!")) == ("\ufe0f", "", "a bomb")

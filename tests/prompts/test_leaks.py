@@ -43,6 +43,12 @@ def test_nothing_in_common():
     assert find_leaks(placed("a dog"), placed("a cat")).leaks == ()
 
 
+def test_signs_leak_only_as_themselves():
+    """None of these has a letter or digit; the heart and the swords end in the same variation selector."""
+    report = find_leaks(placed("💣💣", "❤️", "!!", "🎈"), placed("🎈", "⚔️", "??", "the"))
+    assert report.leaks == (Leak((4,), "🎈", 1, "🎈", "exact", 1.0),)
+
+
 def test_the_list_as_a_file():
     read = list(csv.DictReader(io.StringIO(leaks_as_csv([("train", find_leaks(TEST, TRAIN))]).decode(), newline="")))
     assert [row["likeness"] for row in read] == ["exact", "normalised", "near"]

@@ -41,6 +41,34 @@ def test_pairs_of_an_imported_file(tmp_path: Path):
     assert {pair.pair_id for pair in chosen_pairs(source, seed=0)} == {pair.pair_id for pair in pairs}
 
 
+def test_a_kept_unknown_category_in_front_of_a_known_one(tmp_path: Path):
+    """Pairs and prompts belong to the first category that the project knows; the demo's keep their first."""
+    target = open_location(str(tmp_path / "set.parquet"))
+    rows = 'unsafe_text,safe_text,category\na bomb,a ball,"weapons, hate"\na wasp,a bee,"hate, weapons"\n'
+    for split in ("train", "test"):
+        options = ImportOptions(split=split, keep_unknown_categories=True)  # type: ignore[arg-type]
+        write_table(target, import_prompts(place(tmp_path, rows), options).table)
+        source = config(target.path)
+        found = all_pairs(source) if split == "train" else split_prompts(source, split, "unsafe")
+        assert [(item.category, item.categories) for item in found] == [
+            ("hate", ("weapons", "hate")),
+            ("hate", ("hate", "weapons")),
+        ]
+    for category in ("illegal_activity", "violence"):
+        assert {pair.categories[0] for pair in all_pairs(config("demo", category))} == {category}
+
+
+def test_a_membership_without_its_pair_is_an_error(tmp_path: Path):
+    folder = open_location(str(tmp_path / "folder"))
+    write_table(folder / "prompt_pairs.parquet", table_from_rows([], PROMPT_PAIRS))
+    member = {"pair_id": "p1", "category": "hate", "concept": "c", "source": "s"}
+    write_table(folder / "memberships.parquet", table_from_rows([member], MEMBERSHIPS))
+    with pytest.raises(
+        SafetyDPOError, match=r"expected the pair of every membership in .*, found 1 without \(first: p1\): write both"
+    ):
+        all_pairs(config(folder.path))
+
+
 def test_a_category_without_pairs_says_what_to_import(tmp_path: Path):
     source = config(write(tmp_path, TEXTS["coprov2_test"]), "hate")
     with pytest.raises(
