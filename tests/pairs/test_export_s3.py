@@ -39,7 +39,7 @@ def exported(store: Location, s3_store: Location) -> Location:
     close_batch(store, "batch-1", [image_row(pair, side) for pair in PAIRS for side in ("unsafe", "safe")])
     out = s3_store / "out"
     pairs = read_kept_pairs(close_pairs(store, PAIRS)[0])
-    write_dataset(out, pairs, PictureIndex(store), layout=Layout.PREFERENCE, card="a card\n")
+    write_dataset(out, pairs, PictureIndex(store / "images" / "pool-1"), layout=Layout.PREFERENCE, card="a card\n")
     return out
 
 

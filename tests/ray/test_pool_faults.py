@@ -1,12 +1,15 @@
-"""Faults of a pool on a real local Ray: an actor that dies, a row that never works."""
+"""Faults of a pool on a real local Ray: an actor that dies, a row that never works, a batch that was left open."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from ray_jobs.pool_index import read_index
 from ray_jobs.pools import PoolStage, fill_pool
-from safetydpo.artifacts.storage import open_location
+from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.config.schema import Config
+from tests.ray.test_salvage import open_batch
 from tests.ray.toy_workers import OUTPUT, LengthWorker, manifest
 
 
@@ -21,3 +24,17 @@ def test_a_dead_actor_and_a_hopeless_row(cluster: None, small: Config, tmp_path:
     rows = fill_pool(pool, manifest(6), stage, execution=small.execution)
     assert (tmp_path / "died").exists()
     assert rows.column("status").to_pylist() == ["ok", "error", "ok", "ok", "ok", "ok"]
+
+
+def test_a_command_that_wants_one_row_more_makes_that_row_only(cluster: None, small: Config, store: Location):
+    """Killed with three of four rows made, then asked for five: two are made, and the failed one again."""
+    open_batch(store)
+    stage = PoolStage("toy", OUTPUT, "row_id", LengthWorker, {}, batch_size=4)
+    found = fill_pool(store, manifest(5), stage, execution=small.execution)
+    assert found.column("status").to_pylist() == ["ok"] * 5
+    asked = [
+        json.loads((batch / "record.json").read_bytes())["rows"] for batch in store.list() if batch.name != "batch-1"
+    ]
+    # row-002 to row-004, then row-003, which fails at its first attempt, again.
+    assert sorted(asked) == [1, 3]
+    assert read_index(store, OUTPUT, id_column="row_id").num_rows == 5

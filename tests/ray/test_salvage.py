@@ -5,13 +5,11 @@ import time
 
 import pyarrow as pa
 
-from ray_jobs.pool_index import read_index, read_pool
-from ray_jobs.pools import PoolStage, fill_pool
+from ray_jobs.pool_index import read_pool
 from ray_jobs.salvage import salvage_open_batches
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import write_table
-from safetydpo.config.schema import Config
-from tests.ray.toy_workers import OUTPUT, LengthWorker, manifest
+from tests.ray.toy_workers import OUTPUT
 
 
 def rows(*names: str, status: str = "ok") -> pa.Table:
@@ -61,17 +59,3 @@ def test_a_batch_without_a_whole_row_goes(store: Location):
     write_table(store / "batch-2" / "manifest.parquet", rows("row-000"))
     assert salvage_open_batches(store, OUTPUT, id_column="row_id", leave=store / "batch-9") == 0
     assert store.list() == []
-
-
-def test_a_command_that_wants_one_row_more_makes_that_row_only(cluster: None, small: Config, store: Location):
-    """Killed with three of four rows made, then asked for five: two are made, and the failed one again."""
-    open_batch(store)
-    stage = PoolStage("toy", OUTPUT, "row_id", LengthWorker, {}, batch_size=4)
-    found = fill_pool(store, manifest(5), stage, execution=small.execution)
-    assert found.column("status").to_pylist() == ["ok"] * 5
-    asked = [
-        json.loads((batch / "record.json").read_bytes())["rows"] for batch in store.list() if batch.name != "batch-1"
-    ]
-    # row-002 to row-004, then row-003, which fails at its first attempt, again.
-    assert sorted(asked) == [1, 3]
-    assert read_index(store, OUTPUT, id_column="row_id").num_rows == 5
