@@ -10,6 +10,7 @@ command tries it again too. This process reads ids and states only: pictures go 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from safetydpo.artifacts.tables import ROWS_PER_GROUP, write_table
 from safetydpo.config.schema import ExecutionConfig
 from safetydpo.errors import SafetyDPOError
 
+logger = logging.getLogger(__name__)
 ATTEMPTS = 3
 BLOCKS_PER_WORKER = 4
 NO_PROGRESS_SECONDS = 6 * 3600
@@ -175,14 +177,20 @@ def _run_batch(batch: _Batch, stage: PoolStage, *, execution: ExecutionConfig) -
     found = close_index(folder, stage.output, id_column=stage.id_column)
     made = found.column(stage.id_column)
     verification = verify_rows(manifest.column(stage.id_column), made)
-    if not verification.is_exact:
+    if verification.unexpected or not found.num_rows:
+        # Nothing here is of use, and the checkpoint would hold the next command off making it again.
+        folder.delete()
         raise SafetyDPOError(
-            f"{stage.label}: expected {manifest.num_rows} rows once each in {data}, found "
-            f"{len(verification.missing)} missing, {len(verification.duplicated)} doubled: run the same command again"
+            f"{stage.label}: expected {manifest.num_rows} rows once each in {data}, found {found.num_rows}, "
+            f"{len(verification.unexpected)} of them not asked for: run the same command again"
         )
+    if verification.missing:
+        # Seen with an object store that was killed: the checkpoint had rows whose file was never there. The batch is
+        # closed with what it has, and the caller makes the rest.
+        logger.warning("%s: %d rows are missing in %s, made again", stage.label, len(verification.missing), data)
     record = {
         "stage": stage.label,
-        "rows": manifest.num_rows,
+        "rows": found.num_rows,
         "failed_units": made.filter(pc.invert(good_rows(found))).to_pylist(),
         "attempt": max(batch.attempts),
         "seconds": round(time.time() - started, 3),
