@@ -75,9 +75,18 @@ class Place:
         return time.time() - started
 
     def kill_when(
-        self, reached: Callable[[], bool], stage: str, *, sent: int = signal.SIGKILL, seconds: float = 240
+        self,
+        reached: Callable[[], bool],
+        stage: str,
+        *,
+        sent: int = signal.SIGKILL,
+        at_once: bool = False,
+        seconds: float = 240,
     ) -> subprocess.CompletedProcess[str]:
-        """Start a command, signal its process group once `reached`, and see all of its processes end."""
+        """Start a command, signal its process group once `reached`, and see all of its processes end.
+
+        With `at_once` its workers are killed first, not left to notice.
+        """
         process = subprocess.Popen(
             self.command(stage),
             cwd=ROOT,
@@ -92,6 +101,11 @@ class Place:
         try:
             assert wait_for(lambda: reached() or process.poll() is not None, seconds=seconds), "not reached in time"
             assert process.poll() is None, f"ended with {process.returncode} before it could be killed"
+            if at_once:
+                # As when the power goes: workers that outlive their driver by a second could finish a tiny expert.
+                for child in reversed(psutil.Process(process.pid).children(recursive=True)):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
             os.killpg(process.pid, sent)
             output, errors = process.communicate(timeout=60 * PATIENCE)
             assert wait_for(lambda: not self.processes(), seconds=60), f"still there: {self.processes()}"
