@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -73,6 +74,8 @@ def make_within_memory(make: Callable[[int], Made], *, batch_size: int) -> tuple
             if size == 1 or not is_out_of_memory(error):
                 raise
         # Here, not in the handler: there the traceback still holds the tensors of the failed pass.
+        # Frames of the failed pass may hold each other in a circle, and tensors with them.
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         size //= 2
