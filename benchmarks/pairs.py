@@ -36,9 +36,9 @@ from benchmarks.harness import print_result
 from ray_jobs.cluster import connect, disconnect
 from ray_jobs.failures import run_guarded
 from ray_jobs.generate_pairs import render_stage
-from ray_jobs.pool_index import close_index
 from ray_jobs.pools import fill_pool, plan_missing
 from ray_jobs.run import Run
+from safetydpo.artifacts.pool_index import close_index
 from safetydpo.artifacts.schemas import IMAGE_MANIFEST, IMAGES
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.artifacts.tables import read_table, table_from_rows, table_from_stream, write_table

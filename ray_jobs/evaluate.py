@@ -15,7 +15,6 @@ import pyarrow as pa
 
 from ray_jobs.cluster import connect
 from ray_jobs.expert_files import record_folder
-from ray_jobs.pool_index import read_rows
 from ray_jobs.pools import PoolStage, check_error_rate, fill_pool
 from ray_jobs.prompt_tables import needed_prompts, split_prompts, spread_prompts
 from ray_jobs.run import Run
@@ -23,6 +22,7 @@ from ray_jobs.train_experts import ALL_SINGLE
 from ray_jobs.workers import make_each, padded, worker_device
 from safetydpo.artifacts.adapters import read_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE, demo_weights, stage_folder
+from safetydpo.artifacts.pool_index import read_rows
 from safetydpo.artifacts.records import ArtifactKey, Record
 from safetydpo.artifacts.schemas import IMAGE_MANIFEST, OUTCOMES, make_image_id, sha256_of
 from safetydpo.artifacts.storage import Location

@@ -18,7 +18,6 @@ import pyarrow.compute as pc
 from ray_jobs.cluster import connect
 from ray_jobs.pair_workers import Measure, SdeditWorker
 from ray_jobs.places import PAIRS_RECIPE_VERSION, image_pool, variant
-from ray_jobs.pool_index import FILE_COLUMN
 from ray_jobs.pools import Attachment, PoolStage, check_error_rate, fill_pool
 from ray_jobs.prompt_tables import chosen_pairs, retention_prompts
 from ray_jobs.run import Run
@@ -36,6 +35,7 @@ from ray_jobs.verify_pairs import (
 )
 from ray_jobs.workers import CaptionWorker, LatentWorker, RenderWorker
 from safetydpo.artifacts.layout import stage_folder
+from safetydpo.artifacts.pool_index import FILE_COLUMN
 from safetydpo.artifacts.records import ArtifactKey, Record
 from safetydpo.artifacts.schemas import (
     IMAGE_MANIFEST,

@@ -26,11 +26,11 @@ from ray.data.checkpoint import CheckpointConfig
 
 from ray_jobs.cluster import NETWORK_PASSES_PER_WORKER, workers_for
 from ray_jobs.leases import hold_lease
-from ray_jobs.pool_index import DATA_FOLDER, FILE_COLUMN, close_index, good_rows, read_index, read_rows
 from ray_jobs.progress import progress_bar
 from ray_jobs.salvage import BATCH_PREFIX, CHECKPOINT_FOLDER, salvage_open_batches
 from safetydpo.artifacts.layout import RECORD_FILE
 from safetydpo.artifacts.manifest import verify_rows
+from safetydpo.artifacts.pool_index import DATA_FOLDER, FILE_COLUMN, close_index, good_rows, read_index, read_rows
 from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import ROWS_PER_GROUP, write_table

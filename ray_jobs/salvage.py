@@ -9,8 +9,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ray_jobs.leases import LEASE_FILE, live_holder
-from ray_jobs.pool_index import DATA_FOLDER, close_index, good_rows
 from safetydpo.artifacts.layout import RECORD_FILE
+from safetydpo.artifacts.pool_index import DATA_FOLDER, close_index, good_rows
 from safetydpo.artifacts.storage import Location
 
 CHECKPOINT_FOLDER = "checkpoint"

@@ -18,12 +18,12 @@ import pyarrow as pa
 
 from ray_jobs.cluster import connect, ray_state_folder, workers_for
 from ray_jobs.generate_pairs import derived_pool, latent_pool
-from ray_jobs.pool_index import read_pool
 from ray_jobs.progress import progress_bar
 from ray_jobs.run import Run
 from ray_jobs.trainers import train_on_workers
 from safetydpo.artifacts.adapters import AdapterMetadata, write_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE
+from safetydpo.artifacts.pool_index import read_pool
 from safetydpo.artifacts.records import ArtifactKey, Record, find_closed, read_record
 from safetydpo.artifacts.schemas import (
     IMAGE_MANIFEST,

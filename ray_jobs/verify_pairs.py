@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 from jaxtyping import Float
 
 from ray_jobs.pair_workers import LayoutWorker, Measure
-from ray_jobs.pool_index import FILE_COLUMN, read_rows
 from ray_jobs.pools import Attachment, PoolStage, fill_pool
 from ray_jobs.workers import JudgeWorker
+from safetydpo.artifacts.pool_index import FILE_COLUMN, read_rows
 from safetydpo.artifacts.schemas import IMAGES, LAYOUTS, VERDICTS
 from safetydpo.artifacts.storage import Location
 from safetydpo.config.pairs import PairsConfig

@@ -12,10 +12,10 @@ import pytest
 from ray_jobs.concept_table import read_reasons
 from ray_jobs.generate_pairs import derived_pool, generate_pairs, latent_pool, layout_pool, verdict_pool
 from ray_jobs.places import image_pool
-from ray_jobs.pool_index import read_pool
 from ray_jobs.run import Run, with_absolute_paths
 from ray_jobs.workers import decode_pictures
 from safetydpo.artifacts.latents import latent_deviations, latent_means
+from safetydpo.artifacts.pool_index import read_pool
 from safetydpo.artifacts.records import Record
 from safetydpo.artifacts.schemas import IMAGE_MANIFEST, IMAGES, LATENTS, LAYOUTS, PER_CONCEPT, VERDICTS
 from safetydpo.artifacts.storage import Location

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ray_jobs.pool_index import read_index
 from ray_jobs.pools import PoolStage, fill_pool
+from safetydpo.artifacts.pool_index import read_index
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.config.schema import Config
 from tests.ray.test_salvage import open_batch

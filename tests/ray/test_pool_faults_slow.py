@@ -14,10 +14,10 @@ import pyarrow.compute as pc
 import pytest
 
 from ray_jobs.generate_pairs import render_stage
-from ray_jobs.pool_index import read_index, read_pool
 from ray_jobs.pools import PoolStage, check_error_rate, fill_pool
 from ray_jobs.run import Run
 from safetydpo.artifacts.manifest import verify_rows
+from safetydpo.artifacts.pool_index import read_index, read_pool
 from safetydpo.artifacts.schemas import IMAGE_MANIFEST, IMAGES
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.artifacts.tables import table_from_rows

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 import ray.data
 
-from ray_jobs.pool_index import drop_doubled, read_pool
 from ray_jobs.pools import PoolStage, check_error_rate, fill_pool
+from safetydpo.artifacts.pool_index import drop_doubled, read_pool
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import read_table, table_from_rows, write_table
 from safetydpo.config.schema import Config

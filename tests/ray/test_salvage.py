@@ -5,8 +5,8 @@ import time
 
 import pyarrow as pa
 
-from ray_jobs.pool_index import read_pool
 from ray_jobs.salvage import salvage_open_batches
+from safetydpo.artifacts.pool_index import read_pool
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import write_table
 from tests.ray.toy_workers import OUTPUT

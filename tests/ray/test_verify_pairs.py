@@ -13,7 +13,6 @@ import pyarrow as pa
 import pytest
 
 from ray_jobs.pair_workers import Measure
-from ray_jobs.pool_index import index_schema
 from ray_jobs.verify_pairs import (
     Layouts,
     PicturePools,
@@ -23,6 +22,7 @@ from ray_jobs.verify_pairs import (
     layout_limits,
     verify_pairs,
 )
+from safetydpo.artifacts.pool_index import index_schema
 from safetydpo.artifacts.schemas import IMAGES, LAYOUTS, VERDICTS
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.artifacts.tables import table_from_rows
