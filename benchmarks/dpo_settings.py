@@ -25,7 +25,8 @@ from benchmarks.expert_bench import ExpertBench, validation_prompts
 from benchmarks.harness import print_result
 from ray_jobs.failures import run_guarded
 from safetydpo.config.load import load_config
-from safetydpo.config.schema import Config, LoraConfig
+from safetydpo.config.schema import Config
+from safetydpo.config.training import LoraConfig
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "all": {},

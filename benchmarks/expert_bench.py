@@ -10,7 +10,8 @@ from ray_jobs.prompt_tables import split_prompts, spread_prompts
 from ray_jobs.run import Run, with_absolute_paths
 from ray_jobs.train_experts import ALL_SINGLE, ExpertUnit, plan_experts, preference_data, read_training_tables
 from safetydpo.artifacts.records import read_pointers, read_record
-from safetydpo.config.schema import Config, LoraConfig
+from safetydpo.config.schema import Config
+from safetydpo.config.training import LoraConfig
 from safetydpo.diffusion.build import load_backbone
 from safetydpo.diffusion.render import render
 from safetydpo.dpo.engine import lora_signature, open_engine

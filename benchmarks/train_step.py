@@ -28,7 +28,8 @@ from torch import Tensor
 from benchmarks.harness import alternate, print_result, ratio_of_medians
 from safetydpo.artifacts.layout import demo_weights
 from safetydpo.artifacts.schemas import caption_sha256
-from safetydpo.config.schema import BaseModelConfig, DpoConfig, LoraConfig
+from safetydpo.config.schema import BaseModelConfig
+from safetydpo.config.training import DpoConfig, LoraConfig
 from safetydpo.diffusion.adapter import initial_adapter
 from safetydpo.diffusion.backbone import Backbone
 from safetydpo.diffusion.build import load_backbone

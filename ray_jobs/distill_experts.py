@@ -29,7 +29,8 @@ from safetydpo.artifacts.records import ArtifactKey, Record, find_closed
 from safetydpo.artifacts.schemas import caption_sha256
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows
-from safetydpo.config.schema import Config, LoraConfig
+from safetydpo.config.schema import Config
+from safetydpo.config.training import LoraConfig
 from safetydpo.errors import SafetyDPOError
 
 RECIPE_VERSION = 2

@@ -36,7 +36,8 @@ from safetydpo.artifacts.schemas import (
 )
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows, read_table
-from safetydpo.config.schema import Config, DpoConfig
+from safetydpo.config.schema import Config
+from safetydpo.config.training import DpoConfig
 from safetydpo.errors import SafetyDPOError
 
 RECIPE_VERSION = 2

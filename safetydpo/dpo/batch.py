@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from safetydpo.artifacts.schemas import caption_sha256, sha256_of
-from safetydpo.config.schema import DpoConfig
+from safetydpo.config.training import DpoConfig
 from safetydpo.diffusion.backbone import Condition
 from safetydpo.dpo.draws import RowDraw, RowUse, Side, caption_side, draw_row, pair_order, retention_order
 from safetydpo.errors import SafetyDPOError, UsageError

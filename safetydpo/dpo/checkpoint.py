@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from safetydpo.artifacts.schemas import canonical_json
-from safetydpo.config.schema import LoraConfig, TrainingConfig
+from safetydpo.config.training import LoraConfig, TrainingConfig
 from safetydpo.dpo.engine import EngineState
 from safetydpo.errors import SafetyDPOError
 

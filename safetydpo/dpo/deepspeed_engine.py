@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from safetydpo.config.schema import TrainingConfig
+from safetydpo.config.training import TrainingConfig
 from safetydpo.dpo.engine import EngineState, check_names, make_optimizer
 from safetydpo.errors import SafetyDPOError
 

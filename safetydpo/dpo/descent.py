@@ -11,7 +11,7 @@ from torch import Tensor
 
 from safetydpo.artifacts.adapters import LoraLayer
 from safetydpo.artifacts.storage import Location
-from safetydpo.config.schema import TrainingConfig
+from safetydpo.config.training import TrainingConfig
 from safetydpo.diffusion.backbone import Backbone
 from safetydpo.dpo.checkpoint import TrainingIdentity, TrainingState, decode_checkpoint, empty_history
 from safetydpo.dpo.engine import Engine, fresh_state, learning_rate_at

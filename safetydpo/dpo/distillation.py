@@ -21,7 +21,7 @@ from torch import Tensor
 
 from safetydpo.artifacts.adapters import LoraLayer, LoraSignature
 from safetydpo.artifacts.schemas import sha256_of
-from safetydpo.config.schema import DistillConfig
+from safetydpo.config.training import DistillConfig
 from safetydpo.diffusion.backbone import Backbone, Condition
 from safetydpo.dpo.batch import EMPTY_CAPTION, gather_arrays
 from safetydpo.dpo.draws import RowDraw, RowUse, draw_row, row_order

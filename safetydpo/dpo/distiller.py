@@ -11,7 +11,7 @@ from torch import Tensor
 
 from safetydpo.artifacts.adapters import LoraLayer
 from safetydpo.artifacts.storage import Location
-from safetydpo.config.schema import DistillConfig, LoraConfig
+from safetydpo.config.training import DistillConfig, LoraConfig
 from safetydpo.diffusion.backbone import Backbone
 from safetydpo.dpo.checkpoint import TrainingState, encode_checkpoint, training_identity
 from safetydpo.dpo.descent import descend, is_checkpoint_due, load_start

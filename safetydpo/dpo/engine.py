@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from safetydpo.artifacts.adapters import LoraSignature
-from safetydpo.config.schema import LoraConfig, TrainingConfig
+from safetydpo.config.training import LoraConfig, TrainingConfig
 from safetydpo.diffusion.backbone import Backbone
 from safetydpo.errors import SafetyDPOError, UsageError
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from safetydpo.config.schema import DpoConfig
+from safetydpo.config.training import DpoConfig
 from safetydpo.diffusion.backbone import Backbone, Condition
 from safetydpo.dpo.batch import StepBatch
 from safetydpo.dpo.loss import preference_loss, redirection_loss, retention_loss, squared_error

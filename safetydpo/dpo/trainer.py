@@ -10,7 +10,7 @@ from torch import Tensor
 
 from safetydpo.artifacts.adapters import LoraLayer
 from safetydpo.artifacts.storage import Location
-from safetydpo.config.schema import DpoConfig, LoraConfig
+from safetydpo.config.training import DpoConfig, LoraConfig
 from safetydpo.diffusion.adapter import initial_adapter
 from safetydpo.diffusion.backbone import Backbone
 from safetydpo.dpo.batch import PreferenceData, step_batch

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from safetydpo.config.schema import DpoConfig, LoraConfig
+from safetydpo.config.training import DpoConfig, LoraConfig
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
 from safetydpo.dpo.batch import PreferenceData
 from tests.dpo.preferences import make_preferences, small_config

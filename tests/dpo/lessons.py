@@ -7,7 +7,7 @@ import torch
 
 from safetydpo.artifacts.adapters import LoraLayer, LoraSignature
 from safetydpo.artifacts.schemas import caption_sha256
-from safetydpo.config.schema import DistillConfig
+from safetydpo.config.training import DistillConfig
 from safetydpo.diffusion.backbone import Backbone
 from safetydpo.dpo.distillation import BASE, DistillationData, TaughtRow
 from tests.dpo.preferences import SAFE, SHAPE, UNSAFE

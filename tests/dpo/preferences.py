@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from safetydpo.artifacts.schemas import caption_sha256
-from safetydpo.config.schema import DpoConfig
+from safetydpo.config.training import DpoConfig
 from safetydpo.diffusion.backbone import Backbone
 from safetydpo.dpo.batch import PreferenceData, PreferenceRow, RetentionRow
 

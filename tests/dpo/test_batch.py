@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from safetydpo.artifacts.schemas import caption_sha256
-from safetydpo.config.schema import DpoConfig
+from safetydpo.config.training import DpoConfig
 from safetydpo.dpo.batch import EMPTY_CAPTION, PreferenceData, PreferenceRow, RetentionRow, StepBatch, step_batch
 from safetydpo.dpo.draws import draw_row, pair_order
 from safetydpo.errors import SafetyDPOError, UsageError

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save
 
 from safetydpo.artifacts.schemas import canonical_json
-from safetydpo.config.schema import DpoConfig, LoraConfig
+from safetydpo.config.training import DpoConfig, LoraConfig
 from safetydpo.dpo.checkpoint import (
     TrainingIdentity,
     TrainingState,

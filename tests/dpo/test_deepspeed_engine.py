@@ -11,7 +11,7 @@ import torch
 
 from safetydpo.artifacts.adapters import LoraLayer
 from safetydpo.artifacts.storage import Location, open_location
-from safetydpo.config.schema import DpoConfig, LoraConfig
+from safetydpo.config.training import DpoConfig, LoraConfig
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
 from safetydpo.dpo.batch import PreferenceData
 from safetydpo.dpo.deepspeed_engine import DeepSpeedEngine

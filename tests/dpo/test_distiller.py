@@ -8,7 +8,7 @@ import torch
 
 from safetydpo.artifacts.adapters import LoraLayer
 from safetydpo.artifacts.storage import Location, open_location
-from safetydpo.config.schema import DistillConfig, LoraConfig
+from safetydpo.config.training import DistillConfig, LoraConfig
 from safetydpo.diffusion.adapter import initial_adapter
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
 from safetydpo.dpo.distillation import answer_rows

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safetydpo.config.schema import DpoConfig, LoraConfig
+from safetydpo.config.training import DpoConfig, LoraConfig
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
 from safetydpo.dpo.engine import (
     SingleEngine,

@@ -11,7 +11,8 @@ import torch
 
 from safetydpo.artifacts.adapters import LoraSignature
 from safetydpo.artifacts.schemas import caption_sha256
-from safetydpo.config.schema import BaseModelConfig, DistillConfig, LoraConfig
+from safetydpo.config.schema import BaseModelConfig
+from safetydpo.config.training import DistillConfig, LoraConfig
 from safetydpo.diffusion.backbone import Backbone
 from safetydpo.diffusion.build import load_backbone
 from safetydpo.dpo.batch import PreferenceData, PreferenceRow, RetentionRow, step_batch

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from safetydpo.config.schema import DpoConfig, LoraConfig
+from safetydpo.config.training import DpoConfig, LoraConfig
 from safetydpo.diffusion.adapter import initial_adapter
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
 from safetydpo.dpo.batch import PreferenceData, StepBatch, step_batch

@@ -10,7 +10,7 @@ import torch
 
 from safetydpo.artifacts.adapters import LoraLayer
 from safetydpo.artifacts.storage import Location, open_location
-from safetydpo.config.schema import DpoConfig, LoraConfig
+from safetydpo.config.training import DpoConfig, LoraConfig
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
 from safetydpo.dpo.batch import PreferenceData, step_batch
 from safetydpo.dpo.engine import open_engine

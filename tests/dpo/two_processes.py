@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from safetydpo.artifacts.storage import open_location
-from safetydpo.config.schema import LoraConfig
+from safetydpo.config.training import LoraConfig
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
 from safetydpo.dpo.engine import open_engine
 from safetydpo.dpo.trainer import StepMetrics, train_expert
