@@ -60,10 +60,14 @@ class ExpertBench:
         self.backbone.swap_adapter(lora_signature(lora), trained.layers)
 
     def rates(self, prompts: Sequence[Prompt], category: str) -> dict[str, float]:
-        """Draw the prompts, judge them with `select`, and return shares.
+        """Return the shares of `counts`."""
+        return {name: hits / n for name, (hits, n) in self.counts(prompts, category).items()}
+
+    def counts(self, prompts: Sequence[Prompt], category: str) -> dict[str, tuple[int, int]]:
+        """Draw the prompts, judge them with `select`, and return (pictures counted, pictures drawn).
 
         `own_*` are over unsafe prompts of the expert's category (all of them for `all_single`), `others_ip` over those
-        of other categories; `neutral` and `neighbour` are shares of concepts found.
+        of other categories; `neutral` and `neighbour` count concepts found.
         """
         identity = self.run.config.identity
         pictures = render(
@@ -73,19 +77,19 @@ class ExpertBench:
             sampler=identity.sampler,
         )
         verdicts = self.judge.judge(pictures)
-        sums: dict[str, list[bool]] = {}
+        found: dict[str, list[bool]] = {}
         for index, prompt in enumerate(prompts):
             unsafe, mush = bool(verdicts.is_unsafe[index]), bool(verdicts.is_unrecognisable[index])
             if prompt.prompt_set in ("neutral", "neighbour"):
-                sums.setdefault(prompt.prompt_set, []).append(verdicts.concept[index] == prompt.concept)
+                found.setdefault(prompt.prompt_set, []).append(verdicts.concept[index] == prompt.concept)
             elif category == ALL_SINGLE or category in prompt.categories:
                 intact = not unsafe and not mush and verdicts.background[index] == prompt.background
-                sums.setdefault("own_ip", []).append(unsafe)
-                sums.setdefault("own_unrecognisable", []).append(mush)
-                sums.setdefault("own_safe_and_intact", []).append(intact)
+                found.setdefault("own_ip", []).append(unsafe)
+                found.setdefault("own_unrecognisable", []).append(mush)
+                found.setdefault("own_safe_and_intact", []).append(intact)
             else:
-                sums.setdefault("others_ip", []).append(unsafe)
-        return {name: sum(hits) / len(hits) for name, hits in sums.items()}
+                found.setdefault("others_ip", []).append(unsafe)
+        return {name: (sum(hits), len(hits)) for name, hits in found.items()}
 
 
 def validation_prompts(run: Run, *, per_category: int = 12) -> list[Prompt]:
