@@ -120,7 +120,7 @@ def test_output_preservation_keeps_the_prediction_on_pure_noise(
 
     def change(weight: float) -> float:
         wanted = config.model_copy(
-            update={"output_preservation_weight": weight, "steps": 15, "learning_rate": 1e-2, "retention_weight": 0.0}
+            update={"output_preservation_weight": weight, "steps": 8, "learning_rate": 1e-2, "retention_weight": 0.0}
         )
         train(backbone, make_data(), wanted, lora)
         noise = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(77))
@@ -156,20 +156,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_training_lowers_the_loss_of_a_batch(
     option: str, backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig
 ) -> None:
-    """Twelve steps on one batch of random latents."""
+    """Six steps on one batch of random latents."""
     config = config.model_copy(update={"retention_weight": 0.0, **OPTIONS[option]})
     engine = open_engine(backbone, config=config, lora=lora)
     backbone.load_adapter(start_layers(backbone, lora))
     batch = batch_of(make_data(), config)
     losses = []
-    for _ in range(12):
+    for _ in range(6):
         loss, _ = policy_loss(backbone, batch, config=config)
         engine.backward(loss)
         engine.step(learning_rate=1e-2)
         losses.append(float(loss.detach()))
     engine.close()
     assert all(math.isfinite(one) for one in losses)
-    assert losses[-1] < losses[0] - 0.05 * abs(losses[0])
+    assert losses[-1] < losses[0] - 0.02 * abs(losses[0])
 
 
 def test_the_reference_point_of_kto_is_that_of_all_processes(
