@@ -194,6 +194,46 @@ def test_the_reference_point_of_kto_is_that_of_all_processes(
     assert len(asked) == 1
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": "kto"},
+        {"loss": "ipo", "output_preservation_weight": 5.0, "error_weighting": "min_snr"},
+        {"loss": "mapo", "safe_rise_weight": 0.0, "output_preservation_weight": 5.0},
+        {"winner_preservation": 0.2, "timestep_range": (100, 800)},
+    ],
+)
+def test_two_processes_share_the_loss_of_one(
+    changes: dict[str, Any], backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig
+) -> None:
+    """The mean of both halves' losses and of their gradients is that of the whole step, in float32."""
+    fill_slot(backbone, lora, moved=True)
+    config = config.model_copy(update=changes)
+    parameters = [parameter for _, parameter in backbone.adapter_parameters()]
+
+    def outcome(mean: Callable[[Tensor], Tensor], rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]:
+        where = {"rank": rank, "world_size": world_size}
+        batch = step_batch(make_data(), 0, config=config, run_seed=5, expert="hate", num_timesteps=1000, **where)
+        loss, _ = policy_loss(backbone, batch, config=config, mean_over_processes=mean)
+        gradients = torch.autograd.grad(loss, parameters)
+        return loss.detach(), torch.cat([one.flatten() for one in gradients])
+
+    seen: list[Tensor] = []
+
+    def note(values: Tensor) -> Tensor:
+        seen.append(values)
+        return values
+
+    # The rewards of these random pictures fall; 2 lifts the reference point above its floor of 0.
+    whole = outcome(lambda values: values + 2.0)
+    for rank in (0, 1):
+        outcome(note, rank, 2)
+    halves = [outcome(lambda _: sum(seen, torch.tensor(0.0)) / 2 + 2.0, rank, 2) for rank in (0, 1)]
+    assert len(seen) == (2 if config.loss == "kto" else 0)
+    for one, both in zip(whole, zip(*halves, strict=True), strict=True):
+        torch.testing.assert_close(sum(both) / 2, one, rtol=1e-4, atol=1e-4)
+
+
 def test_timesteps_of_a_step_lie_in_the_range(make_data: Make, config: DpoConfig) -> None:
     wanted = config.model_copy(update={"timestep_range": (400, 402), "retention_per_step": 3})
     for step in range(4):
