@@ -210,7 +210,7 @@ def _start_layers(run: Run, experts: list[Any], aids: Mapping[str, str], backbon
         **read_aids(run, aids, methods=[distill.start_method]),
     )
     fresh = initial_adapter(
-        backbone.named_linear_layers(lora.targets),
+        backbone.named_linear_layers(lora.layer_targets),
         lora_signature(lora),
         base_fingerprint=run.base_fingerprint,
         run_seed=run.config.identity.seed,

@@ -178,7 +178,7 @@ def collect_layer_inputs(run: Run) -> Record:
             "seed": identity.seed,
             "base": identity.base.model_dump(mode="json"),
             "sampler": identity.sampler.model_dump(mode="json"),
-            "targets": list(identity.lora.targets),
+            "targets": list(identity.lora.layer_targets),
             "timesteps": list(identity.merge.activation_timesteps),
         },
         inputs={"base": run.base_fingerprint, "prompts": sha256_of(prompts)},
@@ -216,7 +216,7 @@ def _collect_task(config: dict[str, Any], prompts: Sequence[tuple[str, str]], ta
         prompts=[text for _, text in prompts],
         seeds=[derive_seed(identity.seed, "activation_noise", text) for _, text in prompts],
         timesteps=identity.merge.activation_timesteps,
-        targets=identity.lora.targets,
+        targets=identity.lora.layer_targets,
         sampler=identity.sampler,
         observe=sums,
     )

@@ -100,7 +100,7 @@ def check_request(run: Run, *, last: str = "report") -> None:
     all_pairs(identity.prompts)
     # Computed once per run and kept: asking here costs nothing.
     _ = run.base_fingerprint
-    check_targets(identity.base, identity.lora.targets)
+    check_targets(identity.base, identity.lora.layer_targets, attention=identity.lora.attention)
 
 
 def _check_places(run: Run) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from safetydpo.config.fields import Distinct, Frozen, Rate
+from safetydpo.config.fields import Distinct, Frozen, Rate, added_field
+
+ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+"""Linear layers of an attention layer, as diffusers names them."""
+ATTENTION_BLOCKS = {"self": "attn1", "cross": "attn2"}
+"""What diffusers calls the two attention layers in a block of a U-Net."""
 
 
 class LoraConfig(Frozen):
@@ -20,6 +25,31 @@ class LoraConfig(Frozen):
     """Name suffixes of the denoiser's linear layers that get an adapter."""
     init: Literal["shared", "independent"] = "shared"
     """`shared`: one draw of A per (base, signature), so that rows of A mean the same in all experts."""
+    attention: Literal["all", "self", "cross"] = added_field("all")
+    """Which attention layers of a U-Net get an adapter: `all`, only self-attention (attn1; the picture looks at itself)
+    or only cross-attention (attn2; it looks at the prompt). Targets that are no attention projections stay as they
+    are. Transformers (SD3, FLUX) have joint attention and take `all` only."""
+
+    @property
+    def layer_targets(self) -> tuple[str, ...]:
+        """Name suffixes of the layers that get an adapter, after `attention`: what a LoRA signature holds."""
+        if self.attention == "all":
+            return self.targets
+        block = ATTENTION_BLOCKS[self.attention]
+        return tuple(f"{block}.{one}" if one in ATTENTION_PROJECTIONS else one for one in self.targets)
+
+    @model_validator(mode="after")
+    def _attention_can_be_told_apart(self) -> Self:
+        if self.attention == "all":
+            return self
+        named = [one for one in self.targets if any(block in one.split(".") for block in ATTENTION_BLOCKS.values())]
+        if named or not set(self.targets) & set(ATTENTION_PROJECTIONS):
+            found = f"the target {named[0]!r}" if named else f"the targets {', '.join(self.targets)}"
+            raise ValueError(
+                f"identity.lora.attention {self.attention!r} chooses among the attention projections of "
+                f"identity.lora.targets ({', '.join(ATTENTION_PROJECTIONS)}), found {found}"
+            )
+        return self
 
 
 class TrainingConfig(Frozen):
@@ -37,9 +67,12 @@ class TrainingConfig(Frozen):
     """Gradient clipping norm."""
     steps: int = Field(120, ge=1)
     """Optimizer steps (never multiplied by the number of processes)."""
-    error_weighting: Literal["native", "velocity"] = "native"
+    error_weighting: Literal["native", "velocity", "min_snr"] = "native"
     """Weight of all errors by timestep: `native` = 1, as released; `velocity` = that of the velocity's errors, so that
-    an epsilon network learns at high noise too, where a picture's layout is decided."""
+    an epsilon network learns at high noise too, where a picture's layout is decided; `min_snr` = that of the clean
+    picture's errors, at most `min_snr_gamma` (arXiv 2303.09556), so that low noise counts for less."""
+    min_snr_gamma: float = added_field(5.0, gt=0)
+    """Largest signal-to-noise ratio that counts under `min_snr`; unused otherwise."""
     checkpoint_every: int = Field(40, ge=1)
     """Optimizer steps between checkpoints."""
     strategy: Literal["single", "deepspeed"] = "deepspeed"
@@ -49,10 +82,21 @@ class TrainingConfig(Frozen):
 
 
 class DpoConfig(TrainingConfig):
-    """Training of one expert by Diffusion-DPO."""
+    """Training of one expert by Diffusion-DPO or another loss on preferences."""
 
+    loss: Literal["sigmoid", "hinge", "ipo", "kto", "mapo"] = added_field("sigmoid")
+    """Loss on preferences; formulas, units and step-0 values stand in `dpo/loss.py`. `sigmoid` = Diffusion-DPO, as
+    released; `hinge` (arXiv 2305.10425) stops at a logit of 1; `ipo` (arXiv 2310.12036) aims at a logit of 1/2; `kto` =
+    Diffusion-KTO (arXiv 2404.04465), each picture for itself; `mapo` (arXiv 2406.06424) without a reference: its pass
+    is left out, or run for the retention, redirection and output-preservation terms alone where they are on."""
     beta: float = Field(100.0, gt=0)
     """Strength of the implicit reward (the loss uses beta / 2)."""
+    winner_preservation: Rate | None = added_field(None)
+    """Diffusion-SDPO (arXiv 2511.03317): scales each pair's gradient on the unsafe picture down to where the step does
+    not spoil the safe one. 0 = its error just never rises, to first order; 1 = unsafe gradients that pull against it
+    are left out altogether; None = off. For the losses `sigmoid` and `hinge`."""
+    timestep_range: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = added_field(None)
+    """First and last training timestep of all rows' draws, uniform, both inclusive; None = all of the schedule."""
     pairs_per_step: int = Field(16, ge=1)
     """Pairs in one optimizer step over all processes."""
     captions: Literal["unsafe", "safe", "both"] = "both"
@@ -75,6 +119,10 @@ class DpoConfig(TrainingConfig):
     """Weight of the squared change of the prediction on benign pictures; 0 = off."""
     retention_per_step: int = Field(8, ge=0)
     """Pictures of the retention term in one optimizer step; ignored when `retention_weight` is 0."""
+    output_preservation_weight: float = added_field(0.0, ge=0)
+    """Weight of the squared change of the prediction on pure noise, at the last timestep under the empty caption, one
+    row per pair (DUO, arXiv 2407.21035); 0 = off. In the unit of the error, like `retention_weight`; `error_weighting`
+    does not apply: there is one timestep only."""
     retention_pictures: Literal["neutral", "safe", "others"] = "neutral"
     """What must not change: `neutral` = the base's pictures of `prompts.retention_prompts`; `safe` = also the safe
     pictures of the other experts' pairs; `others` = also their unsafe ones, so that each expert acts on its own
@@ -82,7 +130,32 @@ class DpoConfig(TrainingConfig):
     spike_limit: float = Field(10.0, gt=1.0)
     """An expert fails if its error on the safe picture stays above this multiple of the reference's."""
     spike_patience: int = Field(5, ge=1)
-    """Consecutive optimizer steps above `spike_limit` after which an expert fails."""
+    """Consecutive optimizer steps above `spike_limit` after which an expert fails. Under the loss `mapo`, the mean over
+    its first `spike_patience` steps stands for the reference's error."""
+
+    @model_validator(mode="after")
+    def _loss_suits_its_terms(self) -> Self:
+        if self.loss == "mapo" and self.safe_rise_weight > 0:
+            raise ValueError(
+                f"identity.dpo.loss 'mapo' has no reference above which an error could rise: expected "
+                f"identity.dpo.safe_rise_weight 0, found {self.safe_rise_weight}; use safe_likelihood_weight (0.04 at "
+                "beta 500 as released)"
+            )
+        if self.winner_preservation is not None and self.loss not in ("sigmoid", "hinge"):
+            raise ValueError(
+                f"identity.dpo.winner_preservation ({self.winner_preservation}) is derived for losses that push both "
+                f"errors of a pair equally hard, identity.dpo.loss sigmoid or hinge, found {self.loss!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _timesteps_rise(self) -> Self:
+        if self.timestep_range is not None and self.timestep_range[0] > self.timestep_range[1]:
+            raise ValueError(
+                f"identity.dpo.timestep_range: expected the first timestep not above the last, found "
+                f"{list(self.timestep_range)}"
+            )
+        return self
 
 
 class DistillConfig(TrainingConfig):

@@ -221,6 +221,10 @@ class Backbone(Protocol):
         """Return the factors that turn squared errors of the native target into those of the velocity."""
         ...
 
+    def min_snr_weights(self, timesteps: Int[Tensor, " batch"], *, gamma: float) -> Float[Tensor, " batch"]:
+        """Return the Min-SNR weights of squared errors of the native target, at whole timesteps."""
+        ...
+
     def predict(
         self,
         latents: Float[Tensor, "batch channel height width"],

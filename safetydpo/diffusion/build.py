@@ -27,7 +27,7 @@ from safetydpo.diffusion.folder import (
     linear_layers_of,
     read_json,
 )
-from safetydpo.diffusion.targets import require_targets
+from safetydpo.diffusion.targets import require_attention, require_targets
 from safetydpo.errors import SafetyDPOError, UsageError
 
 
@@ -111,14 +111,17 @@ def base_fingerprint(base: BaseModelConfig) -> str:
     return fingerprint_files(files)
 
 
-def check_targets(base: BaseModelConfig, targets: Sequence[str]) -> None:
+def check_targets(base: BaseModelConfig, targets: Sequence[str], *, attention: str = "all") -> None:
     """Check that every LoRA target names a linear layer of the model's denoiser, reading names only.
 
+    `attention` is that of the LoRA settings.
+
     Raises:
-        UsageError: naming the first that names none.
+        UsageError: naming the first that names none; or if the model has no attention layers to choose among.
     """
     files = resolve_files(base)
     family = _family(files.folder)
+    require_attention(DENOISERS[family], attention)
     if files.single_file is None:
         names = linear_layers_of(files.folder / DENOISERS[family])
     else:

@@ -272,6 +272,10 @@ class LatentModel(AdaptedNetwork, ABC):
         """See `Backbone.velocity_weights`."""
         return self._process.velocity_weights(timesteps)
 
+    def min_snr_weights(self, timesteps: Timesteps, *, gamma: float) -> Float[Tensor, " batch"]:
+        """See `Backbone.min_snr_weights`."""
+        return self._process.min_snr_weights(timesteps, gamma=gamma)
+
     def to_epsilon(self, prediction: Latents, noisy: Latents, timesteps: Timesteps) -> Latents:
         """Return the noise that a native prediction at `noisy` implies."""
         return self._process.to_epsilon(prediction, noisy.to(prediction.device), timesteps)

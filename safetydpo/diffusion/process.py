@@ -52,6 +52,10 @@ class NoiseProcess(Protocol):
         """Return the factors that turn squared errors of the native target into those of the velocity."""
         ...
 
+    def min_snr_weights(self, timesteps: Timesteps, *, gamma: float) -> Float[Tensor, " batch"]:
+        """Return the Min-SNR weights of squared errors of the native target."""
+        ...
+
     def to_epsilon(self, prediction: Latents, noisy: Latents, timesteps: Timesteps) -> Latents:
         """Return the noise that a native prediction implies."""
         ...
@@ -132,6 +136,12 @@ class Diffusion:
         if self._prediction_type == "epsilon":
             return schedule.velocity_weights_epsilon(timesteps, self._alphas_cumprod)
         return torch.ones(timesteps.shape, device=self._device)
+
+    def min_snr_weights(self, timesteps: Timesteps, *, gamma: float) -> Float[Tensor, " batch"]:
+        """See `NoiseProcess.min_snr_weights`."""
+        is_epsilon = self._prediction_type == "epsilon"
+        weights = schedule.min_snr_weights_epsilon if is_epsilon else schedule.min_snr_weights_v
+        return weights(timesteps, self._alphas_cumprod, gamma=gamma)
 
     def to_epsilon(self, prediction: Latents, noisy: Latents, timesteps: Timesteps) -> Latents:
         """See `NoiseProcess.to_epsilon`."""
@@ -222,6 +232,10 @@ class FlowMatching:
     def velocity_weights(self, timesteps: Timesteps) -> Float[Tensor, " batch"]:
         """Return ones: the native target is the velocity."""
         return torch.ones(timesteps.shape, device=self._device)
+
+    def min_snr_weights(self, timesteps: Timesteps, *, gamma: float) -> Float[Tensor, " batch"]:
+        """Return the weights of the clean picture's error, in terms of the velocity's."""
+        return schedule.min_snr_weights_flow(timesteps, self._sigmas, gamma=gamma)
 
     def to_epsilon(self, prediction: Latents, noisy: Latents, timesteps: Timesteps) -> Latents:
         """See `NoiseProcess.to_epsilon`."""

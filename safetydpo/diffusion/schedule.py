@@ -188,6 +188,22 @@ def min_snr_weights_v(
     return snr.clamp(max=gamma) / (snr + 1.0)
 
 
+def min_snr_weights_flow(
+    timesteps: Int[Tensor, " chosen"], sigmas: Schedule, *, gamma: float = 5.0
+) -> Float[Tensor, " chosen"]:
+    """Return the loss weight s^2 min(SNR, gamma) = min((1 - s)^2, gamma s^2) of a flow model's velocity network.
+
+    SNR = (1 - s)^2 / s^2. Min-SNR weights the error of the clean picture by min(SNR, gamma). From one noisy latent, an
+    error d of the velocity is one of -s d of the clean picture (z = z_s - s u), as one of v is -sqrt(1 - a) d, which
+    gives the weight of `min_snr_weights_v`. It is 0 on pure noise and largest at s = 1 / (1 + sqrt(gamma)).
+
+    Source: Hang et al. 2023 (arXiv 2303.09556), section 3.4, carried over to the straight path of Esser et al. 2024
+    (arXiv 2403.03206), equation 13, by us.
+    """
+    share = sigmas[timesteps.to(sigmas.device)]
+    return torch.minimum((1.0 - share).square(), gamma * share.square())
+
+
 def velocity_weights_epsilon(
     timesteps: Int[Tensor, " chosen"], alphas_cumprod: Schedule, *, maximum: float = 20.0
 ) -> Float[Tensor, " chosen"]:

@@ -27,3 +27,16 @@ def require_targets(linear_layers: Iterable[str], suffixes: Sequence[str]) -> No
                 f"expected lora.targets that name linear layers of the denoiser, found {suffix!r}, which names "
                 f"none: use suffixes such as {', '.join(known[:8])}"
             )
+
+
+def require_attention(denoiser: str, attention: str) -> None:
+    """Check that a network has the attention layers that `lora.attention` chooses, told by what kind it is.
+
+    Raises:
+        UsageError: if `attention` is not `all` and the network is no U-Net.
+    """
+    if attention != "all" and denoiser != "unet":
+        raise UsageError(
+            f"expected lora.attention 'all' for a {denoiser}, found {attention!r}: only U-Nets (Stable Diffusion 1.x, "
+            "2.x, XL) have self- and cross-attention layers of their own; this model's attention is joint"
+        )

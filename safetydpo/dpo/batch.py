@@ -164,6 +164,8 @@ class StepBatch:
     retention_noise: Float[Tensor, "benign channel height width"]
     retention_timesteps: Int[Tensor, " benign"]
     retention_condition: Condition
+    empty_condition: Condition
+    """The empty caption, one row."""
 
     @property
     def num_pairs(self) -> int:
@@ -187,10 +189,11 @@ def step_batch(
 
     Raises:
         UsageError: if the rows of a step cannot be split evenly, because then the mean over processes
-            would no longer be the mean over rows.
+            would no longer be the mean over rows; or if the timestep range leaves the schedule.
         SafetyDPOError: if the retention term is on and there is no benign picture.
     """
     num_benign = _check_counts(data, config, world_size)
+    _check_timesteps(config, num_timesteps)
     pairs = pair_order(run_seed, expert, num_pairs=data.num_pairs, step=step, pairs_per_step=config.pairs_per_step)[
         rank::world_size
     ]
@@ -209,6 +212,7 @@ def step_batch(
                 empty_caption_rate=empty_caption_rate,
                 num_timesteps=num_timesteps,
                 latent_shape=data.latent_shape,
+                timestep_range=config.timestep_range,
             )
             for use in uses
         ]
@@ -235,6 +239,14 @@ def _check_counts(data: PreferenceData, config: DpoConfig, world_size: int) -> i
             "set prompts.retention_prompts above 0 or dpo.retention_weight to 0"
         )
     return num_benign
+
+
+def _check_timesteps(config: DpoConfig, num_timesteps: int) -> None:
+    if config.timestep_range is not None and config.timestep_range[1] >= num_timesteps:
+        raise UsageError(
+            f"expected dpo.timestep_range within the base's timesteps 0 to {num_timesteps - 1}, found "
+            f"{list(config.timestep_range)}: lower its last timestep"
+        )
 
 
 def _gather_step(
@@ -265,6 +277,7 @@ def _gather_step(
         retention_noise=_noise(data, benign).to(device),
         retention_timesteps=_timesteps(benign).to(device),
         retention_condition=_select(data.condition, benign_captions, device),
+        empty_condition=_select(data.condition, [data.empty_caption], device),
     )
 
 

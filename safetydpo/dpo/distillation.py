@@ -26,6 +26,7 @@ from safetydpo.diffusion.backbone import Backbone, Condition
 from safetydpo.dpo.batch import EMPTY_CAPTION, gather_arrays
 from safetydpo.dpo.draws import RowDraw, RowUse, draw_row, row_order
 from safetydpo.dpo.loss import squared_error
+from safetydpo.dpo.weighting import error_weights
 from safetydpo.errors import SafetyDPOError
 
 BASE = ""
@@ -236,7 +237,7 @@ def distillation_loss(
     """Return the loss of one step's (taught, benign) rows and the numbers named by `METRICS`.
 
     `L = mean over rows of w_t * mean over channel, height, width of (prediction - answer)^2`, with w = 1 or the
-    velocity's weight.
+    weight that `error_weighting` names.
 
     Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), section 2, with the
     squared error of predictions; several experts as teachers as in Gu et al. 2023, "Mix-of-Show" (arXiv 2305.18292),
@@ -246,8 +247,7 @@ def distillation_loss(
     questions = ask(backbone, data, everything, config=config, run_seed=run_seed)
     prediction = backbone.predict(questions.noisy, questions.timesteps, questions.condition)
     wanted = torch.stack([answers[use.index, use.draw_index] for use in everything]).to(prediction.device)
-    weights = backbone.velocity_weights(questions.timesteps) if config.error_weighting == "velocity" else None
-    errors = squared_error(prediction, wanted, weights=weights)
+    errors = squared_error(prediction, wanted, weights=error_weights(backbone, questions.timesteps, config=config))
     taught, benign = errors.split([len(uses[0]), len(uses[1])])
     loss = errors.mean()
     return loss, torch.stack([loss.detach(), taught.detach().mean(), benign.detach().mean()])

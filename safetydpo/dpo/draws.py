@@ -36,7 +36,7 @@ class RowDraw:
     """Everything random about one use of one row; both pictures of a pair share it."""
 
     timestep: int
-    """Uniform over 0 .. num_timesteps - 1."""
+    """Uniform over the training's timesteps: 0 .. num_timesteps - 1, or its range."""
     caption_coin: float
     """Uniform in [0, 1): decides whose caption is used, see `caption_side`."""
     is_empty: bool
@@ -100,14 +100,18 @@ def draw_row(
     empty_caption_rate: float,
     num_timesteps: int,
     latent_shape: tuple[int, int, int],
+    timestep_range: tuple[int, int] | None = None,
 ) -> RowDraw:
     """Return what is drawn for one use of one row, from `(draw_seed, row_key, draw_index)` alone.
+
+    Timesteps lie in `timestep_range`, both ends inclusive; None = 0 .. num_timesteps - 1.
 
     The expert is not part of the key: a pair that belongs to two experts gets the same draws in both, which
     makes experts comparable. The noise is drawn last, so that the other draws do not depend on the latent size.
     """
     generator = derive_torch(draw_seed, "dpo_draw", f"{row_key}\x1f{draw_index}")
-    timestep = int(torch.randint(num_timesteps, (), generator=generator))
+    low, high = (0, num_timesteps - 1) if timestep_range is None else timestep_range
+    timestep = int(torch.randint(low, high + 1, (), generator=generator))
     caption_coin, empty_coin = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
     noise = torch.randn(latent_shape, generator=generator, dtype=torch.float32)
     return RowDraw(timestep, caption_coin, empty_coin < empty_caption_rate, noise)

@@ -13,6 +13,7 @@ from torch import Tensor
 from safetydpo.artifacts.adapters import LoraSignature
 from safetydpo.config.training import LoraConfig, TrainingConfig
 from safetydpo.diffusion.backbone import Backbone
+from safetydpo.diffusion.targets import require_attention
 from safetydpo.errors import SafetyDPOError, UsageError
 
 
@@ -82,8 +83,10 @@ def open_engine(backbone: Backbone, *, config: TrainingConfig, lora: LoraConfig,
     One engine serves a whole list of experts: `train_expert` loads each expert's own state first.
 
     Raises:
-        UsageError: if the plain loop is asked for with several processes.
+        UsageError: if the plain loop is asked for with several processes, or a choice of attention layers for a
+            network that has one kind only.
     """
+    require_attention(backbone.denoiser, lora.attention)
     backbone.install_adapter(lora_signature(lora))
     parameters = backbone.adapter_parameters()
     if config.strategy == "deepspeed":
@@ -100,7 +103,7 @@ def open_engine(backbone: Backbone, *, config: TrainingConfig, lora: LoraConfig,
 
 def lora_signature(lora: LoraConfig) -> LoraSignature:
     """Return the signature of a LoRA configuration; alpha defaults to the rank."""
-    return LoraSignature(lora.rank, float(lora.rank if lora.alpha is None else lora.alpha), lora.targets)
+    return LoraSignature(lora.rank, float(lora.rank if lora.alpha is None else lora.alpha), lora.layer_targets)
 
 
 def learning_rate_at(step: int, *, peak: float, warmup_steps: int, steps: int, decay: str = "constant") -> float:

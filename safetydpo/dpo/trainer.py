@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields
 
 import torch
@@ -40,6 +40,7 @@ class StepMetrics:
     error_policy_safe: float
     error_policy_unsafe: float
     error_reference_safe: float
+    """0 under the loss `mapo`, which has no reference; so is the next."""
     error_reference_unsafe: float
     redirection: float
     """Distance on the noisy unsafe pictures to the base's answer to the safe captions, in units of the logit."""
@@ -104,7 +105,8 @@ def train_expert(
     state = load_start(
         backbone, start, identity=identity, checkpoint=checkpoint, engine=engine, num_metrics=len(METRIC_NAMES)
     )
-    history, guard = list(state.history), SpikeGuard(expert_name, config, state.spike_steps)
+    history = list(state.history)
+    guard = SpikeGuard(expert_name, config, state.spike_steps, errors_safe=_column(history, "error_policy_safe"))
     resumed_at = state.engine.step
     for step in range(resumed_at, config.steps):
         metrics = _train_step(
@@ -122,7 +124,7 @@ def train_expert(
 
 def _start_layers(backbone: Backbone, lora: LoraConfig, identity: TrainingIdentity) -> dict[str, LoraLayer]:
     return initial_adapter(
-        backbone.named_linear_layers(lora.targets),
+        backbone.named_linear_layers(lora.layer_targets),
         lora_signature(lora),
         base_fingerprint=identity.base_fingerprint,
         run_seed=identity.run_seed,
@@ -153,10 +155,14 @@ def _train_step(
         world_size=engine.world_size,
         device=backbone.device,
     )
-    loss, local = policy_loss(backbone, batch, config=config)
+    loss, local = policy_loss(backbone, batch, config=config, mean_over_processes=engine.mean_over_processes)
     done = descend(engine, loss, local, config=config, step=step, who=f"expert {expert!r}", advice=ADVICE)
     values = dict(zip(METRICS, done.measured, strict=True))
     return StepMetrics(step=step, gradient_norm=done.gradient_norm, learning_rate=done.learning_rate, **values)
+
+
+def _column(history: Sequence[Tensor], name: str) -> list[float]:
+    return [float(row[METRIC_NAMES.index(name)]) for row in history]
 
 
 def _metrics_of(row: Tensor) -> StepMetrics:
@@ -171,12 +177,16 @@ class SpikeGuard:
     not be saved as a result.
     """
 
-    def __init__(self, expert: str, config: DpoConfig, spike_steps: int = 0) -> None:
-        """Start with `spike_steps` consecutive bad steps already seen."""
+    def __init__(
+        self, expert: str, config: DpoConfig, spike_steps: int = 0, *, errors_safe: Sequence[float] = ()
+    ) -> None:
+        """Start with `spike_steps` consecutive bad steps already seen, and the errors of all steps so far."""
         self._expert = expert
         self._limit = config.spike_limit
         self._patience = config.spike_patience
         self.spike_steps = spike_steps
+        # Without a reference, the policy's own error before it has moved far stands for it.
+        self._first_errors = list(errors_safe[: self._patience]) if config.loss == "mapo" else None
 
     def check(self, metrics: StepMetrics) -> None:
         """Count a step.
@@ -184,12 +194,16 @@ class SpikeGuard:
         Raises:
             SafetyDPOError: after `dpo.spike_patience` consecutive steps above `dpo.spike_limit`.
         """
-        bound = self._limit * metrics.error_reference_safe
-        self.spike_steps = self.spike_steps + 1 if metrics.error_policy_safe > bound else 0
+        usual, whose, remedy = metrics.error_reference_safe, "the reference's", "dpo.safe_rise_weight"
+        if self._first_errors is not None:
+            if len(self._first_errors) < self._patience:
+                self._first_errors.append(metrics.error_policy_safe)
+            usual, whose = sum(self._first_errors) / len(self._first_errors), "the first steps'"
+            remedy = "dpo.safe_likelihood_weight"
+        self.spike_steps = self.spike_steps + 1 if metrics.error_policy_safe > self._limit * usual else 0
         if self.spike_steps >= self._patience:
             raise SafetyDPOError(
-                f"expert {self._expert!r}: expected an error on the safe picture below {self._limit:g} x the "
-                f"reference's {metrics.error_reference_safe:.4g}, found {metrics.error_policy_safe:.4g} for "
-                f"{self.spike_steps} steps up to step {metrics.step}: lower dpo.learning_rate or raise "
-                "dpo.safe_rise_weight"
+                f"expert {self._expert!r}: expected an error on the safe picture below {self._limit:g} x {whose} "
+                f"{usual:.4g}, found {metrics.error_policy_safe:.4g} for {self.spike_steps} steps up to step "
+                f"{metrics.step}: lower dpo.learning_rate or raise {remedy}"
             )

@@ -6,11 +6,11 @@ import inspect
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from safetydpo.config import pairs, schema
+from safetydpo.config import pairs, schema, training
 from safetydpo.config.fields import CATEGORIES
 from safetydpo.config.schema import Config
 
-MODULES = (schema.__name__, pairs.__name__)
+MODULES = (schema.__name__, pairs.__name__, training.__name__)
 GROUPS = [
     value
     for value in vars(schema).values()

@@ -203,6 +203,9 @@ def test_target_noise_and_epsilon_fit_together(case: Case):
     assert torch.equal(backbone.target(latents, noise, timesteps, kind="epsilon"), noise)
     weights = backbone.velocity_weights(timesteps)
     assert (weights == 1).all() == (backbone.prediction_type != "epsilon")
+    low, high = backbone.min_snr_weights(timesteps, gamma=5.0).tolist()
+    assert 0 < low < 1
+    assert (high == 1.0) == (backbone.prediction_type == "epsilon")
     prediction = backbone.predict(noisy, timesteps, backbone.encode_prompts(PROMPTS))
     assert prediction.shape == latents.shape
 

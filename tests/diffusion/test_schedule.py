@@ -19,6 +19,7 @@ from safetydpo.diffusion.schedule import (
     flow_target,
     flow_to_epsilon,
     min_snr_weights_epsilon,
+    min_snr_weights_flow,
     min_snr_weights_v,
     shift_for_tokens,
     sigmas_at,
@@ -79,6 +80,52 @@ def test_min_snr_weights_equal_numpy_on_the_whole_schedule():
     np.testing.assert_allclose(
         min_snr_weights_v(steps, alphas.double(), gamma=3.0), np.minimum(snr, 3) / (snr + 1), rtol=1e-12
     )
+
+
+def test_min_snr_weights_of_flow_by_hand():
+    """gamma 5. s = 0.5: SNR 1, 0.25 * 1. s = 0.2: SNR 16, 0.04 * 5 = 0.2. s = 1: SNR 0, weight 0."""
+    weights = min_snr_weights_flow(torch.arange(3), torch.tensor([0.5, 0.2, 1.0]))
+    np.testing.assert_allclose(weights, [0.25, 0.2, 0.0], rtol=1e-6)
+
+
+def test_min_snr_weights_of_flow_equal_numpy_on_the_whole_schedule():
+    sigmas = flow_sigmas(1000, shift=3.0).double()
+    s = sigmas.numpy()
+    found = min_snr_weights_flow(torch.arange(1000), sigmas, gamma=3.0)
+    np.testing.assert_allclose(found, s**2 * np.minimum((1 - s) ** 2 / s**2, 3.0), rtol=1e-12, atol=1e-15)
+    # Largest at s = 1 / (1 + sqrt(gamma)).
+    assert float(sigmas[found.argmax()]) == pytest.approx(1 / (1 + 3**0.5), abs=2e-3)
+
+
+@pytest.mark.parametrize("step", [20, 400, 900])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_min_snr_weights_are_those_of_the_clean_pictures_error(kind: str, step: int):
+    """From one noisy latent: change the prediction by d, work out the clean latents anew, compare squared errors.
+
+    Min-SNR's own statement: the error of the clean picture counts min(SNR, gamma)."""
+    generator = torch.Generator().manual_seed(step)
+    steps = torch.tensor([step])
+    latents, noise, change = (torch.randn(1, 2, 3, 3, generator=generator, dtype=torch.float64) for _ in "abc")
+    gamma = 2.0
+    if kind == "flow":
+        sigmas = flow_sigmas(1000, shift=3.0).double()
+        share = sigmas[steps]
+        snr, weights = (1 - share) ** 2 / share**2, min_snr_weights_flow(steps, sigmas, gamma=gamma)
+        noisy = add_noise_flow(latents, noise, sigmas=share)
+        clean = noisy - share * (flow_target(latents, noise) + change)
+    else:
+        alphas = DDPMScheduler(beta_schedule="scaled_linear").alphas_cumprod.double()
+        at = {"timesteps": steps, "alphas_cumprod": alphas}
+        snr = alphas[steps] / (1 - alphas[steps])
+        noisy = add_noise(latents, noise, **at)
+        if kind == "epsilon":
+            weights, epsilon = min_snr_weights_epsilon(steps, alphas, gamma=gamma), noise + change
+        else:
+            weights = min_snr_weights_v(steps, alphas, gamma=gamma)
+            epsilon = v_to_epsilon(v_target(latents, noise, **at) + change, noisy, **at)
+        clean = epsilon_to_clean(epsilon, noisy, **at)
+    wanted = float(snr.clamp(max=gamma)) * float((clean - latents).square().mean())
+    assert float(weights) * float(change.square().mean()) == pytest.approx(wanted, rel=1e-9)
 
 
 def test_velocity_weights_by_hand():

@@ -202,3 +202,17 @@ def test_rows_that_cannot_be_split_are_refused(make_data: Make, config: DpoConfi
 def test_retention_without_benign_pictures_is_refused(make_data: Make, config: DpoConfig) -> None:
     with pytest.raises(SafetyDPOError, match=r"dpo.retention_weight is 1.0, found 0"):
         batch_of(make_data(num_benign=0), 0, config)
+
+
+def test_a_timestep_range_beyond_the_schedule_is_refused() -> None:
+    config = DpoConfig(pairs_per_step=1, timestep_range=(0, 1000))
+    with pytest.raises(
+        UsageError, match=r"expected dpo\.timestep_range within the base's timesteps 0 to 999, found \[0, 1000\]: lower"
+    ):
+        batch_of(small(), 0, config)
+
+
+def test_the_empty_caption_is_there_whatever_the_rows_use() -> None:
+    batch = batch_of(small(), 0, DpoConfig(pairs_per_step=1, empty_caption_rate=0.0))
+    assert batch.empty_condition.tokens.shape == (1, 3, 2)
+    assert float(batch.empty_condition.tokens.abs().max()) == 0.0

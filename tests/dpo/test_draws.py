@@ -66,6 +66,30 @@ def test_draw_follows_its_documented_recipe() -> None:
     assert torch.equal(found.noise, noise)
 
 
+def test_the_whole_range_of_timesteps_is_no_range_at_all() -> None:
+    """None draws as before there were ranges, and so does the range of the whole schedule."""
+    for index in range(20):
+        one, other = draw(f"{index}"), draw(f"{index}", timestep_range=(0, 999))
+        assert (one.timestep, one.caption_coin, one.is_empty) == (other.timestep, other.caption_coin, other.is_empty)
+        assert torch.equal(one.noise, other.noise)
+
+
+@given(low=st.integers(0, 999), width=st.integers(0, 999), key=st.integers(0, 99))
+def test_timesteps_lie_in_the_range_and_nothing_else_moves(low: int, width: int, key: int) -> None:
+    high = min(999, low + width)
+    ranged, plain = draw(f"{key}", timestep_range=(low, high)), draw(f"{key}")
+    assert low <= ranged.timestep <= high
+    assert ranged.caption_coin == plain.caption_coin
+    assert torch.equal(ranged.noise, plain.noise)
+
+
+def test_timesteps_are_uniform_over_the_range_with_both_ends() -> None:
+    """1,000 draws of 5 timesteps, 200 of each expected (chi-square, fixed seeds)."""
+    counts = Counter(draw(f"{index}", timestep_range=(397, 401)).timestep for index in range(1000))
+    assert set(counts) == {397, 398, 399, 400, 401}
+    assert stats.chisquare(list(counts.values())).pvalue > 0.01
+
+
 def test_draws_differ_by_key_and_use_and_not_by_latent_size() -> None:
     first = draw()
     assert torch.equal(first.noise, draw().noise)

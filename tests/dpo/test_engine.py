@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safetydpo.config.schema import BaseModelConfig
 from safetydpo.config.training import DpoConfig, LoraConfig
+from safetydpo.diffusion.build import load_backbone
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
 from safetydpo.dpo.engine import (
     SingleEngine,
@@ -18,6 +21,7 @@ from safetydpo.dpo.engine import (
     open_engine,
 )
 from safetydpo.errors import SafetyDPOError, UsageError
+from tests.diffusion.tiny_models import build_model
 
 
 def parameters() -> list[tuple[str, torch.Tensor]]:
@@ -145,6 +149,34 @@ def test_state_of_other_parameters_is_refused() -> None:
 def test_signature_of_a_lora_config() -> None:
     assert lora_signature(LoraConfig(rank=4)).alpha == 4.0
     assert lora_signature(LoraConfig(rank=4, alpha=8.0)).alpha == 8.0
+
+
+def test_the_signature_differs_by_attention_only_where_that_is_chosen() -> None:
+    """Adapters, checkpoints and initial draws of experts without the setting are those of before."""
+    assert lora_signature(LoraConfig(rank=4)).targets == ("to_q", "to_k", "to_v", "to_out.0")
+    chosen = lora_signature(LoraConfig(rank=4, targets=("to_q", "to_v"), attention="cross"))
+    assert chosen.targets == ("attn2.to_q", "attn2.to_v")
+
+
+@pytest.mark.parametrize(("attention", "block"), [("self", "attn1"), ("cross", "attn2")])
+def test_open_engine_installs_one_kind_of_attention(
+    attention: str, block: str, backbone: StableDiffusion, config: DpoConfig
+) -> None:
+    both = [name for name, _ in backbone.named_linear_layers(LoraConfig().targets)]
+    engine = open_engine(backbone, config=config, lora=LoraConfig.model_validate({"rank": 2, "attention": attention}))
+    modules = {name.rsplit(".lora_", 1)[0] for name in engine.state().parameters}
+    assert modules == {name for name in both if f".{block}." in name}
+    assert 2 * len(modules) == len(both)
+    engine.close()
+
+
+def test_attention_of_a_transformer_cannot_be_chosen(config: DpoConfig, tmp_path: Path) -> None:
+    build_model("sd3", tmp_path)
+    model = load_backbone(BaseModelConfig(model=str(tmp_path)))
+    with pytest.raises(
+        UsageError, match=r"expected lora\.attention 'all' for a transformer, found 'self': only U-Nets"
+    ):
+        open_engine(model, config=config, lora=LoraConfig(attention="self"))
 
 
 def test_open_engine_installs_the_slot(backbone: StableDiffusion, config: DpoConfig, lora: LoraConfig) -> None:

@@ -206,6 +206,22 @@ def test_retention_is_the_mean_squared_change() -> None:
     assert float(retention_loss(policy, reference)) == 0.5
 
 
+@given(
+    values=st.lists(st.floats(-3, 3), min_size=16, max_size=16),
+    weights=st.tuples(st.floats(0, 5), st.floats(0, 5)),
+)
+def test_retention_agrees_with_numpy_and_vanishes_only_without_change(
+    values: list[float], weights: tuple[float, float]
+) -> None:
+    policy, reference = np.array(values).reshape(2, 2, 1, 2, 2)
+    expected = (np.array(weights) * ((policy - reference) ** 2).mean(axis=(1, 2, 3))).mean()
+    pair = torch.from_numpy(policy.copy()), torch.from_numpy(reference.copy())
+    found = float(retention_loss(*pair, weights=torch.tensor(weights, dtype=torch.float64)))
+    assert found == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    assert float(retention_loss(pair[0], pair[0])) == 0.0
+    assert (float(retention_loss(*pair)) == 0.0) == bool((np.square(policy - reference) == 0).all())
+
+
 def test_redirection_by_hand() -> None:
     """Distances of 2 everywhere and 1 everywhere, weights 1 and 3: beta / 2 * (4 * 1 + 1 * 3) / 2 = 5 * 3.5."""
     wanted = torch.zeros(2, 1, 2, 2)

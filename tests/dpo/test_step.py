@@ -8,35 +8,14 @@ import pytest
 import torch
 
 from safetydpo.config.training import DpoConfig, LoraConfig
-from safetydpo.diffusion.adapter import initial_adapter
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
 from safetydpo.dpo.batch import PreferenceData, StepBatch, step_batch
-from safetydpo.dpo.engine import lora_signature
 from safetydpo.dpo.step import METRICS, policy_loss
 from safetydpo.dpo.trainer import METRIC_NAMES
+from tests.dpo.slot import fill_slot
 from tests.tiny import build_tiny_model
 
 Make = Callable[..., PreferenceData]
-
-
-def install(backbone: StableDiffusion, lora: LoraConfig, *, moved: bool = False) -> None:
-    signature = lora_signature(lora)
-    backbone.install_adapter(signature)
-    layers = initial_adapter(
-        backbone.named_linear_layers(signature.targets),
-        signature,
-        base_fingerprint=backbone.fingerprint,
-        run_seed=0,
-        init="shared",
-        expert_name="hate",
-    )
-    backbone.load_adapter(layers)
-    if moved:
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for name, parameter in backbone.adapter_parameters():
-                if "lora_B" in name:
-                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def batch_of(data: PreferenceData, config: DpoConfig) -> StepBatch:
@@ -64,7 +43,7 @@ def test_step_zero_is_exactly_ln_2(
     """B = 0 adds exact zeros, and the reference is the same network in the same compute type: with beta 5000 any
     difference in the last bit would show as a logit."""
     model = backbone if dtype == "float32" else backbone_bfloat16
-    install(model, lora)
+    fill_slot(model, lora)
     config = config.model_copy(update={"beta": 5000.0})
     loss, metrics = policy_loss(model, batch_of(make_data(), config), config=config)
     values = named(metrics)
@@ -79,7 +58,7 @@ def test_velocity_weights_multiply_the_errors_and_keep_step_zero(
     backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig
 ) -> None:
     """Mean errors are means of weight times native error of each picture; at step 0 they still cancel to ln 2."""
-    install(backbone, lora)
+    fill_slot(backbone, lora)
     weighted = config.model_copy(update={"beta": 5000.0, "error_weighting": "velocity"})
     batch = batch_of(make_data(), weighted)
     loss, metrics = policy_loss(backbone, batch, config=weighted)
@@ -100,7 +79,7 @@ def test_agrees_with_the_network_called_picture_by_picture(
     """The loss again by the formula, one picture at a time, with the adapter swapped out by hand."""
     build_tiny_model(tmp_path, prediction_type=kind)
     model = StableDiffusion.from_folder(tmp_path)
-    install(model, lora, moved=True)
+    fill_slot(model, lora, moved=True)
     config = config.model_copy(update={"retention_weight": 3.0, "beta": 200.0, "redirection_weight": 2.0})
     batch = batch_of(make_data(), config)
     loss, _ = policy_loss(model, batch, config=config)
@@ -150,7 +129,7 @@ def test_redirection_is_the_squared_distance_of_the_captions_at_step_zero(
     backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig
 ) -> None:
     """With B = 0 the policy is the base: what is left is how differently it answers the two captions."""
-    install(backbone, lora)
+    fill_slot(backbone, lora)
     changes = {"beta": 200.0, "redirection_weight": 2.0, "captions": "unsafe", "empty_caption_rate": 0.0}
     wanted = config.model_copy(update=changes)
     batch = batch_of(make_data(), wanted)
@@ -163,7 +142,7 @@ def test_redirection_is_the_squared_distance_of_the_captions_at_step_zero(
     assert named(metrics)["redirection"] == pytest.approx(distance, rel=1e-4)
     assert float(loss.detach()) == pytest.approx(math.log(2) + 2.0 * distance, rel=1e-5)
     # Under the safe and the empty caption there is nothing to redirect, whatever the adapter does.
-    install(backbone, lora, moved=True)
+    fill_slot(backbone, lora, moved=True)
     for changes in ({"captions": "safe"}, {"empty_caption_rate": 1.0}):
         other = wanted.model_copy(update=changes)
         _, metrics = policy_loss(backbone, batch_of(make_data(), other), config=other)
@@ -174,7 +153,7 @@ def test_gradients_reach_the_adapter_only(
     backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig
 ) -> None:
     """At B = 0 the gradient of A is exactly 0 (it is multiplied by B) and that of B is not."""
-    install(backbone, lora)
+    fill_slot(backbone, lora)
     loss, _ = policy_loss(backbone, batch_of(make_data(), config), config=config)
     loss.backward()
     for name, parameter in backbone.adapter_parameters():
@@ -190,7 +169,7 @@ def test_no_second_network_is_held(
     backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig
 ) -> None:
     """One policy and one reference pass over all pictures of the step, through the one network."""
-    install(backbone, lora)
+    fill_slot(backbone, lora)
     seen: list[tuple[int, bool]] = []
 
     def note(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -205,7 +184,7 @@ def test_no_second_network_is_held(
 def test_retention_off_adds_nothing(
     backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig
 ) -> None:
-    install(backbone, lora, moved=True)
+    fill_slot(backbone, lora, moved=True)
     config = config.model_copy(update={"retention_weight": 0.0, "safe_rise_weight": 0.0})
     loss, metrics = policy_loss(backbone, batch_of(make_data(), config), config=config)
     assert named(metrics)["retention"] == 0.0

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -273,6 +273,54 @@ def test_spike_guard_goes_on_counting_after_a_resume() -> None:
     guard = SpikeGuard("hate", DpoConfig(), spike_steps=4)
     with pytest.raises(SafetyDPOError, match="for 5 steps"):
         guard.check(metrics(7, 2.0))
+
+
+def test_without_a_reference_the_first_steps_stand_for_it() -> None:
+    """Patience 5: errors 0.1, 0.3, 0.2, 0.1, 0.3 have the mean 0.2, limit 2; it stays, also after a resume."""
+    config = DpoConfig(loss="mapo", safe_rise_weight=0.0)
+    first = (0.1, 0.3, 0.2, 0.1, 0.3)
+    guard = SpikeGuard("hate", config)
+    for step, error in enumerate((*first, 1.9, 1.9)):
+        guard.check(replace(metrics(step, error), error_reference_safe=0.0))
+        assert guard.spike_steps == 0
+    resumed = SpikeGuard("hate", config, errors_safe=[*first, 1.9, 1.9])
+    for one in (guard, resumed):
+        for step in range(7, 11):
+            one.check(replace(metrics(step, 2.1), error_reference_safe=0.0))
+        with pytest.raises(
+            SafetyDPOError, match=r"below 10 x the first steps' 0\.2, found 2\.1 for 5 .* dpo\.safe_likelihood_weight"
+        ):
+            one.check(replace(metrics(11, 2.1), error_reference_safe=0.0))
+
+
+def test_a_resumed_training_without_a_reference_equals_an_uninterrupted_one(
+    backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig, tmp_path: Path
+) -> None:
+    config = config.model_copy(
+        update={"loss": "mapo", "safe_rise_weight": 0.0, "safe_likelihood_weight": 0.04, "spike_patience": 3}
+    )
+    whole = train(backbone, make_data(), config, lora)
+    place = open_location(str(tmp_path / "c"))
+    with pytest.raises(KilledError):
+        train(backbone, make_data(), config, lora, checkpoint=place, report=kill_after(2))
+    resumed = train(backbone, make_data(), config, lora, checkpoint=place)
+    assert resumed.resumed_at == 2
+    assert same(whole.layers, resumed.layers)
+    assert whole.history == resumed.history
+    assert {step.error_reference_safe for step in whole.history} == {0.0}
+
+
+def test_retention_keeps_the_predictions_on_benign_pictures(
+    backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig
+) -> None:
+    """The same training with and without the term; its change of benign predictions at the end, by its own metric."""
+    changes = {"steps": 8, "learning_rate": 1e-2, "retention_per_step": 4}
+
+    def change(weight: float) -> float:
+        wanted = config.model_copy(update=changes | {"retention_weight": weight})
+        return sum(step.retention for step in train(backbone, make_data(), wanted, lora).history[-4:])
+
+    assert change(100.0) < 0.5 * change(1e-9)
 
 
 def test_an_expert_that_spikes_ends_with_its_name_and_leaves_no_checkpoint(
