@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from safetydpo.artifacts.records import Record
@@ -40,7 +41,7 @@ def import_pairs(
     silent = next((str(file) for file in locations if not has_categories(file)), None)
     find = _category_finder(category, categories_from, concept, silent=silent)
     console = Console(highlight=False, soft_wrap=True)
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not sys.stdout.isatty()) as progress:
         task = progress.add_task("rows", total=num_rows)
         record = write_preferences(
             target,
