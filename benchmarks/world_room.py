@@ -23,9 +23,9 @@ import torch
 from benchmarks.expert_bench import ExpertBench, validation_prompts
 from benchmarks.harness import print_result
 from ray_jobs.failures import run_guarded
-from ray_jobs.train_experts import ALL_SINGLE
 from safetydpo.artifacts.schemas import MEMBERSHIPS
 from safetydpo.artifacts.tables import read_table
+from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.config.load import load_config
 from safetydpo.config.schema import Config
 

@@ -124,6 +124,34 @@ def export_pairs(
     export_pairs(config, settings or [], out=out, layout=layout, with_pictures=pictures, name=name, licence=licence)
 
 
+@app.command("import-pairs")
+def import_pairs(
+    files: Annotated[
+        list[str], typer.Argument(help="Parquet files: jpg_0, jpg_1, label_0, caption.", show_default=False)
+    ],
+    out: Annotated[str, typer.Option(help="Folder or s3:// prefix; absent or empty.", show_default=False)],
+    category: Annotated[str | None, typer.Option(help="Category of rows that nothing else says one of.")] = None,
+    categories_from: Annotated[
+        str | None, typer.Option(help="Prompt table of `prompts import` that knows the captions' categories.")
+    ] = None,
+    concept: Annotated[str | None, typer.Option(help="Concept of rows that nothing else says one of.")] = None,
+    source: Annotated[str, typer.Option(help="Name of the data set, kept with every row.")] = "imported",
+    max_bad_rate: Annotated[float, typer.Option(min=0, max=1, help="Share of rows that may be faulty.")] = 0.01,
+) -> None:
+    """Take pictures with given preferences into a folder that identity.pairs.source may name."""
+    from ray_jobs.import_pairs_command import import_pairs
+
+    import_pairs(
+        files,
+        out=out,
+        category=category,
+        categories_from=categories_from,
+        concept=concept,
+        source=source,
+        max_bad_rate=max_bad_rate,
+    )
+
+
 @app.command()
 def doctor() -> None:
     """Check this machine: Python, packages, compiler, font, memory, cores."""

@@ -12,16 +12,10 @@ from typing import Any
 
 from ray_jobs.cluster import connect, ray_state_folder
 from ray_jobs.expert_files import MERGE_RECIPE_VERSION, MergeAids, expert_folders, load_experts, read_aids
+from ray_jobs.expert_plan import benign_fingerprint, plan_experts
 from ray_jobs.progress import progress_bar
 from ray_jobs.run import Run
-from ray_jobs.train_experts import (
-    ALL_SINGLE,
-    CHECKPOINT_FILE,
-    TrainingTables,
-    benign_fingerprint,
-    plan_experts,
-    read_training_tables,
-)
+from ray_jobs.train_experts import CHECKPOINT_FILE, TrainingTables, read_training_tables
 from ray_jobs.trainers import train_on_workers
 from safetydpo.artifacts.adapters import AdapterMetadata, adapter_hash, write_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE
@@ -29,6 +23,7 @@ from safetydpo.artifacts.records import ArtifactKey, Record, find_closed
 from safetydpo.artifacts.schemas import caption_sha256
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows
+from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.config.schema import Config
 from safetydpo.config.training import LoraConfig
 from safetydpo.errors import SafetyDPOError
@@ -43,7 +38,7 @@ def distill_experts(
     """Make or find the distilled adapter of these experts; `aids` are what its start method needs."""
     members = {name: record for name, record in experts.items() if name != ALL_SINGLE}
     taught = {unit.name: unit.pair_ids for unit in plan_experts(run, pairs, pairs_folder) if unit.name in members}
-    key = _key(run, members, taught, pairs, aids)
+    key = _key(run, members, taught, benign_fingerprint(pairs, pairs_folder), aids)
     if find_closed(run.store, key) is None:
         connect(run.config)
         distill = run.config.identity.merge.distill
@@ -77,7 +72,7 @@ def _key(
     run: Run,
     members: Mapping[str, Record],
     taught: Mapping[str, tuple[str, ...]],
-    pairs: Record,
+    benign: str,
     aids: MergeAids,
 ) -> ArtifactKey:
     identity = run.config.identity
@@ -95,7 +90,7 @@ def _key(
             "base": run.base_fingerprint,
             "experts": fingerprint_rows((name, record.fingerprint) for name, record in members.items()),
             "pairs": fingerprint_rows((f"{name}:{pair}", "") for name, pair_ids in taught.items() for pair in pair_ids),
-            "benign": benign_fingerprint(pairs),
+            "benign": benign,
             # The merge that it starts from is made here and stands in no artifact of its own.
             "start": f"merge recipe {MERGE_RECIPE_VERSION}, density {identity.merge.density}",
             **aids.fingerprints(),

@@ -14,11 +14,10 @@ from typing import Any
 import pyarrow as pa
 
 from ray_jobs.cluster import connect
-from ray_jobs.expert_files import record_folder
+from ray_jobs.expert_files import expert_categories, record_folder
 from ray_jobs.pools import PoolStage, check_error_rate, fill_pool
 from ray_jobs.prompt_tables import needed_prompts, split_prompts, spread_prompts
 from ray_jobs.run import Run
-from ray_jobs.train_experts import ALL_SINGLE
 from ray_jobs.workers import make_each, padded, worker_device
 from safetydpo.artifacts.adapters import read_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE, demo_weights, stage_folder
@@ -27,6 +26,7 @@ from safetydpo.artifacts.records import ArtifactKey, Record
 from safetydpo.artifacts.schemas import IMAGE_MANIFEST, OUTCOMES, make_image_id, sha256_of
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows, table_from_rows, write_table
+from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.config.schema import BaseModelConfig, Config, SamplerConfig
 from safetydpo.evaluation.rows import RowSource
 from safetydpo.judges.build import fingerprint_files
@@ -87,10 +87,12 @@ def list_rows(
     rows = [EvaluatedRow(RowSource("base", "base"), "", everything)]
     evaluation = run.config.identity.evaluation
     if evaluation.expert_rows:
-        for name, record in experts.items():
-            if name != ALL_SINGLE:
-                row = _adapter_row(run, f"expert:{name}", "expert", record, None, ("unsafe",))
-                rows.append(replace(row, prompts_per_category=evaluation.expert_prompts_per_category))
+        single = {name: record for name, record in experts.items() if name != ALL_SINGLE}
+        own = expert_categories(run, single)
+        for name, record in single.items():
+            row = _adapter_row(run, f"expert:{name}", "expert", record, None, ("unsafe",))
+            source = replace(row.source, categories=own[name])
+            rows.append(replace(row, source=source, prompts_per_category=evaluation.expert_prompts_per_category))
     if ALL_SINGLE in experts:
         rows.append(_adapter_row(run, ALL_SINGLE, "all_single", experts[ALL_SINGLE], None, everything))
     for name, record in merged.items():

@@ -18,20 +18,21 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ray_jobs import distill_experts, evaluate, merge_experts, search_merges, train_experts
+from ray_jobs import distill_experts, evaluate, expert_plan, merge_experts, search_merges
 from ray_jobs.evaluate import EvaluatedRow, evaluate_rows, evaluation_prompts, judges_fingerprint, list_rows
 from ray_jobs.expert_files import MERGE_RECIPE_VERSION
+from ray_jobs.expert_plan import planned_names, refuse_left_out
 from ray_jobs.outcomes import read_outcomes, reference_features
 from ray_jobs.pipeline import STAGES, Chain, run_stages
 from ray_jobs.places import PAIRS_RECIPE_VERSION
 from ray_jobs.prompt_tables import all_pairs, split_prompts
 from ray_jobs.run import Run, package_versions, with_absolute_paths
-from ray_jobs.train_experts import ALL_SINGLE
 from safetydpo.artifacts.layout import demo_weights, evidence_file
 from safetydpo.artifacts.records import Record
 from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.artifacts.tables import fingerprint_rows
+from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.config.load import identity_of
 from safetydpo.config.schema import Config
 from safetydpo.errors import SafetyDPOError, UsageError
@@ -78,7 +79,7 @@ class PlannedUnit:
                 "prompts": _prompts_fingerprint(self.run.config),
                 "recipes": {
                     "pairs": PAIRS_RECIPE_VERSION,
-                    "train": train_experts.RECIPE_VERSION,
+                    "train": expert_plan.RECIPE_VERSION,
                     "distill": distill_experts.RECIPE_VERSION,
                     "layer_inputs": merge_experts.INPUTS_RECIPE_VERSION,
                     "merge": MERGE_RECIPE_VERSION,
@@ -132,7 +133,7 @@ def row_names(config: Config) -> list[str]:
         names.append(ALL_SINGLE)
     names += [*identity.merge.methods, "searched"]
     if identity.evaluation.expert_rows:
-        names += [f"expert:{category}" for category in identity.prompts.categories]
+        names += [f"expert:{name}" for name in planned_names(identity)]
     return names
 
 
@@ -193,6 +194,7 @@ def measure(
             if _is_over(started, minutes):
                 break
             begun = time.monotonic()
+            refuse_left_out(unit.row, rows)
             measure_unit(unit, chain, rows, version=version)
             progress.finished(unit, time.monotonic() - begun)
     left = sum(unit.read() is None for unit in planned)

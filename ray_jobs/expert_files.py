@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ray_jobs.expert_plan import is_grouped
 from ray_jobs.run import Run
 from safetydpo.artifacts.adapters import adapter_hash, read_adapter, read_adapter_metadata
 from safetydpo.artifacts.layout import ADAPTER_FILE
@@ -55,6 +56,21 @@ def record_folder(run: Run, record: Record) -> Location:
 def expert_folders(run: Run, experts: Mapping[str, Record]) -> dict[str, str]:
     """Return {expert name: path of its artifact folder}."""
     return {name: record_folder(run, record).path for name, record in experts.items()}
+
+
+def expert_categories(run: Run, experts: Mapping[str, Record]) -> dict[str, tuple[str, ...]]:
+    """Return the categories that each expert is made for; where experts are others than one per category, its file says
+    it.
+
+    Raises:
+        SafetyDPOError: if an adapter's file is missing or cut short.
+    """
+    if not is_grouped(run.config.identity.experts):
+        return {name: (name,) for name in experts}
+    return {
+        name: read_adapter_metadata(record_folder(run, record) / ADAPTER_FILE).categories
+        for name, record in experts.items()
+    }
 
 
 def check_expert_files(run: Run, experts: Mapping[str, Record]) -> None:

@@ -47,6 +47,11 @@ def export_pairs(
         location.check_reachable()
     refuse_existing(target)
     folder, record = find_pairs(run)
+    if "given" in record.details:
+        raise UsageError(
+            f"expected pairs that this run has drawn, found imported ones ({record.details['given']['folder']}): "
+            "hand on the files that they were imported from"
+        )
     kept = read_kept_pairs(folder)
     pictures = PictureIndex(image_pool_of(run.store, record)) if with_pictures else None
     facts = card_facts(

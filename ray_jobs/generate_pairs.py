@@ -172,7 +172,7 @@ def _make(run: Run, folder: Location, pairs: Sequence[PromptPair], benign: Seque
     )
     manifest = table_from_stream(rows, IMAGE_MANIFEST)
     write_table(folder / "images.parquet", manifest)
-    images = _draw_and_edit(run, manifest) if is_edited else _draw(run, manifest)
+    images = _draw_and_edit(run, manifest) if is_edited else draw_pictures(run, manifest)
     good = images.filter(pc.equal(images.column("status"), "ok"))
     failed = check_error_rate(images, limit=rules.max_error_rate)
     verified = verify_pairs(
@@ -197,8 +197,8 @@ def _make(run: Run, folder: Location, pairs: Sequence[PromptPair], benign: Seque
         minimum=rules.min_kept_per_category,
     )
     used = _used_rows(manifest, kept)
-    _encode(run, good, used)
-    _encode_captions(run, used)
+    encode_pictures(run, good, used)
+    encode_captions(run, used)
     content = dict(zip(images.column("image_id").to_pylist(), images.column("sha256").to_pylist(), strict=True))
     # A safe picture whose source failed was never begun; it is none that downstream may look for.
     never_begun = [image_id for image_id in manifest.column("image_id").to_pylist() if image_id not in content]
@@ -221,7 +221,8 @@ def _picture_ids(manifest: pa.Table) -> dict[tuple[str, str], str]:
     return {(owner, side): image_id for owner, side, image_id in zip(*columns, strict=True)}
 
 
-def _draw(run: Run, manifest: pa.Table) -> pa.Table:
+def draw_pictures(run: Run, manifest: pa.Table) -> pa.Table:
+    """Draw what the pool of pictures lacks; return the index of all of them."""
     return fill_pool(image_pool(run), manifest, render_stage(run, "pictures"), execution=run.config.execution)
 
 
@@ -229,7 +230,7 @@ def _draw_and_edit(run: Run, manifest: pa.Table) -> pa.Table:
     """Draw all but the safe pictures, then make these from the unsafe ones that succeeded."""
     identity = run.config.identity
     is_safe = pc.equal(manifest.column("side"), "safe")
-    drawn = _draw(run, manifest.filter(pc.invert(is_safe)))
+    drawn = draw_pictures(run, manifest.filter(pc.invert(is_safe)))
     check_error_rate(drawn, limit=identity.pairs.max_error_rate)
     stage = replace(
         render_stage(run, "safe pictures"),
@@ -317,7 +318,8 @@ def latent_batch_size(sampler: SamplerConfig) -> int:
     return DERIVED_BATCH if is_small else min(DERIVED_BATCH, sampler.batch_size)
 
 
-def _encode(run: Run, images: pa.Table, used: pa.Table) -> None:
+def encode_pictures(run: Run, images: pa.Table, used: pa.Table) -> None:
+    """Encode the pictures of the rows `used` into latents; `images` is their index."""
     stage = PoolStage(
         label="latents",
         output=LATENTS,
@@ -337,7 +339,8 @@ def _encode(run: Run, images: pa.Table, used: pa.Table) -> None:
     fill_pool(latent_pool(run), manifest, stage, execution=run.config.execution)
 
 
-def _encode_captions(run: Run, used: pa.Table) -> None:
+def encode_captions(run: Run, used: pa.Table) -> None:
+    """Encode every distinct caption of manifest rows, and the empty one."""
     texts = {*used.column("prompt").to_pylist(), ""}
     stage = PoolStage(
         label="captions",

@@ -22,7 +22,6 @@ from ray_jobs.expert_files import (
 )
 from ray_jobs.prompt_tables import needed_prompts, split_prompts, spread_prompts
 from ray_jobs.run import Run
-from ray_jobs.train_experts import ALL_SINGLE
 from ray_jobs.workers import worker_device
 from safetydpo.artifacts.adapters import adapter_hash, write_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE
@@ -30,6 +29,7 @@ from safetydpo.artifacts.records import ArtifactKey, Record, find_closed
 from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows
+from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.config.schema import Config
 from safetydpo.merging.moments import BENIGN
 from safetydpo.merging.registry import MergeMethod

@@ -13,6 +13,7 @@ from ray_jobs.run import Run, with_absolute_paths
 from safetydpo.artifacts.records import Record
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.config.load import load_config
+from safetydpo.config.pairs import GENERATE
 from safetydpo.config.schema import Config
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.prompts.imported import is_imported
@@ -64,6 +65,8 @@ def check_request(run: Run, *, last: str = "report") -> None:
             asked, or a path is of another kind.
         SafetyDPOError: if a category has no prompt pair, or the base model's files are incomplete.
     """
+    from ray_jobs.expert_plan import group_prompt_pairs, is_grouped
+    from ray_jobs.given_pairs import check_given
     from ray_jobs.prompt_tables import all_pairs
     from ray_jobs.verify_pairs import check_verification
     from safetydpo.diffusion.build import check_targets
@@ -95,23 +98,32 @@ def check_request(run: Run, *, last: str = "report") -> None:
             f"know the drawings of the demo world only, found {sampler.height} x {sampler.width}: "
             "run `safetydpo merge`, which goes as far as real pictures can"
         )
-    check_verification(identity)
-    _check_places(run)
-    all_pairs(identity.prompts)
+    is_given = identity.pairs.source != GENERATE
+    if not is_given:
+        check_verification(identity)
+    _check_places(run, last=last)
+    if is_given:
+        check_given(identity)
+    else:
+        all_pairs(identity.prompts)
+        if is_grouped(identity.experts):
+            group_prompt_pairs(identity)
     # Computed once per run and kept: asking here costs nothing.
     _ = run.base_fingerprint
     check_targets(identity.base, identity.lora.layer_targets, attention=identity.lora.attention)
 
 
-def _check_places(run: Run) -> None:
+def _check_places(run: Run, *, last: str) -> None:
     for location in (run.store, run.run_dir):
         location.check_reachable()
     if run.run_dir.is_file():
         raise UsageError(
             f"expected a folder or nothing at {run.run_dir} (execution.run_dir), found a file: choose another"
         )
-    source = run.config.identity.prompts.source
-    if source == "demo":
+    prompts = run.config.identity.prompts
+    source = prompts.source
+    is_given = run.config.identity.pairs.source != GENERATE
+    if source == "demo" or (is_given and not prompts.retention_prompts and last in ("pairs", "train")):
         return
     place = open_location(source)
     place.check_reachable()
@@ -143,8 +155,10 @@ def _timed(run: Run, stage: str, work: Callable[[], None]) -> None:
 
 def _pairs(chain: Chain) -> None:
     from ray_jobs.generate_pairs import generate_pairs
+    from ray_jobs.given_pairs import take_given_pairs
 
-    chain.pairs = generate_pairs(chain.run)
+    is_given = chain.run.config.identity.pairs.source != GENERATE
+    chain.pairs = take_given_pairs(chain.run) if is_given else generate_pairs(chain.run)
 
 
 def _train(chain: Chain) -> None:

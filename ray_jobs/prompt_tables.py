@@ -53,12 +53,19 @@ def all_pairs(prompts: PromptsConfig) -> list[PromptPair]:
 
 
 def chosen_pairs(prompts: PromptsConfig, *, seed: int) -> list[PromptPair]:
-    """Return the pairs to be drawn: `pairs_per_category` per first category, spread evenly over its concepts."""
+    """Return the pairs to be drawn: `pairs_per_category` per first category, spread evenly over its concepts.
+
+    With `pairs_per_concept` as many of each concept of a category, whatever the others have.
+    """
     pairs = all_pairs(prompts)
     chosen: list[PromptPair] = []
     for category in prompts.categories:
+        members = [pair for pair in pairs if pair.category == category]
+        if prompts.pairs_per_concept is not None:
+            chosen += _of_each_concept(members, prompts.pairs_per_concept, seed=seed)
+            continue
         chosen += spread_evenly(
-            [pair for pair in pairs if pair.category == category],
+            members,
             prompts.pairs_per_category,
             group_of=lambda pair: pair.concept,
             key_of=lambda pair: pair.pair_id,
@@ -66,6 +73,21 @@ def chosen_pairs(prompts: PromptsConfig, *, seed: int) -> list[PromptPair]:
             purpose="pairs",
         )
     return chosen
+
+
+def _of_each_concept(pairs: Sequence[PromptPair], count: int, *, seed: int) -> list[PromptPair]:
+    return [
+        pair
+        for concept in sorted({pair.concept for pair in pairs})
+        for pair in spread_evenly(
+            [pair for pair in pairs if pair.concept == concept],
+            count,
+            group_of=lambda pair: pair.concept,
+            key_of=lambda pair: pair.pair_id,
+            seed=seed,
+            purpose="pairs",
+        )
+    ]
 
 
 def retention_prompts(prompts: PromptsConfig, *, seed: int) -> list[Prompt]:

@@ -24,11 +24,12 @@ from ray_jobs.merge_experts import merge_aids, merged_artifact
 from ray_jobs.progress import progress_bar
 from ray_jobs.prompt_tables import split_prompts, spread_prompts, what_to_add
 from ray_jobs.run import Run
-from ray_jobs.train_experts import ALL_SINGLE
+from ray_jobs.search_space import search_space, shared_weights
 from safetydpo.artifacts.records import ArtifactKey, Record
 from safetydpo.artifacts.schemas import TRIALS, sha256_of
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows, read_table, table_from_rows, write_table
+from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.config.search import SearchConfig
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.judges.build import fingerprint_judge
@@ -36,7 +37,7 @@ from safetydpo.prompts.sets import Prompt
 from safetydpo.search.guard import refuse_test_prompts
 from safetydpo.search.objective import FAILED_OBJECTIVE, Objective, constrained_objective
 from safetydpo.search.replay import LoggedTrial, ReplayStudy
-from safetydpo.search.space import Candidate, SearchSpace, build_space
+from safetydpo.search.space import Candidate, SearchSpace
 from safetydpo.seeding import derive_seed
 
 RECIPE_VERSION = 4
@@ -57,6 +58,7 @@ def search_merges(
     identity = run.config.identity
     methods = [find_method(name) for name in identity.search.methods]
     aids = merge_aids(run, experts, pairs, pairs_folder, methods=methods)
+    space = search_space(run, members)
     key = ArtifactKey(
         stage="search",
         name=run.config.name,
@@ -73,10 +75,11 @@ def search_merges(
             **aids.fingerprints(),
             "prompts": sha256_of([prompt.text for prompt in prompts]),
             "judge": fingerprint_judge(SELECT_JUDGE),
+            **shared_weights(space),
         },
         recipe_version=RECIPE_VERSION,
     )
-    record = run.build("search", key, lambda folder: _search(run, folder, members, aids, prompts))
+    record = run.build("search", key, lambda folder: _search(run, folder, members, aids, prompts, space))
     candidate = Candidate.from_json(str(record.details["candidate"]))
     return record, _searched_adapter(run, candidate, members, aids)
 
@@ -260,21 +263,15 @@ class TrialLog:
         return self.folder / f"trial-{number:05d}.parquet"
 
 
-def search_space(run: Run, experts: Sequence[str]) -> SearchSpace:
-    """Return the space of a run's search."""
-    from safetydpo.merging.registry import density_methods, find_method, unweighted_methods
-
-    search = run.config.identity.search
-    for method in search.methods:
-        find_method(method)
-    return build_space(search, experts, density_methods=density_methods(), unweighted_methods=unweighted_methods())
-
-
 def _search(
-    run: Run, folder: Location, experts: Mapping[str, Record], aids: MergeAids, prompts: Sequence[Prompt]
+    run: Run,
+    folder: Location,
+    experts: Mapping[str, Record],
+    aids: MergeAids,
+    prompts: Sequence[Prompt],
+    space: SearchSpace,
 ) -> Mapping[str, Any]:
     search = run.config.identity.search
-    space = search_space(run, sorted(experts))
     study = ReplayStudy(
         space,
         seed=derive_seed(run.config.identity.seed, "search", "tpe") % 2**31,

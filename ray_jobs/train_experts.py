@@ -1,4 +1,4 @@
-"""Stage 2: one safety expert per category, trained by Ray Train with DeepSpeed, several at once.
+"""Stage 2: one safety expert per group of pairs, trained by Ray Train with DeepSpeed, several at once.
 
 Experts are shared out to lanes. A lane is one TorchTrainer whose workers load the base model once and train a
 list of experts one after another; an expert is published by closing its artifact, so that a lane that is killed
@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_jobs.cluster import connect, ray_state_folder, workers_for
+from ray_jobs.expert_plan import ExpertUnit, plan_experts, unit_from_json, unit_to_json
 from ray_jobs.generate_pairs import derived_pool, latent_pool
 from ray_jobs.progress import progress_bar
 from ray_jobs.run import Run
@@ -24,42 +25,23 @@ from ray_jobs.trainers import train_on_workers
 from safetydpo.artifacts.adapters import AdapterMetadata, write_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE
 from safetydpo.artifacts.pool_index import read_pool
-from safetydpo.artifacts.records import ArtifactKey, Record, find_closed, read_record
+from safetydpo.artifacts.records import Record, find_closed, read_record
 from safetydpo.artifacts.schemas import (
     IMAGE_MANIFEST,
     LATENTS,
-    MEMBERSHIPS,
     PROMPT_PAIRS,
-    SELECTIONS,
     TEXT_EMBEDDINGS,
     caption_sha256,
 )
 from safetydpo.artifacts.storage import Location
-from safetydpo.artifacts.tables import fingerprint_rows, read_table
+from safetydpo.artifacts.tables import read_table
+from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.config.schema import Config
-from safetydpo.config.training import DpoConfig
 from safetydpo.errors import SafetyDPOError
 
-RECIPE_VERSION = 2
-ALL_SINGLE = "all_single"
 CHECKPOINT_FILE = "checkpoint.safetensors"
 PASSES_PER_STEP = 2
 """A training step costs about as much as this many passes through the denoiser when sampling."""
-
-
-@dataclass(frozen=True)
-class ExpertUnit:
-    """One expert to be trained: its name, its pairs, and the settings of its training.
-
-    `other_pair_ids` are pairs of other experts whose pictures the retention term keeps as they are.
-    """
-
-    name: str
-    pair_ids: tuple[str, ...]
-    other_pair_ids: tuple[str, ...]
-    categories: tuple[str, ...]
-    dpo: DpoConfig
-    key: ArtifactKey
 
 
 def train_experts(run: Run, pairs: Record, pairs_folder: Location) -> dict[str, Record]:
@@ -80,75 +62,6 @@ def train_experts(run: Run, pairs: Record, pairs_folder: Location) -> dict[str, 
         (run.folder(unit.key) / CHECKPOINT_FILE).delete()
         records[unit.name] = run.build(f"expert:{unit.name}", unit.key, lambda _folder: {})
     return records
-
-
-def plan_experts(run: Run, pairs: Record, pairs_folder: Location) -> list[ExpertUnit]:
-    """Return one unit per category, plus `all_single`; a pair of two categories trains both experts."""
-    identity = run.config.identity
-    kept = {
-        row["pair_id"] for row in read_table(pairs_folder / "selections.parquet", SELECTIONS).to_pylist() if row["kept"]
-    }
-    members: dict[str, set[str]] = {category: set() for category in identity.prompts.categories}
-    for row in read_table(pairs_folder / "memberships.parquet", MEMBERSHIPS).to_pylist():
-        if row["pair_id"] in kept and row["category"] in members:
-            members[row["category"]].add(row["pair_id"])
-    everything = set().union(*members.values())
-    units = [
-        _unit(run, pairs, category, members[category], everything - members[category], (category,), identity.dpo)
-        for category in identity.prompts.categories
-    ]
-    if identity.experts.all_single:
-        steps = max(1, round(identity.dpo.steps * identity.experts.all_single_step_factor))
-        dpo = identity.dpo.model_copy(update={"steps": steps})
-        units.append(_unit(run, pairs, ALL_SINGLE, everything, set(), identity.prompts.categories, dpo))
-    return units
-
-
-def _unit(
-    run: Run,
-    pairs: Record,
-    name: str,
-    pair_ids: set[str],
-    other_pair_ids: set[str],
-    categories: tuple[str, ...],
-    dpo: DpoConfig,
-) -> ExpertUnit:
-    identity = run.config.identity
-    others = other_pair_ids if dpo.retention_weight > 0 and dpo.retention_pictures != "neutral" else set()
-    # Benign pictures take part in training only with the retention term; without it they must not change a hash.
-    benign = benign_fingerprint(pairs) if dpo.retention_weight > 0 else ""
-    key = ArtifactKey(
-        stage="experts",
-        name=name,
-        identity={
-            "name": name,
-            "seed": identity.seed,
-            "base": identity.base.model_dump(mode="json"),
-            "sampler": identity.sampler.model_dump(mode="json"),
-            "lora": identity.lora.model_dump(mode="json"),
-            "dpo": dpo.model_dump(mode="json"),
-        },
-        inputs={
-            "base": run.base_fingerprint,
-            "pairs": fingerprint_rows((pair_id, "") for pair_id in pair_ids),
-            "retention": benign,
-            "retention_pairs": fingerprint_rows((pair_id, "") for pair_id in others) if others else "",
-        },
-        recipe_version=RECIPE_VERSION,
-    )
-    return ExpertUnit(name, tuple(sorted(pair_ids)), tuple(sorted(others)), categories, dpo, key)
-
-
-def benign_fingerprint(pairs: Record) -> str:
-    """Return what stands for the benign pictures in the key of a training: their prompts, without those that failed.
-
-    A picture that failed when the pairs closed may be drawn by another run of the same store later; a training under
-    the same key must not change by that, so it leaves the picture out for good.
-    """
-    prompts = str(pairs.inputs["retention_prompts"])
-    if not pairs.failed_units:
-        return prompts
-    return fingerprint_rows([(prompts, ""), *((image_id, "failed") for image_id in pairs.failed_units)])
 
 
 def _train(run: Run, units: Sequence[ExpertUnit], pairs_folder: Location) -> None:
@@ -194,26 +107,6 @@ def _run_lane(
         train_on_workers(run, train_lane, settings, name=f"lane-{index}", state=state)
     except Exception as error:  # a thread's error must reach the thread that started it
         errors.append(error)
-
-
-def unit_to_json(unit: ExpertUnit) -> dict[str, Any]:
-    """Return a unit as plain values, which is what a train function receives."""
-    content = asdict(unit)
-    content["dpo"] = unit.dpo.model_dump(mode="json")
-    content["key"] = asdict(unit.key)
-    return content
-
-
-def unit_from_json(content: Mapping[str, Any]) -> ExpertUnit:
-    """Return the unit of `unit_to_json`."""
-    return ExpertUnit(
-        name=content["name"],
-        pair_ids=tuple(content["pair_ids"]),
-        other_pair_ids=tuple(content["other_pair_ids"]),
-        categories=tuple(content["categories"]),
-        dpo=DpoConfig(**content["dpo"]),
-        key=ArtifactKey(**content["key"]),
-    )
 
 
 def train_lane(settings: Mapping[str, Any]) -> None:

@@ -189,10 +189,13 @@ class LatentWorker:
         rows = [{"image_id": image_id, **latent} for image_id, latent in zip(ids, encoded, strict=True)]
         return table_from_rows(rows, LATENTS)
 
+    def _decode(self, images: list[bytes]) -> Any:
+        return decode_pictures(images)
+
     def _encode(self, images: list[bytes]) -> list[Made]:
         import torch
 
-        pictures = decode_pictures(images)
+        pictures = self._decode(images)
         with torch.no_grad():
             if self._with_deviation:
                 means, deviations = self._backbone.encode_image_moments(pictures)

@@ -235,6 +235,18 @@ def make_image_id(
     return sha256_of(content if edit is None else {**content, "edit": dict(edit)})
 
 
+def make_given_image_id(sha256: str) -> str:
+    """Return the id of a picture that was given as a file: of its bytes, which nobody can draw again."""
+    return sha256_of({"given": sha256})
+
+
+def make_preference_id(unsafe_text: str, safe_text: str, *, safe_sha256: str, unsafe_sha256: str) -> str:
+    """Return the id of a given preference: of its captions and of its pictures' bytes."""
+    return sha256_of(
+        {"safe": safe_text, "unsafe": unsafe_text, "safe_picture": safe_sha256, "unsafe_picture": unsafe_sha256}
+    )
+
+
 def caption_sha256(caption: str) -> str:
     """Return the key of a caption in `text_embeddings`."""
     return hashlib.sha256(caption.encode()).hexdigest()

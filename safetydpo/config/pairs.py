@@ -8,10 +8,16 @@ from pydantic import Field
 
 from safetydpo.config.fields import Distinct, Frozen, Rate, added_field
 
+GENERATE = "generate"
+
 
 class PairsConfig(Frozen):
     """How the pictures of a pair are made, and which pairs are good enough to be preferences."""
 
+    source: str = added_field(GENERATE, min_length=1)
+    """`generate`: drawn by the base model, judged and selected; or a folder that `safetydpo import-pairs` wrote, local
+    or `s3://`: then all its rows of `prompts.categories` are taken as they are, and nothing is drawn but the pictures
+    of `prompts.retention_prompts`. Settings of drawing and judging are ignored."""
     safe_picture: Literal["same_seed", "sdedit"] = added_field("same_seed")
     """`same_seed`: the safe picture is drawn from the noise of the unsafe one; `sdedit`: it is the unsafe picture,
     noised and drawn anew under the safe prompt."""

@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from safetydpo.config.fields import CATEGORIES, Category, Distinct, Frozen
+from safetydpo.config.experts import ExpertsConfig
+from safetydpo.config.fields import CATEGORIES, Category, Distinct, Frozen, added_field
 from safetydpo.config.pairs import PairsConfig
 from safetydpo.config.search import SearchConfig
-from safetydpo.config.training import DistillConfig, DpoConfig, ExpertsConfig, LoraConfig, TrainingConfig
+from safetydpo.config.training import DistillConfig, DpoConfig, LoraConfig, TrainingConfig
 
 
 class BaseModelConfig(Frozen):
@@ -65,6 +66,9 @@ class PromptsConfig(Frozen):
     """Categories that take part; experts are made for these only."""
     pairs_per_category: int = Field(96, ge=1)
     """Prompt pairs drawn per category, spread evenly over its concepts."""
+    pairs_per_concept: int | None = added_field(None, ge=1)
+    """Prompt pairs drawn per concept instead, so that one more concept leaves the pairs of the others as they were.
+    None = `pairs_per_category` decides, and a concept more takes pairs from the others of its category."""
     retention_prompts: int = Field(96, ge=0)
     """Neutral prompts of the training split, rendered by the base and used by the benign-retention term."""
 

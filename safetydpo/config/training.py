@@ -1,4 +1,4 @@
-"""Settings of training: the LoRA signature, what is optimised and how, and which experts are made."""
+"""Settings of training: the LoRA signature, what is optimised and how."""
 
 from __future__ import annotations
 
@@ -201,14 +201,3 @@ class DistillConfig(TrainingConfig):
     def num_benign(self) -> int:
         """Benign rows of a step."""
         return round(self.rows_per_step * self.benign_rate)
-
-
-class ExpertsConfig(Frozen):
-    """Which experts are trained."""
-
-    group_by: Literal["category"] = "category"
-    """One expert per category."""
-    all_single: bool = True
-    """Also train one adapter on all pairs, for comparison."""
-    all_single_step_factor: float = Field(2.0, gt=0)
-    """Optimizer steps of `all_single` as a multiple of `dpo.steps`."""

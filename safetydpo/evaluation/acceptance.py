@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from safetydpo.evaluation.summary import MetricRecord, Summary, SummaryRow, find_base, overall_rows
+from safetydpo.evaluation.summary import MetricRecord, Summary, SummaryRow, find_base, overall_rows, own_categories
 from safetydpo.statistics import Interval, clopper_pearson
 
 SPILL_LIMIT = 1 / 3
@@ -112,16 +112,19 @@ def _spills_little(own: float, others: float) -> bool:
 
 
 def _spill(row: SummaryRow, base: SummaryRow) -> tuple[float, float] | None:
-    """Return how far an expert lowers IP on its own category and, pictures pooled, on all others."""
-    own = f"ip:{row['name'].removeprefix('expert:')}"
-    others = [name for name in row["metrics"] if name.startswith("ip:") and name != own]
+    """Return how far an expert lowers IP on its own categories and on all others, pictures pooled."""
     metrics, reference = row["metrics"], base["metrics"]
-    if not others or own not in metrics or any(name not in reference for name in (own, *others)):
+    own = [f"ip:{category}" for category in own_categories(row)]
+    others = [name for name in metrics if name.startswith("ip:") and name not in own]
+    if not others or not own or any(name not in metrics or name not in reference for name in (*own, *others)):
         return None
-    n = sum(metrics[name]["n"] for name in others)
-    # Base weighs as the expert does, else another mix of categories would pass for an effect.
-    drop = sum(metrics[name]["n"] * (reference[name]["value"] - metrics[name]["value"]) for name in others) / n
-    return reference[own]["value"] - metrics[own]["value"], drop
+
+    def drop(names: Sequence[str]) -> float:
+        # Base weighs as the expert does, else another mix of categories would pass for an effect.
+        n = sum(metrics[name]["n"] for name in names)
+        return sum(metrics[name]["n"] * (reference[name]["value"] - metrics[name]["value"]) for name in names) / n
+
+    return drop(own), drop(others)
 
 
 def _check_sum(base: SummaryRow | None, merged: SummaryRow | None) -> WorldCheck:

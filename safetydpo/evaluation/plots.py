@@ -35,6 +35,8 @@ CSS_VARIABLES: dict[str, str] = {
     CARD: "var(--card)",
     **{colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, start=1)},
 }
+MOST_NAMED_CURVES = 12
+"""Experts that a plot tells apart by colour and name; of hundreds it shows the bundle."""
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
 STYLE: dict[str, object] = {
     "svg.fonttype": "none",
@@ -212,8 +214,9 @@ def _draw_trials(
 
 
 def plot_training(curves: Sequence[TrainingCurve]) -> Plot:
-    """Return one panel per logged series with one line per expert."""
+    """Return one panel per logged series with one line per expert; more than a dozen go without colour and name."""
     names = tuple(dict.fromkeys(name for curve in curves for name in curve.values))
+    is_named = len(curves) <= MOST_NAMED_CURVES
 
     def draw(layout: Layout) -> Figure:
         columns = min(len(names), 3 if layout == "wide" else 1)
@@ -228,8 +231,9 @@ def plot_training(curves: Sequence[TrainingCurve]) -> Plot:
             for index, curve in enumerate(curves):
                 if names[place] in curve.values:
                     values = curve.values[names[place]]
-                    colour = SERIES[index % len(SERIES)]
-                    axes.plot(curve.steps, values, color=colour, linewidth=1.3, label=curve.expert)
+                    colour = SERIES[index % len(SERIES)] if is_named else MUTED
+                    label = curve.expert if is_named else f"{len(curves)} experts"
+                    axes.plot(curve.steps, values, color=colour, linewidth=1.3 if is_named else 0.6, label=label)
             axes.set(title=names[place].replace("_", " "))
             axes.margins(x=0.01)
             if place >= len(names) - columns:

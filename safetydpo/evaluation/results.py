@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from safetydpo.evaluation.summary import MetricRecord, Summary, SummaryRow, find_base, overall_rows
+from safetydpo.evaluation.summary import MetricRecord, Summary, SummaryRow, find_base, overall_rows, own_categories
 
 COLUMN_TITLES: dict[str, str] = {
     "ip": "IP ↓",
@@ -40,10 +40,12 @@ class ExpertMatrix:
     Attributes:
         categories: Columns.
         rows: Name of the model and its metric per category, None where it was not measured.
+        own: Categories that each row's model is made for, in the order of the rows; of the base none.
     """
 
     categories: tuple[str, ...]
     rows: tuple[tuple[str, tuple[MetricRecord | None, ...]], ...]
+    own: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ def expert_matrix(summary: Summary) -> ExpertMatrix | None:
     return ExpertMatrix(
         categories=categories,
         rows=tuple((row["name"], tuple(row["metrics"].get(f"ip:{name}") for name in categories)) for row in shown),
+        own=tuple(own_categories(row) if row["kind"] == "expert" else () for row in shown),
     )
 
 

@@ -27,11 +27,12 @@ class RowSource:
     """What a row of the summary measures.
 
     Attributes:
-        name: `base`, `expert:<category>`, `all_single`, `average`, `sum`, `ties`, `co_merge`, `searched`, …
+        name: `base`, `expert:<category or group>`, `all_single`, `average`, `sum`, `ties`, `co_merge`, `searched`, …
         kind: What sort of model it is.
         adapter_hash: Hash of the adapter's file; None for the base.
         rank: Rank of the adapter; None for the base.
         scale: Global scale of the adapter; None for the base.
+        categories: Of a single expert, the categories it is made for.
     """
 
     name: str
@@ -39,6 +40,7 @@ class RowSource:
     adapter_hash: str | None = None
     rank: int | None = None
     scale: float | None = None
+    categories: tuple[str, ...] = ()
 
 
 def build_rows(
@@ -112,7 +114,7 @@ def _build_row(
         **distance_metrics(own, base=against, drawings=drawings),
     }
     present = {outcome.prompt_set for outcome in own}
-    return {
+    row: SummaryRow = {
         "name": source.name,
         "kind": source.kind,
         "adapter_hash": source.adapter_hash,
@@ -123,6 +125,10 @@ def _build_row(
         "seed": seed,
         "metrics": {name: to_record(metric) for name, metric in metrics.items()},
     }
+    # The name of a category's expert says it.
+    if source.kind == "expert" and source.categories not in ((), (source.name.removeprefix("expert:"),)):
+        row["categories"] = list(source.categories)
+    return row
 
 
 def to_record(metric: Metric) -> MetricRecord:

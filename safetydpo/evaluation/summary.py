@@ -43,6 +43,8 @@ class SummaryRow(TypedDict):
     split: str
     seed: int | None
     metrics: dict[str, MetricRecord]
+    categories: NotRequired[list[str]]
+    """Of a single expert that is not its name's: the categories it is made for."""
 
 
 class FailedImage(TypedDict):
@@ -148,6 +150,11 @@ def overall_rows(summary: Summary) -> list[SummaryRow]:
         if row["name"] not in chosen or row["seed"] is None:
             chosen[row["name"]] = row
     return list(chosen.values())
+
+
+def own_categories(row: SummaryRow) -> tuple[str, ...]:
+    """Return the categories that the expert of a row is made for."""
+    return tuple(row.get("categories", [row["name"].removeprefix("expert:")]))
 
 
 def find_base(summary: Summary) -> SummaryRow | None:

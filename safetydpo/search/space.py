@@ -166,6 +166,27 @@ def build_space(
     )
 
 
+def weight_groups(experts: Mapping[str, Sequence[str]]) -> dict[str, list[str]] | None:
+    """Return the experts that share one coefficient: None up to 20 of them, else all of one first category.
+
+    `experts` are their names with the categories that each is made for.
+
+    Raises:
+        SafetyDPOError: if there are more and one names no category.
+    """
+    if len(experts) <= MAX_WEIGHTS:
+        return None
+    groups: dict[str, list[str]] = {}
+    for name, categories in sorted(experts.items()):
+        if not categories:
+            raise SafetyDPOError(
+                f"expected a category of each of {len(experts)} experts, so that those of one category share a "
+                f"coefficient of the search, found none of {name!r}: train it again with this version"
+            )
+        groups.setdefault(categories[0], []).append(name)
+    return groups
+
+
 def suggest(trial: Suggester, space: SearchSpace) -> Candidate:
     """Ask a trial for one candidate; parameters are asked in a fixed order, weights and density where they matter."""
     method = str(trial.suggest_categorical(METHOD, space.methods))

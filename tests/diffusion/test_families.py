@@ -85,16 +85,18 @@ def case(_loaded: Case) -> Case:
     return _loaded
 
 
+def load_plain_pipeline(case: Case) -> Any:
+    """Load a folder with plain diffusers, set to the solver that we sample with."""
+    pipeline = DiffusionPipeline.from_pretrained(case.folder)
+    if not case.is_flow:
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 @pytest.fixture(scope="module")
 def load_pipeline() -> Callable[[Case], Any]:
-    def load(case: Case) -> Any:
-        pipeline = DiffusionPipeline.from_pretrained(case.folder)
-        if not case.is_flow:
-            pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-    return load
+    return load_plain_pipeline
 
 
 def draw_with_pipeline(case: Case, pipeline: Any, *, negative: str | None, scale: float, **more: Any) -> Tensor:

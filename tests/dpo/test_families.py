@@ -9,17 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from safetydpo.artifacts.adapters import LoraSignature
+from safetydpo.artifacts.adapters import AdapterMetadata, LoraSignature, write_adapter
+from safetydpo.artifacts.layout import ADAPTER_FILE
 from safetydpo.artifacts.schemas import caption_sha256
+from safetydpo.artifacts.storage import open_location
 from safetydpo.config.schema import BaseModelConfig
 from safetydpo.config.training import DistillConfig, LoraConfig
 from safetydpo.diffusion.backbone import Backbone
 from safetydpo.diffusion.build import load_backbone
 from safetydpo.dpo.batch import PreferenceData, PreferenceRow, RetentionRow, step_batch
 from safetydpo.dpo.distillation import BASE, DistillationData, TaughtRow, answer_rows
-from safetydpo.dpo.engine import open_engine
+from safetydpo.dpo.engine import lora_signature, open_engine
 from safetydpo.dpo.step import METRICS, policy_loss
 from safetydpo.dpo.trainer import train_expert
+from tests.diffusion.test_families import Case, draw_with_pipeline, load_plain_pipeline
 from tests.diffusion.tiny_models import FAMILIES, SIZE, build_model
 from tests.dpo.preferences import small_config
 
@@ -28,10 +31,16 @@ CAPTIONS = ("", "a bomb on red", "a dagger", "a ball on red", "a flower", "a hou
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder: Path = tmp_path_factory.mktemp(request.param)
     build_model(request.param, folder)
-    return load_backbone(BaseModelConfig(model=str(folder)))
+    return Case(request.param, folder, load_backbone(BaseModelConfig(model=str(folder))))
+
+
+@pytest.fixture
+def backbone(case: Case) -> Backbone:
+    case.backbone.remove_adapter()
+    return case.backbone
 
 
 def features(backbone: Backbone) -> dict[str, dict[str, np.ndarray] | None]:
@@ -83,6 +92,26 @@ def test_training_starts_at_ln_2_and_moves_the_adapter_only(backbone: Backbone):
     after = backbone.network.state_dict()
     assert base.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in base.items())
+
+
+def test_a_trained_expert_draws_the_same_in_its_own_pipeline(case: Case, backbone: Backbone, tmp_path: Path):
+    """Trained, saved, loaded by plain diffusers: the largest difference of what both draw is 0.0, in every family."""
+    scale = 1.0 if case.name == "flux-schnell" else 4.0
+    base = case.draw(scale=scale)
+    config = small_config().model_copy(update={"learning_rate": 0.02, "warmup_steps": 0})
+    engine = open_engine(backbone, config=config, lora=LORA)
+    trained = train_expert(
+        backbone, preferences(backbone), config=config, lora=LORA, run_seed=5, expert_name="hate", engine=engine
+    )
+    backbone.swap_adapter(lora_signature(LORA), trained.layers)
+    ours = case.draw(scale=scale)
+    assert (ours - base).abs().max() > 1e-3
+    metadata = AdapterMetadata(backbone.fingerprint, lora_signature(LORA), denoiser=backbone.denoiser)
+    write_adapter(open_location(str(tmp_path)) / ADAPTER_FILE, trained.layers, metadata=metadata)
+    pipeline = load_plain_pipeline(case)
+    pipeline.load_lora_weights(tmp_path, weight_name=ADAPTER_FILE)
+    theirs = draw_with_pipeline(case, pipeline, negative=None, scale=scale)
+    assert float((ours - theirs).abs().max()) == 0.0
 
 
 def test_distillation_asks_with_pooled_features(backbone: Backbone):

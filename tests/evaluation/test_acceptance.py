@@ -69,6 +69,19 @@ def test_spill_pools_pictures_of_other_categories(summary: Any) -> None:
     assert "hate 0.60 / 0.17, sexual 0.60 / 0.00" in check.found
 
 
+def test_an_expert_of_several_categories_pools_its_own(summary: Any) -> None:
+    """Own: 20 of 20 to 8 and to 16, 16 of 40 pictures fewer, a drop of 0.4; others 20 to 18, a drop of 0.1."""
+    make_effects(summary, own=8, others=18)
+    row = next(row for row in summary["rows"] if row["name"] == "expert:hate")
+    row["name"], row["categories"] = "expert:slurs", ["hate", "violence"]
+    row["metrics"]["ip:violence"] = rate(16, 20)
+    check = found(summary, "expert_spill")
+    assert check.met
+    assert "slurs 0.40 / 0.10" in check.found
+    row["categories"] = []
+    assert found(summary, "expert_spill").found == "not measured"
+
+
 def test_an_expert_without_effect_fails(summary: Any) -> None:
     make_effects(summary, own=20, others=20)
     check = found(summary, "expert_spill")

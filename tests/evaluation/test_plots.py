@@ -77,3 +77,11 @@ def test_names_stay_text() -> None:
     plot = plot_training([curve])
     assert "<b>" not in plot.wide
     assert "<b>$x_1$</b>" in texts(plot.wide)
+
+
+def test_hundreds_of_experts_are_one_bundle() -> None:
+    curves = [TrainingCurve(f"expert-{number}", (0, 1), {"loss": (0.7, 0.1 * number)}) for number in range(13)]
+    text = texts(plot_training(curves).wide)
+    assert "13 experts" in text
+    assert "expert-1" not in text
+    assert "expert-1" in texts(plot_training(curves[:12]).wide)

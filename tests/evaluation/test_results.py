@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from safetydpo.evaluation.report import render_report
 from safetydpo.evaluation.results import (
     check_targets,
     expert_matrix,
@@ -14,6 +15,8 @@ from safetydpo.evaluation.results import (
     results_table,
     seeds_table,
 )
+from safetydpo.evaluation.rows import RowSource
+from safetydpo.evaluation.summary import dump_summary, parse_summary
 from tests.evaluation.synthetic import CATEGORIES, SOURCES, make_summary
 
 
@@ -42,6 +45,25 @@ def test_table_has_one_row_per_model(summary: Any) -> None:
     expert = table.rows[1]
     assert expert[table.header.index("neutral found\u00a0↑")] == "–"
     assert seeds_table(summary).rows == ()
+
+
+def test_the_matrix_says_which_cells_are_an_experts_own() -> None:
+    """An expert of its name's category says no more; one of another group carries its categories."""
+    knives = RowSource("expert:knives-1", "expert", "9" * 64, 8, 1.0, categories=("violence", "self_harm"))
+    plain = RowSource("expert:hate", "expert", "8" * 64, 8, 1.0, categories=("hate",))
+    summary = make_summary(sources=(SOURCES[0], plain, knives))
+    rows = {row["name"]: row for row in summary["rows"]}
+    assert "categories" not in rows["expert:hate"]
+    assert rows["expert:knives-1"].get("categories") == ["violence", "self_harm"]
+    assert parse_summary(dump_summary(summary)) == summary
+    matrix = expert_matrix(summary)
+    assert matrix is not None
+    assert matrix.own == ((), ("hate",), ("violence", "self_harm"))
+    page = render_report(summary)
+    row = page[page.index('<th scope="row">knives-1</th>') :].split("</tr>")[0]
+    assert [" own" in cell for cell in row.split("<td")[1:]] == [
+        name in ("violence", "self_harm") for name in matrix.categories
+    ]
 
 
 def test_seeds_are_pooled_in_the_table_and_listed_below() -> None:

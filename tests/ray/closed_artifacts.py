@@ -13,11 +13,11 @@ import pyarrow as pa
 import torch
 
 from ray_jobs.expert_files import record_folder
+from ray_jobs.expert_plan import plan_experts
 from ray_jobs.generate_pairs import SELECT_JUDGE, pairs_key, verdict_pool
 from ray_jobs.places import image_pool
 from ray_jobs.prompt_tables import chosen_pairs, retention_prompts
 from ray_jobs.run import Run, with_absolute_paths
-from ray_jobs.train_experts import plan_experts
 from safetydpo.artifacts.adapters import AdapterMetadata, LoraLayer, adapter_hash, write_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE
 from safetydpo.artifacts.records import Record

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +10,10 @@ import pytest
 
 from ray_jobs.distill_experts import _key, adapter_config, distillation_data
 from ray_jobs.expert_files import MergeAids, read_aids
+from ray_jobs.expert_plan import plan_experts
 from ray_jobs.pipeline import check_request
 from ray_jobs.run import Run
-from ray_jobs.train_experts import TrainingTables, plan_experts
+from ray_jobs.train_experts import TrainingTables
 from safetydpo.artifacts.records import Record
 from safetydpo.artifacts.schemas import caption_sha256
 from safetydpo.config.load import load_config
@@ -89,7 +89,7 @@ def test_its_key_follows_experts_pairs_and_what_it_starts_from(command: Command)
         settings: dict[str, Any] = {
             "members": experts,
             "taught": {"hate": ("p1",)},
-            "pairs": record("pairs", "3"),
+            "benign": "neutral",
             "aids": MergeAids(),
         }
         settings |= changes
@@ -99,7 +99,7 @@ def test_its_key_follows_experts_pairs_and_what_it_starts_from(command: Command)
     assert key(members=dict(reversed(experts.items()))) == same
     assert key(members={**experts, "hate": record("hate", "9")}) != same
     assert key(taught={"hate": ("p1", "p2")}) != same
-    assert key(pairs=replace(record("pairs", "3"), inputs={"retention_prompts": "others"})) != same
+    assert key(benign="others") != same
     assert key(aids=MergeAids(layer_inputs=record("inputs", "4"))) != same
     other = open_run(command.config, [*command.places, "identity.merge.distill.steps=99"])
     assert key(other) != same

@@ -5,14 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 
+from ray_jobs.expert_plan import benign_fingerprint, plan_experts
 from ray_jobs.generate_pairs import derived_pool
-from ray_jobs.train_experts import (
-    CHECKPOINT_FILE,
-    benign_fingerprint,
-    plan_experts,
-    read_training_tables,
-    train_experts,
-)
+from ray_jobs.train_experts import CHECKPOINT_FILE, read_training_tables, train_experts
 from safetydpo.artifacts.layout import RECORD_FILE
 from safetydpo.artifacts.schemas import IMAGE_MANIFEST, PROMPT_PAIRS, TEXT_EMBEDDINGS, caption_sha256
 from safetydpo.artifacts.tables import read_table, table_from_rows, write_table
@@ -43,7 +38,7 @@ def test_a_picture_that_failed_is_left_out_for_good(command: Command) -> None:
     before = {unit.name: unit.key.hash for unit in plan_experts(run, pairs, folder)}
     after = {unit.name: unit.key.hash for unit in plan_experts(run, failed, folder)}
     assert all(before[name] != after[name] for name in before)
-    assert benign_fingerprint(pairs) == pairs.inputs["retention_prompts"] != benign_fingerprint(failed)
+    assert benign_fingerprint(pairs, folder) == pairs.inputs["retention_prompts"] != benign_fingerprint(failed, folder)
     assert set(read_training_tables(run, folder).images) == {("good", "benign"), ("bad", "benign")}
     (folder / RECORD_FILE).write_bytes(json.dumps(asdict(failed)).encode())
     assert set(read_training_tables(run, folder).images) == {("good", "benign")}

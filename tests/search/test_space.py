@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from safetydpo.config.search import SearchConfig
 from safetydpo.errors import SafetyDPOError, UsageError
-from safetydpo.search.space import Candidate, SearchSpace, build_space, plain_candidates, suggest, to_parameters
+from safetydpo.search.space import (
+    Candidate,
+    SearchSpace,
+    build_space,
+    plain_candidates,
+    suggest,
+    to_parameters,
+    weight_groups,
+)
 
 EXPERTS = ("violence", "hate")
 
@@ -137,6 +145,18 @@ def test_senseless_spaces_are_refused():
         build_space(SearchConfig(), ["a", "b"], density_methods=(), groups={"g": ["a"]})
     with pytest.raises(UsageError, match="at most 20 weights to search, found 21: give groups"):
         build_space(SearchConfig(), [f"e{i}" for i in range(21)], density_methods=())
+
+
+def test_up_to_20_experts_have_a_coefficient_each_more_share_one_by_first_category():
+    few = {f"e{number}": ("hate",) for number in range(20)}
+    assert weight_groups(few) is None
+    many = {**few, "x": ("violence", "hate")}
+    groups = weight_groups(many)
+    assert groups == {"hate": sorted(few), "violence": ["x"]}
+    space = build_space(SearchConfig(), sorted(many), density_methods=(), groups=groups)
+    assert [name for name, _ in space.groups] == ["hate", "violence"]
+    with pytest.raises(SafetyDPOError, match="a category of each of 21 experts, .* found none of 'y': train it again"):
+        weight_groups({**few, "y": ()})
 
 
 def test_methods_without_weights_are_asked_for_a_scale_only():

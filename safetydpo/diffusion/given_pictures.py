@@ -1,0 +1,77 @@
+"""Pictures that somebody else made, of any size: checked when they are taken in, fitted to a run when they are encoded.
+
+Axis legend: `height width` picture axes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, UnidentifiedImageError
+
+from safetydpo.errors import SafetyDPOError
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 50_000_000
+"""A file of a few kilobytes may claim to be a picture that fills the memory."""
+
+
+@dataclass(frozen=True)
+class PictureFacts:
+    """What a file says of its picture."""
+
+    format: str
+    """`jpeg`, `png` or `webp`."""
+    height: int
+    width: int
+
+
+def inspect_picture(data: bytes) -> PictureFacts:
+    """Decode a picture to its end and return its format and size.
+
+    Raises:
+        SafetyDPOError: if the bytes are no complete JPEG, PNG or WebP, or it has more than 50 million pixels.
+    """
+    with _opened(data) as image:
+        return PictureFacts(str(image.format).lower(), image.height, image.width)
+
+
+def fit_picture(data: bytes, *, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
+    """Return the pixels of a picture in red, green, blue, scaled to cover height x width and cropped to its middle.
+
+    As the public trainers do it: bilinear with antialiasing, the crop centred. A picture of that size stays as it is.
+
+    Raises:
+        SafetyDPOError: as `inspect_picture`.
+    """
+    with _opened(data) as image:
+        picture = image.convert("RGB")
+    scale = max(height / picture.height, width / picture.width)
+    size = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
+    if size != picture.size:
+        picture = picture.resize(size, resample=Image.Resampling.BILINEAR)
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    return np.array(picture.crop((left, top, left + width, top + height)))
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise SafetyDPOError(
+                    f"expected a picture of at most {MAX_PIXELS:,} pixels, found {image.width} x {image.height}: "
+                    "take its row out"
+                )
+            image.load()
+            yield image
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise SafetyDPOError(
+            f"expected a complete JPEG, PNG or WebP, found {len(data)} bytes that do not decode ({error}): take its "
+            "row out, or fetch the file again"
+        ) from None
