@@ -189,10 +189,13 @@ class LatentWorker:
         rows = [{"image_id": image_id, **latent} for image_id, latent in zip(ids, encoded, strict=True)]
         return table_from_rows(rows, LATENTS)
 
+    def _pictures(self, images: list[bytes]) -> Any:
+        return decode_pictures(images)
+
     def _encode(self, images: list[bytes]) -> list[Made]:
         import torch
 
-        pictures = decode_pictures(images)
+        pictures = self._pictures(images)
         with torch.no_grad():
             if self._with_deviation:
                 means, deviations = self._backbone.encode_image_moments(pictures)
@@ -208,6 +211,13 @@ class LatentWorker:
             }
             for index in range(len(images))
         ]
+
+
+class FlippedLatentWorker(LatentWorker):
+    """Encodes stored pictures mirrored, left and right exchanged."""
+
+    def _pictures(self, images: list[bytes]) -> Any:
+        return decode_pictures(images).flip(2)
 
 
 def _half_bytes(values: Any) -> bytes:

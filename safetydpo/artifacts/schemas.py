@@ -157,6 +157,14 @@ TEXT_EMBEDDINGS = pa.schema(
         pa.field("pooled_width", pa.int32(), nullable=True, metadata=ADDED_LATER),
     ]
 )
+REFERENCE_ERRORS = pa.schema(
+    [
+        pa.field("error_id", pa.string(), nullable=False),
+        # Squared errors of the base, means over the latent, not weighted by timestep.
+        pa.field("error_reference_safe", pa.float32(), nullable=False),
+        pa.field("error_reference_unsafe", pa.float32(), nullable=False),
+    ]
+)
 TRIALS = pa.schema(
     [
         pa.field("trial", pa.int32(), nullable=False),
@@ -233,6 +241,11 @@ def make_image_id(
     }
     # Left out when there is none: pictures drawn from noise keep the ids they have always had.
     return sha256_of(content if edit is None else {**content, "edit": dict(edit)})
+
+
+def flipped_image_id(image_id: str) -> str:
+    """Return the id under which what is computed from the mirrored picture is stored."""
+    return sha256_of({"flipped": image_id})
 
 
 def caption_sha256(caption: str) -> str:

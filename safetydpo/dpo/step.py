@@ -46,7 +46,7 @@ def policy_loss(
     noisy, timesteps, condition, target = _questions(backbone, batch)
     unsafe = slice(pairs, 2 * pairs)
     with torch.no_grad(), backbone.adapter_off():
-        reference = backbone.predict(noisy, timesteps, condition)
+        reference = backbone.predict(noisy, timesteps, condition) if batch.reference_errors is None else None
         # In a pass of its own: in a larger batch the reference would lose its equal bits with the policy.
         redirects = config.redirection_weight > 0
         answer = backbone.predict(noisy[unsafe], timesteps[unsafe], batch.safe_condition) if redirects else None
@@ -55,7 +55,13 @@ def policy_loss(
     weights = backbone.velocity_weights(timesteps) if config.error_weighting == "velocity" else None
     pair_weights = None if weights is None else weights[: 2 * pairs]
     policy_safe, policy_unsafe = squared_error(policy[: 2 * pairs], target, weights=pair_weights).split(pairs)
-    reference_safe, reference_unsafe = squared_error(reference[: 2 * pairs], target, weights=pair_weights).split(pairs)
+    if reference is None:
+        assert batch.reference_errors is not None
+        errors = batch.reference_errors.T.flatten()
+        errors = errors if pair_weights is None else errors * pair_weights
+    else:
+        errors = squared_error(reference[: 2 * pairs], target, weights=pair_weights)
+    reference_safe, reference_unsafe = errors.split(pairs)
     preference = preference_loss(
         policy_safe,
         policy_unsafe,
@@ -68,6 +74,7 @@ def policy_loss(
     loss = preference.loss
     retention = torch.zeros_like(preference.preference)
     if batch.retention_latents.shape[0]:
+        assert reference is not None  # the settings refuse stored errors beside this term
         benign_weights = None if weights is None else weights[2 * pairs :]
         retention = retention_loss(policy[2 * pairs :], reference[2 * pairs :], weights=benign_weights)
         loss = loss + config.retention_weight * retention
@@ -110,3 +117,11 @@ def _questions(
     )
     condition = batch.condition.followed_by(batch.condition).followed_by(batch.retention_condition)
     return noisy, everything, condition, backbone.target(latents, noise, timesteps)
+
+
+def reference_errors(backbone: Backbone, batch: StepBatch) -> Float[Tensor, "batch side"]:
+    """Return the base's unweighted errors on the safe and the unsafe picture of each pair: what may be stored."""
+    noisy, timesteps, condition, target = _questions(backbone, batch)
+    with torch.no_grad(), backbone.adapter_off():
+        prediction = backbone.predict(noisy, timesteps, condition)
+    return torch.stack(squared_error(prediction, target).split(batch.num_pairs), dim=1)

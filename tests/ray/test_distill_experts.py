@@ -13,7 +13,8 @@ from ray_jobs.distill_experts import _key, adapter_config, distillation_data
 from ray_jobs.expert_files import MergeAids, read_aids
 from ray_jobs.pipeline import check_request
 from ray_jobs.run import Run
-from ray_jobs.train_experts import TrainingTables, plan_experts
+from ray_jobs.train_experts import plan_experts
+from ray_jobs.training_tables import TrainingTables
 from safetydpo.artifacts.records import Record
 from safetydpo.artifacts.schemas import caption_sha256
 from safetydpo.config.load import load_config
