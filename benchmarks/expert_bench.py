@@ -9,7 +9,7 @@ from ray_jobs.expert_files import record_folder
 from ray_jobs.expert_plan import ExpertUnit, plan_experts
 from ray_jobs.prompt_tables import split_prompts, spread_prompts
 from ray_jobs.run import Run, with_absolute_paths
-from ray_jobs.train_experts import preference_data, read_training_tables
+from ray_jobs.training_tables import preference_data, read_training_tables
 from safetydpo.artifacts.records import read_pointers, read_record
 from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.config.schema import Config

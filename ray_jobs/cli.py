@@ -184,6 +184,8 @@ def run_chain(config: Any, *, last: str) -> None:
     if chain.summary is not None:
         _print_summary(console, chain)
     else:
+        if last == "train":
+            _print_draws(console, chain)
         console.print(f"[bold]{last}[/bold] is done: {chain.run.run_dir}")
     _print_times(console, chain)
 
@@ -238,6 +240,16 @@ def summary_table(summary: Any, *, name: str, width: int) -> Any:
             style="bold" if row["kind"] == "searched" else None,
         )
     return table
+
+
+def _print_draws(console: Any, chain: Any) -> None:
+    from ray_jobs.reference_errors import count_draws, describe_draws
+    from ray_jobs.expert_plan import plan_experts
+
+    units = plan_experts(chain.run, chain.pairs, chain.pairs_folder)
+    each = [count_draws(chain.run, [unit]) for unit in units]
+    reference = chain.run.config.identity.dpo.reference
+    console.print(describe_draws(count_draws(chain.run, units), each, reference=reference), soft_wrap=True)
 
 
 def _print_times(console: Any, chain: Any) -> None:

@@ -15,8 +15,9 @@ from ray_jobs.expert_files import MERGE_RECIPE_VERSION, MergeAids, expert_folder
 from ray_jobs.expert_plan import benign_fingerprint, plan_experts
 from ray_jobs.progress import progress_bar
 from ray_jobs.run import Run
-from ray_jobs.train_experts import CHECKPOINT_FILE, TrainingTables, read_training_tables
+from ray_jobs.train_experts import CHECKPOINT_FILE
 from ray_jobs.trainers import train_on_workers
+from ray_jobs.training_tables import TrainingTables, read_training_tables
 from safetydpo.artifacts.adapters import AdapterMetadata, adapter_hash, write_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE
 from safetydpo.artifacts.records import ArtifactKey, Record, find_closed

@@ -33,7 +33,7 @@ from ray_jobs.verify_pairs import (
     stored_pictures,
     verify_pairs,
 )
-from ray_jobs.workers import CaptionWorker, LatentWorker, RenderWorker
+from ray_jobs.workers import CaptionWorker, FlippedLatentWorker, LatentWorker, RenderWorker
 from safetydpo.artifacts.layout import stage_folder
 from safetydpo.artifacts.pool_index import FILE_COLUMN
 from safetydpo.artifacts.records import ArtifactKey, Record
@@ -47,6 +47,7 @@ from safetydpo.artifacts.schemas import (
     SELECTIONS,
     TEXT_EMBEDDINGS,
     caption_sha256,
+    flipped_image_id,
 )
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows, table_from_rows, table_from_stream, write_table
@@ -334,9 +335,24 @@ def encode_pictures(run: Run, images: pa.Table, used: pa.Table) -> None:
         passes_per_batch=DERIVED_PASSES,
         attach=stored_pictures(image_pool(run)),
     )
-    wanted = pc.is_in(images.column("image_id"), value_set=used.column("image_id").combine_chunks())
-    manifest = images.filter(wanted).select(PICTURE_PLACE)
-    fill_pool(latent_pool(run), manifest, stage, execution=run.config.execution)
+    pool, execution = latent_pool(run), run.config.execution
+    fill_pool(pool, _rows_of(images, used).select(PICTURE_PLACE), stage, execution=execution)
+    if run.config.identity.pairs.flipped_latents:
+        rows = _rows_of(images, used.filter(pc.not_equal(used.column("side"), "benign"))).select(PICTURE_PLACE)
+        sources = rows.column("image_id")
+        mirrored = pa.array([flipped_image_id(image_id) for image_id in sources.to_pylist()], type=pa.string())
+        rows = rows.rename_columns({"image_id": "source_id"}).append_column(LATENTS.field("image_id"), mirrored)
+        stage = replace(
+            stage,
+            label="mirrored latents",
+            worker=FlippedLatentWorker,
+            attach=Attachment(image_pool(run), PICTURE, "image_id", by="source_id"),
+        )
+        fill_pool(pool, rows, stage, execution=execution)
+
+
+def _rows_of(images: pa.Table, used: pa.Table) -> pa.Table:
+    return images.filter(pc.is_in(images.column("image_id"), value_set=used.column("image_id").combine_chunks()))
 
 
 def encode_captions(run: Run, used: pa.Table) -> None:

@@ -10,31 +10,20 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
-
-import numpy as np
-import pyarrow as pa
 
 from ray_jobs.cluster import connect, ray_state_folder, workers_for
 from ray_jobs.expert_plan import ExpertUnit, plan_experts, unit_from_json, unit_to_json
-from ray_jobs.generate_pairs import derived_pool, latent_pool
 from ray_jobs.progress import progress_bar
+from ray_jobs.reference_errors import count_draws, make_reference_errors, with_reference_errors
 from ray_jobs.run import Run
 from ray_jobs.trainers import train_on_workers
+from ray_jobs.training_tables import TrainingTables, preference_data, read_training_tables
 from safetydpo.artifacts.adapters import AdapterMetadata, write_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE
-from safetydpo.artifacts.pool_index import read_pool
 from safetydpo.artifacts.records import Record, find_closed, read_record
-from safetydpo.artifacts.schemas import (
-    IMAGE_MANIFEST,
-    LATENTS,
-    PROMPT_PAIRS,
-    TEXT_EMBEDDINGS,
-    caption_sha256,
-)
 from safetydpo.artifacts.storage import Location
-from safetydpo.artifacts.tables import read_table
 from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.config.schema import Config
 from safetydpo.errors import SafetyDPOError
@@ -49,6 +38,7 @@ def train_experts(run: Run, pairs: Record, pairs_folder: Location) -> dict[str, 
     units = plan_experts(run, pairs, pairs_folder)
     pending = [unit for unit in units if find_closed(run.store, unit.key) is None]
     if pending:
+        make_reference_errors(run, pending, pairs_folder)
         _train(run, pending, pairs_folder)
         run.made.extend(unit.key.folder_name for unit in pending)
     records: dict[str, Record] = {}
@@ -123,7 +113,7 @@ def train_lane(settings: Mapping[str, Any]) -> None:
     context = ray.train.get_context()
     torch.set_num_threads(max(1, int(config.execution.cpus_per_worker)))
     identity = config.identity
-    backbone = load_backbone(identity.base, device=worker_device())
+    backbone = load_backbone(identity.base, device=worker_device(), parts="denoiser")
     pairs_folder = run.store / "pairs" / settings["pairs_folder"]
     tables = read_training_tables(run, pairs_folder)
     world_size = context.get_world_size()
@@ -144,6 +134,7 @@ def _train_unit(
     from safetydpo.dpo.trainer import train_expert
 
     data = preference_data(tables, unit, backbone, run.config)
+    data = with_reference_errors(run, unit, data, tables, backbone)
     folder = run.folder(unit.key)
 
     def make(_folder: Location) -> Mapping[str, Any]:
@@ -177,7 +168,12 @@ def _train_unit(
 
         return {
             "fingerprint": adapter_hash(trained.layers),
-            "counts": {"pairs": data.num_pairs, "steps": unit.dpo.steps, "resumed_at": trained.resumed_at},
+            "counts": {
+                "pairs": data.num_pairs,
+                "steps": unit.dpo.steps,
+                "resumed_at": trained.resumed_at,
+                **count_draws(run, [unit]),
+            },
         }
 
     if rank == 0:
@@ -191,88 +187,3 @@ def _signature(config: Config) -> Any:
     from safetydpo.dpo.engine import lora_signature
 
     return lora_signature(config.identity.lora)
-
-
-@dataclass(frozen=True)
-class TrainingTables:
-    """Everything a lane reads, once, for all of its experts."""
-
-    texts: Mapping[str, tuple[str, str]]
-    images: Mapping[tuple[str, str], tuple[str, str]]
-    latents: Mapping[str, np.ndarray[Any, Any]]
-    embeddings: Mapping[str, np.ndarray[Any, Any]]
-    pooled: Mapping[str, np.ndarray[Any, Any]] | None = None
-    """Pooled features of captions; None where the model family has none."""
-
-
-def read_training_tables(run: Run, pairs_folder: Location) -> TrainingTables:
-    """Read manifest, latents and caption features of a pairs artifact; pictures that failed are not among them."""
-    record = read_record(pairs_folder)
-    failed = set(record.failed_units) if record is not None else set()
-    everything = read_table(pairs_folder / "images.parquet", IMAGE_MANIFEST).to_pylist()
-    manifest = [row for row in everything if row["image_id"] not in failed]
-    pairs = read_table(pairs_folder / "prompt_pairs.parquet", PROMPT_PAIRS).to_pylist()
-    wanted = {row["image_id"] for row in manifest}
-    latents = read_pool(latent_pool(run), LATENTS, wanted=wanted, id_column="image_id")
-    # The pool holds those of every run on this store.
-    texts = {"", *(row["prompt"] for row in manifest)}
-    texts.update(row[side] for row in pairs for side in ("unsafe_text", "safe_text"))
-    captions = read_pool(
-        derived_pool(run, "captions"),
-        TEXT_EMBEDDINGS,
-        wanted={caption_sha256(text) for text in texts},
-        id_column="caption_sha256",
-    )
-    return TrainingTables(
-        texts={row["pair_id"]: (row["unsafe_text"], row["safe_text"]) for row in pairs},
-        images={(row["owner_id"], row["side"]): (row["image_id"], row["prompt"]) for row in manifest},
-        latents=_arrays(latents, "image_id", "latent", ("channels", "height", "width")),
-        embeddings=_arrays(captions, "caption_sha256", "embedding", ("tokens", "width")),
-        pooled=_pooled(captions),
-    )
-
-
-def _pooled(captions: pa.Table) -> dict[str, np.ndarray[Any, Any]] | None:
-    with_pooled = captions.filter(pa.compute.is_valid(captions.column("pooled")))
-    return _arrays(with_pooled, "caption_sha256", "pooled", ("pooled_width",)) if with_pooled.num_rows else None
-
-
-def _arrays(table: pa.Table, key: str, value: str, shape: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
-    return {
-        row[key]: np.frombuffer(row[value], dtype=np.float16).reshape([row[axis] for axis in shape])
-        for row in table.to_pylist()
-    }
-
-
-def preference_data(tables: TrainingTables, unit: ExpertUnit, backbone: Any, config: Config) -> Any:
-    """Gather one expert's preferences from the tables.
-
-    Raises:
-        SafetyDPOError: if the unit has no pairs, or latents or captions are missing or broken.
-    """
-    from safetydpo.dpo.batch import PreferenceData, PreferenceRow, RetentionRow
-
-    sampler = config.identity.sampler
-    rows = [
-        PreferenceRow(
-            pair_id=pair_id,
-            safe_image_id=tables.images[pair_id, "safe"][0],
-            unsafe_image_id=tables.images[pair_id, "unsafe"][0],
-            safe_caption_sha256=caption_sha256(tables.texts[pair_id][1]),
-            unsafe_caption_sha256=caption_sha256(tables.texts[pair_id][0]),
-        )
-        for pair_id in unit.pair_ids
-    ]
-    kept_pictures = [picture for (_owner, side), picture in tables.images.items() if side == "benign"]
-    sides = ("safe", "unsafe") if unit.dpo.retention_pictures == "others" else ("safe",)
-    kept_pictures += [tables.images[pair_id, side] for pair_id in unit.other_pair_ids for side in sides]
-    # Two pairs may share a picture; it is kept once.
-    benign = [RetentionRow(image_id, caption_sha256(prompt)) for image_id, prompt in dict(kept_pictures).items()]
-    return PreferenceData.from_tables(
-        rows,
-        latents=tables.latents,
-        embeddings=tables.embeddings,
-        latent_shape=backbone.latent_shape(height=sampler.height, width=sampler.width),
-        retention=benign if unit.dpo.retention_weight > 0 else [],
-        pooled=tables.pooled,
-    )

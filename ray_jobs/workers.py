@@ -213,6 +213,13 @@ class LatentWorker:
         ]
 
 
+class FlippedLatentWorker(LatentWorker):
+    """Encodes stored pictures mirrored, left and right exchanged."""
+
+    def _pictures(self, images: list[bytes]) -> Any:
+        return decode_pictures(images).flip(2)
+
+
 def _half_bytes(values: Any) -> bytes:
     import torch
 

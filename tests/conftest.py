@@ -23,6 +23,8 @@ CHECKED_MODULES = (
     "safetydpo.dpo.batch",
     "safetydpo.dpo.draws",
     "safetydpo.dpo.loss",
+    "safetydpo.dpo.stored_errors",
+    "safetydpo.dpo.variants",
     "safetydpo.evaluation.distances",
     "safetydpo.evaluation.metrics",
     "safetydpo.merging.algebra",

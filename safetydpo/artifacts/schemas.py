@@ -157,6 +157,14 @@ TEXT_EMBEDDINGS = pa.schema(
         pa.field("pooled_width", pa.int32(), nullable=True, metadata=ADDED_LATER),
     ]
 )
+REFERENCE_ERRORS = pa.schema(
+    [
+        pa.field("error_id", pa.string(), nullable=False),
+        # Squared errors of the base, means over the latent, not weighted by timestep.
+        pa.field("error_reference_safe", pa.float32(), nullable=False),
+        pa.field("error_reference_unsafe", pa.float32(), nullable=False),
+    ]
+)
 TRIALS = pa.schema(
     [
         pa.field("trial", pa.int32(), nullable=False),
@@ -245,6 +253,11 @@ def make_preference_id(unsafe_text: str, safe_text: str, *, safe_sha256: str, un
     return sha256_of(
         {"safe": safe_text, "unsafe": unsafe_text, "safe_picture": safe_sha256, "unsafe_picture": unsafe_sha256}
     )
+
+
+def flipped_image_id(image_id: str) -> str:
+    """Return the id under which what is computed from the mirrored picture is stored."""
+    return sha256_of({"flipped": image_id})
 
 
 def caption_sha256(caption: str) -> str:

@@ -53,5 +53,7 @@ class PairsConfig(Frozen):
     """How pictures are stored; both are lossless. WebP is smaller and slower to write."""
     latents: Literal["mean", "mean_and_deviation"] = added_field("mean")
     """What is stored of the autoencoder's posterior for each picture: its mean, or also its standard deviation."""
+    flipped_latents: bool = added_field(False)
+    """Whether the latents of the mirrored pictures of pairs are stored too, for `dpo.flip_rate`."""
     max_error_rate: Rate = 0.01
     """Share of pictures that may fail for good before the stage fails."""

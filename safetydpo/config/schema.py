@@ -202,6 +202,21 @@ class Config(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _latents_for_the_draws_are_stored(self) -> Self:
+        pairs, dpo = self.identity.pairs, self.identity.dpo
+        if dpo.flip_rate > 0 and not pairs.flipped_latents:
+            raise ValueError(
+                f"identity.dpo.flip_rate ({dpo.flip_rate:g}) must be 0 without identity.pairs.flipped_latents: a "
+                "mirrored latent is not the latent of the mirrored picture, so that both must be stored"
+            )
+        if dpo.latent_sampling == "sample" and pairs.latents != "mean_and_deviation":
+            raise ValueError(
+                f"identity.dpo.latent_sampling 'sample' needs identity.pairs.latents 'mean_and_deviation', found "
+                f"'{pairs.latents}', which stores no deviation to draw with"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _step_counts_fit(self) -> Self:
         trainings: dict[str, TrainingConfig] = {"dpo": self.identity.dpo, "merge.distill": self.identity.merge.distill}
         for name, training in trainings.items():

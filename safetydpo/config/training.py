@@ -81,6 +81,10 @@ class TrainingConfig(Frozen):
     """ZeRO stage when strategy is `deepspeed`."""
 
 
+NEEDS_REFERENCE_OUTPUT = ("retention_weight", "redirection_weight", "output_preservation_weight")
+"""Options (weights, off at 0) that compare predictions with the reference's: its stored errors do not say them."""
+
+
 class DpoConfig(TrainingConfig):
     """Training of one expert by Diffusion-DPO or another loss on preferences."""
 
@@ -132,6 +136,20 @@ class DpoConfig(TrainingConfig):
     spike_patience: int = Field(5, ge=1)
     """Consecutive optimizer steps above `spike_limit` after which an expert fails. Under the loss `mapo`, the mean over
     its first `spike_patience` steps stands for the reference's error."""
+    draw_seed: int | None = added_field(None, ge=0)
+    """Seed of the order of pairs and of all that is drawn for them (caption, timestep, noise, flip), so that runs of
+    several seeds can differ in the initialisation alone; None = the run's seed."""
+    draws_per_pair: int | None = added_field(None, ge=1)
+    """Times that a pair is drawn anew; after that its draws are used again, in the same order. None = always anew."""
+    flip_rate: Rate = added_field(0.0)
+    """Share of preference rows that are seen mirrored, both pictures of a pair alike. Needs `pairs.flipped_latents`: a
+    mirrored latent is not the latent of the mirrored picture."""
+    latent_sampling: Literal["mean", "sample"] = added_field("mean")
+    """Latents of pairs: the mean of the autoencoder's posterior, or a draw from it, anew at each use. The latter needs
+    `pairs.latents` `mean_and_deviation`."""
+    reference: Literal["live", "cached"] = added_field("live")
+    """Errors of the reference: computed in every step, or once before training and kept in the store, where all
+    experts and runs with the same pictures and draws share them. Part of the identity: they differ in the last bits."""
 
     @model_validator(mode="after")
     def _loss_suits_its_terms(self) -> Self:
@@ -156,6 +174,28 @@ class DpoConfig(TrainingConfig):
                 f"{list(self.timestep_range)}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _stored_errors_are_enough(self) -> Self:
+        if self.reference == "live":
+            return self
+        if self.loss == "mapo":
+            raise ValueError(
+                "identity.dpo.loss 'mapo' has no reference whose errors identity.dpo.reference 'cached' could store: "
+                "use 'live' with it"
+            )
+        for option in NEEDS_REFERENCE_OUTPUT:
+            weight = getattr(self, option)
+            if weight > 0:
+                raise ValueError(
+                    f"identity.dpo.{option} ({weight:g}) must be 0 with identity.dpo.reference 'cached': it needs what "
+                    "the reference predicts, and stored are its errors only; use 'live' with it"
+                )
+        return self
+
+    def draw_seed_of(self, run_seed: int) -> int:
+        """Return the seed of draws of a run with that seed."""
+        return run_seed if self.draw_seed is None else self.draw_seed
 
 
 class DistillConfig(TrainingConfig):

@@ -19,6 +19,7 @@ from safetydpo.artifacts.adapters import Denoiser, LoraLayer, LoraSignature
 
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
 TargetKind = Literal["native", "epsilon"]
+LoadedParts = Literal["all", "denoiser"]
 GuidanceCallback = Callable[["GuidanceStep"], Tensor]
 
 

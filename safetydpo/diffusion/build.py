@@ -14,7 +14,7 @@ import torch
 
 from safetydpo.artifacts import layout
 from safetydpo.config.schema import BaseModelConfig
-from safetydpo.diffusion.backbone import Backbone
+from safetydpo.diffusion.backbone import Backbone, LoadedParts
 from safetydpo.diffusion.folder import (
     CONFIG_PATTERNS,
     HUB_PATTERNS,
@@ -74,16 +74,22 @@ DENOISERS: Mapping[str, str] = {
 PATCHES: Mapping[str, int] = {"StableDiffusion3Pipeline": 2, "FluxPipeline": 2}
 """Pipeline class -> its backbone's `patch`, where that is not 1: known without importing the family."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_TIMESTEPS = 1000
+"""What diffusers' schedulers take where a configuration does not say."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def load_backbone(base: BaseModelConfig, *, device: str = "cpu", num_threads: int | None = None) -> Backbone:
+def load_backbone(
+    base: BaseModelConfig, *, device: str = "cpu", num_threads: int | None = None, parts: LoadedParts = "all"
+) -> Backbone:
     """Load the base model of a run, frozen, on `device`.
 
     Args:
         base: which model, and the compute type of its networks.
         device: a torch device, such as `cpu` or `cuda:0`.
         num_threads: CPU threads of this process from now on (they change the last bits); None = as they are.
+        parts: `denoiser` leaves out autoencoder and text encoders, which training on stored latents and features does
+            not need; what would use them raises.
 
     Raises:
         UsageError: if the model is not found or is of an unsupported family.
@@ -93,8 +99,19 @@ def load_backbone(base: BaseModelConfig, *, device: str = "cpu", num_threads: in
         torch.set_num_threads(num_threads)
     files = resolve_files(base)
     family = FAMILIES[_family(files.folder)]()
-    backbone: Backbone = family.from_files(files, dtype=DTYPES[base.dtype], device=device)
+    backbone: Backbone = family.from_files(files, dtype=DTYPES[base.dtype], device=device, parts=parts)
     return backbone
+
+
+def num_train_timesteps(base: BaseModelConfig) -> int:
+    """Return the number of training timesteps that the loaded model will have, reading its configuration only.
+
+    Raises:
+        UsageError: if the model is not found.
+        SafetyDPOError: if its scheduler has no configuration.
+    """
+    config = read_json(resolve_files(base).folder / "scheduler" / "scheduler_config.json")
+    return int(config.get("num_train_timesteps", DEFAULT_TIMESTEPS))
 
 
 def base_fingerprint(base: BaseModelConfig) -> str:

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from safetydpo.diffusion.backbone import Condition
-from safetydpo.diffusion.latent_model import EncoderSlot, LatentModel, Latents, Timesteps, require_pooled
+from safetydpo.diffusion.latent_model import LatentModel, Latents, Timesteps, require_pooled
+from safetydpo.diffusion.parts import EncoderSlot
 from safetydpo.diffusion.process import FlowMatching
 from safetydpo.diffusion.text import PromptTokens
 

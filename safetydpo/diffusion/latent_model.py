@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -19,9 +18,17 @@ from jaxtyping import Float, Int, Real, UInt8
 from torch import Tensor
 
 from safetydpo.diffusion.adapted_network import AdaptedNetwork
-from safetydpo.diffusion.backbone import Condition, GuidanceCallback, GuidanceStep, PredictionType, TargetKind
+from safetydpo.diffusion.backbone import (
+    Condition,
+    GuidanceCallback,
+    GuidanceStep,
+    LoadedParts,
+    PredictionType,
+    TargetKind,
+)
 from safetydpo.diffusion.folder import ModelFiles, check_weights, fingerprint_files, names_component, read_json
 from safetydpo.diffusion.loading import load_tokenizer, open_loader
+from safetydpo.diffusion.parts import EncoderSlot, Parts
 from safetydpo.diffusion.posterior import require_posterior
 from safetydpo.diffusion.process import NoiseProcess
 from safetydpo.diffusion.text import PromptTokens, TextTower, joint_ids, joint_table, split_embeddings
@@ -30,30 +37,6 @@ from safetydpo.errors import SafetyDPOError
 Latents = Float[Tensor, "batch channel height width"]
 Images = UInt8[Tensor, "batch image_height image_width 3"]
 Timesteps = Real[Tensor, " batch"]
-
-
-@dataclass(frozen=True)
-class EncoderSlot:
-    """Where a family keeps one of its text encoders, and of which classes it and its tokenizer are."""
-
-    encoder: str
-    encoder_class: Any
-    tokenizer: str
-    tokenizer_class: Any
-    is_optional: bool = False
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The loaded parts of a model, frozen and on one device."""
-
-    denoiser: Any
-    vae: Any
-    towers: tuple[TextTower, ...]
-    process: NoiseProcess
-    fingerprint: str
-    index: Mapping[str, Any]
-    """Content of `model_index.json`."""
 
 
 class LatentModel(AdaptedNetwork, ABC):
@@ -68,7 +51,7 @@ class LatentModel(AdaptedNetwork, ABC):
         """Take loaded parts; use `build.load_backbone` or the family's `from_folder` to get them."""
         super().__init__(parts.denoiser)
         self._parts = parts
-        self._vae, self._towers, self._process = parts.vae, parts.towers, parts.process
+        self._process = parts.process
         self._device = device
         self._dtype: torch.dtype = next(self._denoiser.parameters()).dtype
 
@@ -82,8 +65,15 @@ class LatentModel(AdaptedNetwork, ABC):
         return cls.from_files(ModelFiles(folder), dtype=dtype, device=device)
 
     @classmethod
-    def from_files(cls, files: ModelFiles, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Self:
-        """Load a model from its files, wherever they stand; as `from_folder` otherwise.
+    def from_files(
+        cls,
+        files: ModelFiles,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        parts: LoadedParts = "all",
+    ) -> Self:
+        """Load a model from its files, wherever they stand, all of it or the `denoiser`; as `from_folder` otherwise.
 
         Raises:
             SafetyDPOError: as `from_folder`.
@@ -97,27 +87,41 @@ class LatentModel(AdaptedNetwork, ABC):
             return network.to(place).eval().requires_grad_(False)
 
         denoiser = frozen(loader.network(cls.denoiser, cls.network_class))
-        vae = frozen(loader.autoencoder())
-        towers = []
-        for slot in cls.text_encoders:
-            if slot.is_optional and not names_component(index, slot.encoder):
-                continue
-            encoder = frozen(loader.network(slot.encoder, slot.encoder_class))
-            tokenizer = load_tokenizer(slot.tokenizer_class, files.folder / slot.tokenizer)
-            towers.append(
-                TextTower(encoder, tokenizer, device=place, max_tokens=cls._max_tokens(slot, denoiser.config))
-            )
+        vae, towers = None, None
+        if parts == "all":
+            vae = frozen(loader.autoencoder())
+            towers = cls._open_towers(files, index, lambda slot: frozen(loader.network(*slot)), denoiser.config, place)
+        of_vae = read_json(files.folder_of("vae") / "config.json") if vae is None else vae.config
         return cls(
             Parts(
                 denoiser=denoiser,
                 vae=vae,
-                towers=tuple(towers),
+                towers=towers,
+                shrink=2 ** (len(of_vae["block_out_channels"]) - 1),
                 process=cls._open_process(read_json(files.folder / "scheduler" / "scheduler_config.json"), place),
                 fingerprint=fingerprint_files(files),
                 index=index,
             ),
             device=place,
         )
+
+    @classmethod
+    def _open_towers(
+        cls,
+        files: ModelFiles,
+        index: Mapping[str, Any],
+        load: Callable[[tuple[str, Any]], Any],
+        config: Mapping[str, Any],
+        device: torch.device,
+    ) -> tuple[TextTower, ...]:
+        towers = []
+        for slot in cls.text_encoders:
+            if slot.is_optional and not names_component(index, slot.encoder):
+                continue
+            encoder = load((slot.encoder, slot.encoder_class))
+            tokenizer = load_tokenizer(slot.tokenizer_class, files.folder / slot.tokenizer)
+            towers.append(TextTower(encoder, tokenizer, device=device, max_tokens=cls._max_tokens(slot, config)))
+        return tuple(towers)
 
     @classmethod
     def _max_tokens(cls, slot: EncoderSlot, config: Mapping[str, Any]) -> int | None:  # noqa: ARG003
@@ -167,8 +171,16 @@ class LatentModel(AdaptedNetwork, ABC):
         return self._device
 
     @property
+    def _vae(self) -> Any:
+        return self._parts.loaded_vae
+
+    @property
+    def _towers(self) -> tuple[TextTower, ...]:
+        return self._parts.loaded_towers
+
+    @property
     def _shrink(self) -> int:
-        return int(2 ** (len(self._vae.config.block_out_channels) - 1))
+        return self._parts.shrink
 
     @property
     def _num_channels(self) -> int:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from safetydpo.diffusion.backbone import Condition
-from safetydpo.diffusion.latent_model import EncoderSlot, LatentModel, Latents, Timesteps, require_pooled
+from safetydpo.diffusion.latent_model import LatentModel, Latents, Timesteps, require_pooled
+from safetydpo.diffusion.parts import EncoderSlot
 from safetydpo.diffusion.process import FlowMatching
 from safetydpo.diffusion.text import PromptTokens
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from safetydpo.diffusion.backbone import Condition
-from safetydpo.diffusion.latent_model import EncoderSlot, LatentModel, Latents, Timesteps
+from safetydpo.diffusion.latent_model import LatentModel, Latents, Timesteps
+from safetydpo.diffusion.parts import EncoderSlot
 from safetydpo.diffusion.process import Diffusion
 from safetydpo.diffusion.text import PromptTokens
 

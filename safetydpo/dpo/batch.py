@@ -3,13 +3,15 @@
 Latents are made once per picture and text features once per distinct caption; a step only gathers rows.
 
 Axis legend: `pair` preference rows, `benign` retention pictures, `caption` distinct captions, `batch` rows of
-a step, `token width_text width_pooled` text axes, `channel height width` latent axes.
+a step, `draw` draws of a pair, `side` safe and unsafe, `token width_text width_pooled` text axes,
+`channel height width` latent axes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +19,13 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from safetydpo.artifacts.schemas import caption_sha256, sha256_of
+from safetydpo.artifacts.schemas import caption_sha256, flipped_image_id, sha256_of
 from safetydpo.config.training import DpoConfig
 from safetydpo.diffusion.backbone import Condition
-from safetydpo.dpo.draws import RowDraw, RowUse, Side, caption_side, draw_row, pair_order, retention_order
+from safetydpo.dpo.arrays import check_latents, gather_arrays
+from safetydpo.dpo.draws import RowDraw, RowUse, Side, draw_row, pair_order, retention_order
+from safetydpo.dpo.pair_draws import draw_pairs, side_of
+from safetydpo.dpo.variants import NO_VARIANTS, Variants, gather_latents
 from safetydpo.errors import SafetyDPOError, UsageError
 
 EMPTY_CAPTION = caption_sha256("")
@@ -63,11 +68,15 @@ class PreferenceData:
     """Row of the empty caption in `condition`."""
     fingerprint: str
     """sha256 over the sorted ids of pairs, pictures and captions."""
+    variants_safe: Variants = NO_VARIANTS
+    variants_unsafe: Variants = NO_VARIANTS
+    reference_errors: Float[Tensor, "pair draw side"] | None = None
+    """Stored errors of the reference, unweighted; NaN = of no draw of this training. None = computed in each step."""
 
     def __post_init__(self) -> None:
-        _check_latents(self.pair_ids, self.latents_safe, "safe latent of pair")
-        _check_latents(self.pair_ids, self.latents_unsafe, "unsafe latent of pair")
-        _check_latents(self.retention_ids, self.retention_latents, "latent of benign picture")
+        check_latents(self.pair_ids, self.latents_safe, "safe latent of pair")
+        check_latents(self.pair_ids, self.latents_unsafe, "unsafe latent of pair")
+        check_latents(self.retention_ids, self.retention_latents, "latent of benign picture")
         for ids, what in ((self.pair_ids, "pair_id"), (self.retention_ids, "retention image_id")):
             if len(set(ids)) != len(ids):
                 twice = next(one for one in ids if ids.count(one) > 1)
@@ -101,10 +110,13 @@ class PreferenceData:
         latent_shape: tuple[int, int, int],
         retention: Sequence[RetentionRow] = (),
         pooled: Mapping[str, NDArray[np.floating]] | None = None,
+        deviations: Mapping[str, NDArray[np.floating]] | None = None,
+        with_flipped: bool = False,
     ) -> PreferenceData:
         """Gather the rows of one expert from latents by image id and text features by caption sha256.
 
         `latent_shape` is the backbone's for the picture size of the run. The order of `rows` does not matter.
+        `deviations` has the ids of `latents`; mirrored pictures stand in both under their own (`flipped_image_id`).
 
         Raises:
             SafetyDPOError: if there is no row, or a latent or embedding is missing, of another shape or not finite.
@@ -129,13 +141,24 @@ class PreferenceData:
         def stack(ids: list[str]) -> Tensor:
             return gather_arrays(ids, latents, "latent of picture", shape=latent_shape)
 
+        def spread(ids: list[str]) -> Tensor | None:
+            what = "deviation of the latent of picture"
+            return None if deviations is None else gather_arrays(ids, deviations, what, shape=latent_shape)
+
+        def variants(ids: list[str]) -> Variants:
+            mirrored = [flipped_image_id(image_id) for image_id in ids]
+            if not with_flipped:
+                return Variants(deviations=spread(ids))
+            return Variants(stack(mirrored), spread(ids), spread(mirrored))
+
         def index(shas: list[str]) -> Tensor:
             return torch.tensor([place[sha] for sha in shas], dtype=torch.long)
 
+        safe_ids, unsafe_ids = [row.safe_image_id for row in ordered], [row.unsafe_image_id for row in ordered]
         return cls(
             pair_ids=tuple(row.pair_id for row in ordered),
-            latents_safe=stack([row.safe_image_id for row in ordered]),
-            latents_unsafe=stack([row.unsafe_image_id for row in ordered]),
+            latents_safe=stack(safe_ids),
+            latents_unsafe=stack(unsafe_ids),
             captions_safe=index([row.safe_caption_sha256 for row in ordered]),
             captions_unsafe=index([row.unsafe_caption_sha256 for row in ordered]),
             retention_ids=tuple(row.image_id for row in benign),
@@ -144,6 +167,8 @@ class PreferenceData:
             condition=condition,
             empty_caption=place[EMPTY_CAPTION],
             fingerprint=sha256_of([[vars(row) for row in ordered], [vars(row) for row in benign]]),
+            variants_safe=variants(safe_ids),
+            variants_unsafe=variants(unsafe_ids),
         )
 
 
@@ -166,6 +191,8 @@ class StepBatch:
     retention_condition: Condition
     empty_condition: Condition
     """The empty caption, one row."""
+    reference_errors: Float[Tensor, "batch side"] | None = None
+    """Stored errors of the reference, unweighted, first on the safe picture; None = to be computed."""
 
     @property
     def num_pairs(self) -> int:
@@ -194,36 +221,54 @@ def step_batch(
     """
     num_benign = _check_counts(data, config, world_size)
     _check_timesteps(config, num_timesteps)
-    pairs = pair_order(run_seed, expert, num_pairs=data.num_pairs, step=step, pairs_per_step=config.pairs_per_step)[
-        rank::world_size
-    ]
+    draw_seed = config.draw_seed_of(run_seed)
+    pairs = pair_order(draw_seed, expert, num_pairs=data.num_pairs, step=step, pairs_per_step=config.pairs_per_step)
     benign: tuple[RowUse, ...] = ()
     if num_benign:
         benign = retention_order(
-            run_seed, expert, num_pictures=len(data.retention_ids), step=step, pictures_per_step=num_benign
+            draw_seed, expert, num_pictures=len(data.retention_ids), step=step, pictures_per_step=num_benign
         )[rank::world_size]
-
-    def draw(ids: tuple[str, ...], uses: Sequence[RowUse], empty_caption_rate: float) -> list[RowDraw]:
-        return [
-            draw_row(
-                run_seed,
-                ids[use.index],
-                draw_index=use.draw_index,
-                empty_caption_rate=empty_caption_rate,
-                num_timesteps=num_timesteps,
-                latent_shape=data.latent_shape,
-                timestep_range=config.timestep_range,
-            )
-            for use in uses
-        ]
-
+    benign_draws = [
+        draw_row(
+            draw_seed,
+            data.retention_ids[use.index],
+            draw_index=use.draw_index,
+            empty_caption_rate=config.retention_empty_caption_rate,
+            num_timesteps=num_timesteps,
+            latent_shape=data.latent_shape,
+            timestep_range=config.timestep_range,
+        )
+        for use in benign
+    ]
     return _gather_step(
         data,
-        list(zip(pairs, draw(data.pair_ids, pairs, config.empty_caption_rate), strict=True)),
-        list(zip(benign, draw(data.retention_ids, benign, config.retention_empty_caption_rate), strict=True)),
+        _draw_pairs(data, pairs[rank::world_size], config=config, draw_seed=draw_seed, num_timesteps=num_timesteps),
+        list(zip(benign, benign_draws, strict=True)),
         config=config,
         device=device,
     )
+
+
+def pair_batch(
+    data: PreferenceData,
+    uses: Sequence[RowUse],
+    *,
+    config: DpoConfig,
+    draw_seed: int,
+    num_timesteps: int,
+    device: torch.device | str = "cpu",
+) -> StepBatch:
+    """Return the batch of these uses of pairs, whatever step they belong to, without benign pictures.
+
+    Raises:
+        SafetyDPOError: if latents or errors that the settings ask for were not stored.
+    """
+    pairs = _draw_pairs(data, uses, config=config, draw_seed=draw_seed, num_timesteps=num_timesteps)
+    return _gather_step(data, pairs, [], config=config, device=device)
+
+
+def _draw_pairs(data: PreferenceData, uses: Sequence[RowUse], **how: Any) -> list[tuple[RowUse, RowDraw]]:
+    return draw_pairs(data.pair_ids, uses, latent_shape=data.latent_shape, **how)
 
 
 def _check_counts(data: PreferenceData, config: DpoConfig, world_size: int) -> int:
@@ -257,17 +302,19 @@ def _gather_step(
     config: DpoConfig,
     device: torch.device | str,
 ) -> StepBatch:
+    is_cached = config.reference == "cached"
     pair_rows = torch.tensor([use.index for use, _ in pairs], dtype=torch.long)
     benign_rows = torch.tensor([use.index for use, _ in benign], dtype=torch.long)
-    sides = [caption_side(config.captions, draw.caption_coin) for _, draw in pairs]
-    pair_captions = [_pair_caption(data, use, draw, side) for (use, draw), side in zip(pairs, sides, strict=True)]
-    is_unsafe = [side == "unsafe" and not draw.is_empty for (_, draw), side in zip(pairs, sides, strict=True)]
+    sides = [side_of(config, draw) for _, draw in pairs]
+    pair_captions = [_pair_caption(data, use, side) for (use, _), side in zip(pairs, sides, strict=True)]
+    is_unsafe = [side == "unsafe" for side in sides]
     benign_captions = [
         data.empty_caption if draw.is_empty else int(data.retention_captions[use.index]) for use, draw in benign
     ]
+    safe, unsafe = _pair_latents(data, pair_rows, [draw for _, draw in pairs])
     return StepBatch(
-        latents_safe=data.latents_safe[pair_rows].float().to(device),
-        latents_unsafe=data.latents_unsafe[pair_rows].float().to(device),
+        latents_safe=safe.to(device),
+        latents_unsafe=unsafe.to(device),
         noise=_noise(data, pairs).to(device),
         timesteps=_timesteps(pairs).to(device),
         condition=_select(data.condition, pair_captions, device),
@@ -278,11 +325,41 @@ def _gather_step(
         retention_timesteps=_timesteps(benign).to(device),
         retention_condition=_select(data.condition, benign_captions, device),
         empty_condition=_select(data.condition, [data.empty_caption], device),
+        reference_errors=_stored_errors(data, [use for use, _ in pairs], device) if is_cached else None,
     )
 
 
-def _pair_caption(data: PreferenceData, use: RowUse, draw: RowDraw, side: Side) -> int:
-    if draw.is_empty:
+def _pair_latents(data: PreferenceData, rows: Tensor, draws: Sequence[RowDraw]) -> list[Tensor]:
+    is_flipped = torch.tensor([draw.is_flipped for draw in draws], dtype=torch.bool)
+    noises = [draw.posterior_noise for draw in draws if draw.posterior_noise is not None]
+    noise = torch.stack(noises, dim=1) if noises else (None, None)
+    return [
+        gather_latents(means, variants, rows, is_flipped=is_flipped, noise=noise[side])
+        for side, (means, variants) in enumerate(
+            ((data.latents_safe, data.variants_safe), (data.latents_unsafe, data.variants_unsafe))
+        )
+    ]
+
+
+def _stored_errors(data: PreferenceData, uses: Sequence[RowUse], device: torch.device | str) -> Tensor:
+    stored = torch.empty((data.num_pairs, 0, 2)) if data.reference_errors is None else data.reference_errors
+    missing = [use for use in uses if use.draw_index >= stored.shape[1]]
+    if not missing:
+        errors = stored[[use.index for use in uses], [use.draw_index for use in uses]]
+        missing = [
+            use for use, is_there in zip(uses, errors.isfinite().all(dim=1).tolist(), strict=True) if not is_there
+        ]
+    if missing:
+        raise SafetyDPOError(
+            f"expected stored reference errors of pair {data.pair_ids[missing[0].index]!r}, draw "
+            f"{missing[0].draw_index}, because dpo.reference is 'cached', found none: run the training command, which "
+            "computes them first"
+        )
+    return errors.to(device)
+
+
+def _pair_caption(data: PreferenceData, use: RowUse, side: Side | None) -> int:
+    if side is None:
         return data.empty_caption
     return int((data.captions_unsafe if side == "unsafe" else data.captions_safe)[use.index])
 
@@ -298,48 +375,3 @@ def _timesteps(rows: Sequence[tuple[RowUse, RowDraw]]) -> Tensor:
 def _select(condition: Condition, rows: Sequence[int], device: torch.device | str) -> Condition:
     chosen = condition.select(torch.tensor(rows, dtype=torch.long))
     return chosen.map(lambda features: features.float().to(device))
-
-
-def _check_latents(ids: Sequence[str], latents: Tensor, what: str) -> None:
-    if latents.shape[0] != len(ids):
-        raise SafetyDPOError(f"expected one {what} each, found {latents.shape[0]} for {len(ids)}: encode them anew")
-    finite = latents.isfinite().flatten(1).all(dim=1)
-    if not bool(finite.all()):
-        bad = ids[int((~finite).nonzero()[0])]
-        raise SafetyDPOError(
-            f"expected finite numbers, found NaN or infinity in the {what} {bad!r}: encode that picture anew "
-            "(float16 encoders overflow on some pictures; use base.dtype float32 or bfloat16)"
-        )
-
-
-def gather_arrays(
-    keys: Sequence[str],
-    table: Mapping[str, NDArray[np.floating]],
-    what: str,
-    *,
-    shape: tuple[int, ...] | None = None,
-) -> Tensor:
-    """Return the arrays of `keys` stacked in that order; all must have the shape of the first, or `shape`.
-
-    Raises:
-        SafetyDPOError: if one is missing, of another shape or not finite; `what` names it.
-    """
-    if not keys:
-        return torch.empty((0, *(shape or ())))
-    arrays = []
-    for key in keys:
-        if key not in table:
-            raise SafetyDPOError(f"expected the {what} {key!r}, found none: run the encoding step again")
-        array = table[key]
-        shape = array.shape if shape is None else shape
-        if tuple(array.shape) != tuple(shape):
-            raise SafetyDPOError(
-                f"expected shape {tuple(shape)} for the {what} {key!r}, found {tuple(array.shape)}: "
-                "encode it with this run's base model and picture size"
-            )
-        if not np.isfinite(array).all():
-            raise SafetyDPOError(
-                f"expected finite numbers, found NaN or infinity in the {what} {key!r}: encode it anew"
-            )
-        arrays.append(array)
-    return torch.from_numpy(np.stack(arrays))

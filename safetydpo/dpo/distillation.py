@@ -23,7 +23,8 @@ from safetydpo.artifacts.adapters import LoraLayer, LoraSignature
 from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.config.training import DistillConfig
 from safetydpo.diffusion.backbone import Backbone, Condition
-from safetydpo.dpo.batch import EMPTY_CAPTION, gather_arrays
+from safetydpo.dpo.arrays import gather_arrays
+from safetydpo.dpo.batch import EMPTY_CAPTION
 from safetydpo.dpo.draws import RowDraw, RowUse, draw_row, row_order
 from safetydpo.dpo.loss import squared_error
 from safetydpo.dpo.weighting import error_weights

@@ -34,6 +34,7 @@ from safetydpo.dpo.loss import (
     unsafe_gradient_scale,
     utility_reference_point,
 )
+from safetydpo.dpo.stored_errors import without_rounding
 from safetydpo.dpo.weighting import error_weights
 
 METRICS = (
@@ -72,12 +73,14 @@ def policy_loss(
     reference point is one number for all rows of the step.
     """
     asked = _questions(backbone, batch, with_noise=config.output_preservation_weight > 0)
-    first = 0 if config.loss != "mapo" else 2 * batch.num_pairs
+    # Pairs come first; without need of predictions for them, the reference answers the rows behind them alone.
+    needs_pairs = config.loss != "mapo" and batch.reference_errors is None
+    first = 0 if needs_pairs else 2 * batch.num_pairs
     reference, answer = _reference_predictions(backbone, batch, asked, first=first, config=config)
     policy = backbone.predict(asked.noisy, asked.timesteps, asked.condition)
     # The weight of a pair's timestep is the same for all four of its errors, so equal errors still cancel exactly.
     weights = error_weights(backbone, asked.timesteps, config=config)
-    errors = _Errors.of(policy, reference if first == 0 else None, asked, weights)
+    errors = _Errors.of(policy, reference if needs_pairs else None, asked, weights, stored=batch.reference_errors)
     preference = _preference(policy, errors, asked, config, mean_over_processes)
     loss = preference.loss
     retention, redirection = torch.zeros_like(preference.preference), torch.zeros_like(preference.preference)
@@ -185,11 +188,23 @@ class _Errors:
     reference_unsafe: Float[Tensor, " pair"]
 
     @classmethod
-    def of(cls, policy: Tensor, reference: Tensor | None, asked: _Questions, weights: Tensor | None) -> _Errors:
+    def of(
+        cls,
+        policy: Tensor,
+        reference: Tensor | None,
+        asked: _Questions,
+        weights: Tensor | None,
+        *,
+        stored: Tensor | None,
+    ) -> _Errors:
         rows = asked.pairs
         of_pairs = None if weights is None else weights[rows]
         pairs = rows.stop // 2
         policy_safe, policy_unsafe = squared_error(policy[rows], asked.target, weights=of_pairs).split(pairs)
+        if stored is not None:
+            kept = stored.T.flatten() if of_pairs is None else stored.T.flatten() * of_pairs
+            kept = without_rounding(kept, torch.cat([policy_safe, policy_unsafe]))
+            return cls(policy_safe, policy_unsafe, *kept.split(pairs))
         if reference is None:
             return cls(policy_safe, policy_unsafe, torch.zeros_like(policy_safe), torch.zeros_like(policy_unsafe))
         reference_safe, reference_unsafe = squared_error(reference[rows], asked.target, weights=of_pairs).split(pairs)
@@ -230,3 +245,11 @@ def _preference(
         kind=config.loss,
         reference_point=point,
     )
+
+
+def reference_errors(backbone: Backbone, batch: StepBatch) -> Float[Tensor, "batch side"]:
+    """Return the base's unweighted errors on the safe and the unsafe picture of each pair: what may be stored."""
+    asked = _questions(backbone, batch, with_noise=False)
+    with torch.no_grad(), backbone.adapter_off():
+        prediction = backbone.predict(asked.noisy, asked.timesteps, asked.condition)
+    return torch.stack(squared_error(prediction, asked.target).split(batch.num_pairs), dim=1)

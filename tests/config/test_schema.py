@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from safetydpo.config import pairs, schema, training
 from safetydpo.config.fields import CATEGORIES
 from safetydpo.config.schema import Config
+from safetydpo.config.training import NEEDS_REFERENCE_OUTPUT
 
 MODULES = (schema.__name__, pairs.__name__, training.__name__)
 GROUPS = [
@@ -106,3 +107,32 @@ def test_a_base_model_without_later_settings_is_dumped_as_before_they_came():
     full = schema.BaseModelConfig(model="a.safetensors", config="b", vae="c")
     assert full.model_dump() == plain | {"model": "a.safetensors", "config": "b", "vae": "c"}
     assert schema.BaseModelConfig(**full.model_dump()) == full
+
+
+@pytest.mark.parametrize("option", NEEDS_REFERENCE_OUTPUT)
+def test_stored_errors_are_refused_beside_what_needs_more(option: str):
+    message = rf"identity\.dpo\.{option} \(0\.5\) must be 0 with identity\.dpo\.reference 'cached': it needs what the"
+    with pytest.raises(ValidationError, match=message):
+        Config.model_validate({"identity": {"dpo": {"reference": "cached", option: 0.5}}})
+    Config.model_validate({"identity": {"dpo": {"reference": "cached", option: 0}}})
+
+
+def test_draws_need_latents_that_are_stored():
+    message = r"identity\.dpo\.flip_rate \(0\.5\) must be 0 without identity\.pairs\.flipped_latents"
+    with pytest.raises(ValidationError, match=message):
+        Config.model_validate({"identity": {"dpo": {"flip_rate": 0.5}}})
+    message = (
+        r"identity\.dpo\.latent_sampling 'sample' needs identity\.pairs\.latents 'mean_and_deviation', found 'mean'"
+    )
+    with pytest.raises(ValidationError, match=message):
+        Config.model_validate({"identity": {"dpo": {"latent_sampling": "sample"}}})
+    stored = {"flipped_latents": True, "latents": "mean_and_deviation"}
+    Config.model_validate({"identity": {"pairs": stored, "dpo": {"flip_rate": 0.5, "latent_sampling": "sample"}}})
+
+
+def test_settings_of_draws_leave_stored_dumps_as_they_are():
+    added = {"draw_seed", "draws_per_pair", "flip_rate", "latent_sampling", "reference", "flipped_latents"}
+    identity = Config().model_dump(mode="json")["identity"]
+    assert not added & {*identity["dpo"], *identity["pairs"]}
+    assert schema.DpoConfig(draw_seed=3).draw_seed_of(8) == 3
+    assert schema.DpoConfig().draw_seed_of(8) == 8

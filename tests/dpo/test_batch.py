@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from safetydpo.artifacts.schemas import caption_sha256
+from safetydpo.artifacts.schemas import caption_sha256, flipped_image_id
 from safetydpo.config.training import DpoConfig
 from safetydpo.dpo.batch import EMPTY_CAPTION, PreferenceData, PreferenceRow, RetentionRow, StepBatch, step_batch
 from safetydpo.dpo.draws import draw_row, pair_order
@@ -216,3 +216,69 @@ def test_the_empty_caption_is_there_whatever_the_rows_use() -> None:
     batch = batch_of(small(), 0, DpoConfig(pairs_per_step=1, empty_caption_rate=0.0))
     assert batch.empty_condition.tokens.shape == (1, 3, 2)
     assert float(batch.empty_condition.tokens.abs().max()) == 0.0
+
+
+def test_a_flip_is_shared_by_both_pictures_and_changes_nothing_else() -> None:
+    """Latents are 0 and 1, mirrored 10 and 11; with rate 1 all rows are mirrored, the rest of the batch stays."""
+    latents = {"s": 0.0, "u": 1.0, "b": 2.0, flipped_image_id("s"): 10.0, flipped_image_id("u"): 11.0}
+    data = small(
+        latents={name: np.full(SHAPE, value, np.float16) for name, value in latents.items()}, with_flipped=True
+    )
+    plain = DpoConfig(pairs_per_step=16, retention_weight=0.0)
+    before = batch_of(data, 0, plain)
+    assert (float(before.latents_safe.max()), float(before.latents_unsafe.max())) == (0.0, 1.0)
+    for rate in (0.5, 1.0):
+        batch = batch_of(data, 0, plain.model_copy(update={"flip_rate": rate}))
+        mirrored = batch.latents_safe.amax(dim=(1, 2, 3)) == 10.0
+        assert torch.equal(batch.latents_unsafe.amax(dim=(1, 2, 3)), torch.where(mirrored, 11.0, 1.0))
+        assert bool(mirrored.all()) == (rate == 1.0)
+        assert bool(mirrored.any())
+        for field in ("noise", "timesteps", "is_unsafe_caption"):
+            assert torch.equal(getattr(batch, field), getattr(before, field)), field
+        assert torch.equal(batch.condition.tokens, before.condition.tokens)
+
+
+def test_latents_are_drawn_from_their_posteriors_anew_at_each_use() -> None:
+    """Mean 0 and 1, deviation 2 and 3: (latent - mean) / deviation is the draw's noise, each picture its own."""
+    deviations = {"s": np.full(SHAPE, 2.0, np.float16), "u": np.full(SHAPE, 3.0, np.float16)}
+    data = small(deviations=deviations)
+    config = DpoConfig(pairs_per_step=4, retention_weight=0.0, latent_sampling="sample")
+    batch = batch_of(data, 0, config)
+    for row in range(4):
+        rates = {"empty_caption_rate": 0.2, "num_timesteps": 1000, "latent_shape": SHAPE, "is_sampled": True}
+        noise = draw_row(5, "p", draw_index=row, **rates).posterior_noise  # type: ignore[arg-type]
+        assert noise is not None
+        assert torch.equal(batch.latents_safe[row], 2.0 * noise[0])
+        assert torch.equal(batch.latents_unsafe[row], 1.0 + 3.0 * noise[1])
+    mean = batch_of(data, 0, config.model_copy(update={"latent_sampling": "mean"}))
+    assert torch.equal(mean.noise, batch.noise)
+
+
+def test_a_draw_seed_takes_the_place_of_the_runs(make_data: Make, config: DpoConfig) -> None:
+    """Two runs of one draw seed have equal batches; without one they are those of the run's seed."""
+
+    def batch(run_seed: int, draw_seed: int | None) -> StepBatch:
+        changed = config.model_copy(update={"draw_seed": draw_seed})
+        return step_batch(make_data(), 1, config=changed, run_seed=run_seed, expert="hate", num_timesteps=1000)
+
+    fields = ("latents_safe", "noise", "timesteps", "retention_latents", "retention_noise")
+    for one, other, is_same in (
+        (batch(5, 9), batch(6, 9), True),
+        (batch(9, None), batch(6, 9), True),
+        (batch(5, None), batch(5, 9), False),
+    ):
+        assert all(torch.equal(getattr(one, field), getattr(other, field)) == is_same for field in fields)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_stored_errors_come_with_their_rows(make_data: Make, config: DpoConfig, world_size: int) -> None:
+    """Errors numbered by pair and draw: every process has those of its own rows."""
+    data = make_data(num_benign=0)
+    numbers = torch.arange(6 * 9 * 2, dtype=torch.float32).reshape(6, 9, 2)
+    data = dataclasses.replace(data, reference_errors=numbers)
+    config = config.model_copy(update={"retention_weight": 0.0, "reference": "cached", "draws_per_pair": 2})
+    for rank in range(world_size):
+        batch = batch_of(data, 5, config, rank=rank, world_size=world_size)
+        uses = pair_order(5, "hate", num_pairs=6, step=5, pairs_per_step=4)[rank::world_size]
+        assert batch.reference_errors is not None
+        assert torch.equal(batch.reference_errors, torch.stack([numbers[u.index, u.draw_index % 2] for u in uses]))

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from ray_jobs.train_experts import _arrays, _pooled
+from ray_jobs.training_tables import _arrays, _pooled
 from ray_jobs.workers import CaptionWorker
 from safetydpo.artifacts.schemas import TEXT_EMBEDDINGS, caption_sha256
 from safetydpo.artifacts.storage import Location

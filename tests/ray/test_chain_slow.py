@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from tests.ray.smoke_place import PATIENCE, ROOT, STAGE_FOLDERS, Place, free_ports, wait_for
@@ -111,6 +112,32 @@ def test_ctrl_c_in_the_middle_of_training_ends_it_in_one_line(finished: Place, t
     done = place.kill_when(lambda: any(place.store.glob(TRIGGERS["train"])), "train", sent=signal.SIGINT)
     assert done.returncode == 130, done.stderr
     assert done.stderr == "stopped; the same command goes on from here\n"
+
+
+def test_a_training_with_stored_errors_killed_while_they_are_computed_gives_the_experts_of_a_live_one(
+    finished: Place, tmp_path: Path
+) -> None:
+    """On one processor and in passes of a step's size: equal bytes but for the hash of the settings."""
+    place = finished.before("train", tmp_path, changes=("identity.dpo.reference=cached",))
+    place.kill_when(lambda: any(place.store.glob("reference_errors/pool-*/batch-*/manifest.parquet")), "train")
+    assert not any(place.store.glob("experts/*/record.json"))
+    place.run("train")
+    assert place.is_left_alone()
+    live, cached = ({record["name"]: record for record in one.records("train")} for one in (finished, place))
+    assert {name: record["fingerprint"] for name, record in cached.items()} == {
+        name: record["fingerprint"] for name, record in live.items()
+    }
+    assert all(cached[name]["hash"] != live[name]["hash"] for name in live)
+    rows = [
+        row["error_id"]
+        for file in place.store.glob("reference_errors/pool-*/batch-*/data/*.parquet")
+        for row in pq.ParquetFile(file).read().to_pylist()
+    ]
+    assert len(rows) == len(set(rows))
+    uses = {
+        name: (record["counts"]["draw_uses"], record["counts"]["distinct_draws"]) for name, record in cached.items()
+    }
+    assert uses == {"violence": (20, 20), "shocking": (20, 20), "all_single": (40, 40)}
 
 
 DISTIL = (

@@ -13,7 +13,7 @@ from ray_jobs.expert_files import MergeAids, read_aids
 from ray_jobs.expert_plan import plan_experts
 from ray_jobs.pipeline import check_request
 from ray_jobs.run import Run
-from ray_jobs.train_experts import TrainingTables
+from ray_jobs.training_tables import TrainingTables
 from safetydpo.artifacts.records import Record
 from safetydpo.artifacts.schemas import caption_sha256
 from safetydpo.config.load import load_config

@@ -7,7 +7,8 @@ from dataclasses import asdict, replace
 
 from ray_jobs.expert_plan import benign_fingerprint, plan_experts
 from ray_jobs.generate_pairs import derived_pool
-from ray_jobs.train_experts import CHECKPOINT_FILE, read_training_tables, train_experts
+from ray_jobs.train_experts import CHECKPOINT_FILE, train_experts
+from ray_jobs.training_tables import read_training_tables
 from safetydpo.artifacts.layout import RECORD_FILE
 from safetydpo.artifacts.schemas import IMAGE_MANIFEST, PROMPT_PAIRS, TEXT_EMBEDDINGS, caption_sha256
 from safetydpo.artifacts.tables import read_table, table_from_rows, write_table
