@@ -115,11 +115,7 @@ def group_pairs(
 
 
 def select_pairs(members: Iterable[Member], unsafe_texts: Mapping[str, str], query: GroupQuery) -> frozenset[str]:
-    """Return the ids of the pairs that a query selects.
-
-    Raises:
-        SafetyDPOError: if a pair whose text is asked for has none.
-    """
+    """Return the ids of the pairs that a query selects; `unsafe_texts` holds every pair's unsafe prompt."""
     patterns = [_words(text) for text in query.text]
     found: set[str] = set()
     for row in members:
