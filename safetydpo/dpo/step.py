@@ -55,14 +55,9 @@ def policy_loss(
     # The weight of a pair's timestep is the same for all four of its errors, so equal errors still cancel exactly.
     weights = backbone.velocity_weights(timesteps) if config.error_weighting == "velocity" else None
     pair_weights = None if weights is None else weights[: 2 * pairs]
-    policy_safe, policy_unsafe = squared_error(policy[: 2 * pairs], target, weights=pair_weights).split(pairs)
-    if reference is None:
-        assert batch.reference_errors is not None
-        errors = batch.reference_errors.T.flatten()
-        errors = errors if pair_weights is None else errors * pair_weights
-        errors = without_rounding(errors, torch.cat([policy_safe, policy_unsafe]))
-    else:
-        errors = squared_error(reference[: 2 * pairs], target, weights=pair_weights)
+    policy_errors = squared_error(policy[: 2 * pairs], target, weights=pair_weights)
+    policy_safe, policy_unsafe = policy_errors.split(pairs)
+    errors = _reference_errors(reference, target, batch, policy_errors, pair_weights)
     reference_safe, reference_unsafe = errors.split(pairs)
     preference = preference_loss(
         policy_safe,
@@ -101,6 +96,21 @@ def policy_loss(
     return loss, torch.stack([metric.detach() for metric in metrics])
 
 
+def _reference_errors(
+    reference: Float[Tensor, "batch channel height width"] | None,
+    target: Float[Tensor, "two_pairs channel height width"],
+    batch: StepBatch,
+    policy_errors: Float[Tensor, " two_pairs"],
+    weights: Float[Tensor, " two_pairs"] | None,
+) -> Float[Tensor, " two_pairs"]:
+    """Return the reference's errors of pairs: those of its prediction, or the stored ones if there is none."""
+    if reference is not None:
+        return squared_error(reference[: len(target)], target, weights=weights)
+    assert batch.reference_errors is not None
+    stored = batch.reference_errors.T.flatten()
+    return without_rounding(stored if weights is None else stored * weights, policy_errors)
+
+
 def _questions(
     backbone: Backbone, batch: StepBatch
 ) -> tuple[
@@ -121,7 +131,7 @@ def _questions(
     return noisy, everything, condition, backbone.target(latents, noise, timesteps)
 
 
-def reference_errors(backbone: Backbone, batch: StepBatch) -> Float[Tensor, "batch side"]:
+def errors_to_store(backbone: Backbone, batch: StepBatch) -> Float[Tensor, "batch side"]:
     """Return the base's unweighted errors on the safe and the unsafe picture of each pair: what may be stored."""
     noisy, timesteps, condition, target = _questions(backbone, batch)
     with torch.no_grad(), backbone.adapter_off():
