@@ -26,8 +26,9 @@ import torch
 
 from benchmarks.expert_bench import ExpertBench, validation_prompts
 from benchmarks.harness import print_result
+from ray_jobs.expert_plan import ExpertUnit
 from ray_jobs.failures import run_guarded
-from ray_jobs.train_experts import ALL_SINGLE, ExpertUnit
+from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.config.load import load_config
 from safetydpo.prompts.sets import Prompt
 from safetydpo.seeding import derive_numpy

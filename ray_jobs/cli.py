@@ -243,8 +243,8 @@ def summary_table(summary: Any, *, name: str, width: int) -> Any:
 
 
 def _print_draws(console: Any, chain: Any) -> None:
-    from ray_jobs.reference_errors import count_draws, describe_draws
     from ray_jobs.expert_plan import plan_experts
+    from ray_jobs.reference_errors import count_draws, describe_draws
 
     units = plan_experts(chain.run, chain.pairs, chain.pairs_folder)
     each = [count_draws(chain.run, [unit]) for unit in units]

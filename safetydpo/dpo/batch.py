@@ -133,23 +133,13 @@ class PreferenceData:
             | {row.caption_sha256 for row in benign}
         )
         place = {sha: index for index, sha in enumerate(captions)}
-        tokens = gather_arrays(captions, embeddings, "text features of caption")
-        condition = Condition(
-            tokens, None if pooled is None else gather_arrays(captions, pooled, "pooled features of caption")
-        )
+        condition = _gather_captions(captions, embeddings, pooled)
 
         def stack(ids: list[str]) -> Tensor:
             return gather_arrays(ids, latents, "latent of picture", shape=latent_shape)
 
-        def spread(ids: list[str]) -> Tensor | None:
-            what = "deviation of the latent of picture"
-            return None if deviations is None else gather_arrays(ids, deviations, what, shape=latent_shape)
-
         def variants(ids: list[str]) -> Variants:
-            mirrored = [flipped_image_id(image_id) for image_id in ids]
-            if not with_flipped:
-                return Variants(deviations=spread(ids))
-            return Variants(stack(mirrored), spread(ids), spread(mirrored))
+            return _gather_variants(ids, latents, deviations, latent_shape, with_flipped)
 
         def index(shas: list[str]) -> Tensor:
             return torch.tensor([place[sha] for sha in shas], dtype=torch.long)
@@ -170,6 +160,33 @@ class PreferenceData:
             variants_safe=variants(safe_ids),
             variants_unsafe=variants(unsafe_ids),
         )
+
+
+def _gather_captions(
+    captions: list[str],
+    embeddings: Mapping[str, NDArray[np.floating]],
+    pooled: Mapping[str, NDArray[np.floating]] | None,
+) -> Condition:
+    tokens = gather_arrays(captions, embeddings, "text features of caption")
+    return Condition(tokens, None if pooled is None else gather_arrays(captions, pooled, "pooled features of caption"))
+
+
+def _gather_variants(
+    ids: list[str],
+    latents: Mapping[str, NDArray[np.floating]],
+    deviations: Mapping[str, NDArray[np.floating]] | None,
+    shape: tuple[int, int, int],
+    with_flipped: bool,
+) -> Variants:
+    def spread(of: list[str]) -> Tensor | None:
+        what = "deviation of the latent of picture"
+        return None if deviations is None else gather_arrays(of, deviations, what, shape=shape)
+
+    if not with_flipped:
+        return Variants(deviations=spread(ids))
+    mirrored = [flipped_image_id(image_id) for image_id in ids]
+    flipped = gather_arrays(mirrored, latents, "latent of mirrored picture", shape=shape)
+    return Variants(flipped, spread(ids), spread(mirrored))
 
 
 @dataclass(frozen=True)

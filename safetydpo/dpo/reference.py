@@ -22,7 +22,7 @@ from safetydpo.diffusion.backbone import Backbone
 from safetydpo.dpo.batch import EMPTY_CAPTION, PreferenceData, PreferenceRow, pair_batch
 from safetydpo.dpo.draws import RowUse, num_uses
 from safetydpo.dpo.pair_draws import pair_choices
-from safetydpo.dpo.step import reference_errors
+from safetydpo.dpo.step import errors_to_store
 from safetydpo.errors import SafetyDPOError
 
 ERRORS_VERSION = 1
@@ -142,7 +142,7 @@ def compute_errors(
             num_timesteps=context.num_timesteps,
             device=backbone.device,
         )
-        found.append(reference_errors(backbone, batch)[: len(part)].float().cpu())
+        found.append(errors_to_store(backbone, batch)[: len(part)].float().cpu())
     errors = torch.cat(found) if found else torch.empty((0, 2))
     broken = (~errors.isfinite()).any(dim=1).nonzero()
     if len(broken):

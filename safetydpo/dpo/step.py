@@ -247,7 +247,7 @@ def _preference(
     )
 
 
-def reference_errors(backbone: Backbone, batch: StepBatch) -> Float[Tensor, "batch side"]:
+def errors_to_store(backbone: Backbone, batch: StepBatch) -> Float[Tensor, "batch side"]:
     """Return the base's unweighted errors on the safe and the unsafe picture of each pair: what may be stored."""
     asked = _questions(backbone, batch, with_noise=False)
     with torch.no_grad(), backbone.adapter_off():

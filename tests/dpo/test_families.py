@@ -24,6 +24,7 @@ from safetydpo.dpo.step import METRICS, policy_loss
 from safetydpo.dpo.trainer import train_expert
 from tests.diffusion.test_families import Case, draw_with_pipeline, load_plain_pipeline
 from tests.diffusion.tiny_models import FAMILIES, SIZE, build_model
+from tests.dpo.cached import cached_config, stored
 from tests.dpo.preferences import small_config
 
 LORA = LoraConfig(rank=2)
@@ -130,3 +131,17 @@ def test_distillation_asks_with_pooled_features(backbone: Backbone):
     answers = answer_rows(backbone, data, {"hate": {}}, signature=signature, config=config, run_seed=0)
     assert torch.isfinite(answers).all()
     assert answers.abs().amax(dim=(2, 3, 4)).min() > 0
+
+
+def test_stored_errors_of_the_reference_train_the_same_expert(backbone: Backbone):
+    """Two steps with what is computed beforehand, in passes of a step's size, and with what a step computes."""
+    config = cached_config(steps=2, warmup_steps=1)
+    data = stored(backbone, preferences(backbone), config)
+    losses = []
+    for dpo in (config, config.model_copy(update={"reference": "live"})):
+        engine = open_engine(backbone, config=dpo, lora=LORA)
+        trained = train_expert(backbone, data, config=dpo, lora=LORA, run_seed=5, expert_name="hate", engine=engine)
+        losses.append([(step.loss, step.error_reference_safe, step.gradient_norm) for step in trained.history])
+        backbone.remove_adapter()
+    assert losses[0] == losses[1]
+    assert losses[0][0][0] == pytest.approx(math.log(2), abs=1e-7)

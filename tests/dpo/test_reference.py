@@ -23,7 +23,6 @@ from safetydpo.dpo.engine import open_engine
 from safetydpo.dpo.pair_draws import pair_choices
 from safetydpo.dpo.reference import (
     WITHOUT_EFFECT,
-    ErrorContext,
     compute_errors,
     error_ids,
     planned_draws,
@@ -32,7 +31,8 @@ from safetydpo.dpo.step import METRICS, policy_loss
 from safetydpo.dpo.stored_errors import errors_by_draw
 from safetydpo.dpo.trainer import TrainedExpert, train_expert
 from safetydpo.errors import SafetyDPOError
-from tests.dpo.preferences import SAFE, UNSAFE, small_config
+from tests.dpo.cached import cached_config, context_of, stored
+from tests.dpo.preferences import SAFE, UNSAFE
 
 Make = Callable[..., PreferenceData]
 ROW = PreferenceRow("p", "safe", "unsafe", "of safe", "of unsafe")
@@ -40,28 +40,8 @@ IN_IDS = {"latent_sampling"}
 """Settings that change the error of a draw."""
 
 
-def cached_config(**changes: object) -> DpoConfig:
-    settings = small_config().model_dump() | {"retention_weight": 0.0, "reference": "cached"} | changes
-    return DpoConfig.model_validate(settings)
-
-
-def context_of(config: DpoConfig, batch_size: int = 4) -> ErrorContext:
-    return ErrorContext("base", "float32", batch_size, 1000, config.draw_seed_of(5), config)
-
-
 def ids_of(config: DpoConfig, row: PreferenceRow = ROW, *, changes: dict[str, object] | None = None) -> list[str]:
     return list(error_ids(row, 12, replace(context_of(config), **changes or {})))  # type: ignore[arg-type]
-
-
-def stored(backbone: Backbone, data: PreferenceData, config: DpoConfig, batch_size: int = 4) -> PreferenceData:
-    """The data with all errors that its training needs."""
-    _, draws = planned_draws(config, run_seed=5, expert="hate", num_pairs=data.num_pairs)
-    context = context_of(config, batch_size)
-    errors = [
-        compute_errors(backbone, data, [RowUse(pair, draw) for draw in range(number)], context).numpy()
-        for pair, number in enumerate(draws.tolist())
-    ]
-    return replace(data, reference_errors=errors_by_draw(errors))
 
 
 def train(backbone: Backbone, data: PreferenceData, config: DpoConfig, lora: LoraConfig) -> TrainedExpert:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ray_jobs.expert_plan import ExpertUnit, plan_experts
 from ray_jobs.generate_pairs import generate_pairs, latent_pool
 from ray_jobs.places import image_pool
 from ray_jobs.reference_errors import count_draws, make_reference_errors, with_reference_errors
 from ray_jobs.run import Run, with_absolute_paths
-from ray_jobs.train_experts import ALL_SINGLE, ExpertUnit, plan_experts
 from ray_jobs.training_tables import preference_data, read_training_tables
 from ray_jobs.workers import decode_pictures
 from safetydpo.artifacts.latents import latent_deviations, latent_means
@@ -22,6 +22,7 @@ from safetydpo.artifacts.records import Record
 from safetydpo.artifacts.schemas import IMAGE_MANIFEST, IMAGES, LATENTS, REFERENCE_ERRORS, flipped_image_id
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import read_table
+from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.config.schema import Config
 from safetydpo.diffusion.build import load_backbone
 from safetydpo.dpo.batch import step_batch
