@@ -15,7 +15,7 @@ app = typer.Typer(
     name="safetydpo",
     help="Align a text-to-image model: make unsafe/safe pairs with it, train safety experts by DPO, merge them into "
     "one LoRA adapter, search for the best merge, and report what it does.",
-    epilog="Start with `safetydpo demo`. Every command takes a config file and key.path=value settings, for example "
+    epilog="Start with `safetydpo demo`. Stages take a config file and key.path=value settings, for example "
     "`safetydpo run configs/demo.yaml identity.dpo.steps=200 run_dir=runs/longer`.",
     no_args_is_help=True,
     add_completion=False,
@@ -186,7 +186,7 @@ def run_chain(config: Any, *, last: str) -> None:
     else:
         if last == "train":
             _print_draws(console, chain)
-        console.print(f"[bold]{last}[/bold] is done: {chain.run.run_dir}")
+        console.print(f"[bold]{last}[/bold] is done: {chain.run.run_dir.shown}")
     _print_times(console, chain)
 
 
@@ -208,8 +208,8 @@ def _print_summary(console: Any, chain: Any) -> None:
     from safetydpo.artifacts.layout import merged_adapter_file, report_file
 
     console.print(summary_table(chain.summary, name=chain.run.config.name, width=console.width))
-    console.print(f"adapter  {merged_adapter_file(chain.run.run_dir)}", soft_wrap=True)
-    console.print(f"report   {report_file(chain.run.run_dir)}  (intervals of every column)", soft_wrap=True)
+    console.print(f"adapter  {merged_adapter_file(chain.run.run_dir).shown}", soft_wrap=True)
+    console.print(f"report   {report_file(chain.run.run_dir).shown}  (intervals of every column)", soft_wrap=True)
 
 
 def summary_table(summary: Any, *, name: str, width: int) -> Any:

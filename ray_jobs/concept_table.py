@@ -16,7 +16,7 @@ from safetydpo.artifacts.schemas import MEMBERSHIPS, SELECTIONS
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import read_table
 from safetydpo.config.pairs import PairsConfig
-from safetydpo.pairs.concepts import NO_CONCEPT, concepts_below, count_reasons
+from safetydpo.pairs.concepts import NO_CONCEPT, concepts_below, count_reasons, fewest_kept_first
 from safetydpo.pairs.select import KEPT
 
 MAX_ROWS = 60
@@ -39,7 +39,7 @@ def concept_table(concepts: Mapping[str, Counter[str]], totals: Counter[str]) ->
     table.add_column("concept", overflow="fold")
     for heading in ("pairs", KEPT, *dropped):
         table.add_column(heading, justify="right", vertical="bottom")
-    fewest_first = list(concepts_below(concepts, minimum=max(totals.values(), default=0) + 1))
+    fewest_first = fewest_kept_first(concepts)
     for concept in fewest_first[:MAX_ROWS]:
         found = concepts[concept]
         # Names may look like markup.
@@ -61,10 +61,11 @@ def concept_warnings(concepts: Mapping[str, Counter[str]], record: Record, rules
         warnings.append(f"no judge of {', '.join(rules.judges)} could answer for {settings}: it dropped no pair")
     short = concepts_below(concepts, minimum=rules.min_kept_per_concept)
     if short:
-        listed = ", ".join(f"{concept or NO_CONCEPT}: {count}" for concept, count in short.items())
+        listed = ", ".join(f"{concept}: {count}" for concept, count in short.items())
+        named = len(set(concepts) - {""})
         warnings.append(
             f"expected at least {rules.min_kept_per_concept} kept pairs per concept "
-            f"(identity.pairs.min_kept_per_concept), found fewer for {len(short)} of {len(concepts)}: {listed}; "
+            f"(identity.pairs.min_kept_per_concept), found fewer for {len(short)} of {named}: {listed}; "
             "write more prompt pairs for them or loosen the rules of identity.pairs"
         )
     return warnings

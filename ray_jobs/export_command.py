@@ -68,7 +68,8 @@ def export_pairs(
     # A log file has no width of its own; 80 columns would fold the paths.
     console = Console(highlight=False, soft_wrap=True)
     counts = kept.counts
-    console.print(f"{counts.kept} kept pairs of {counts.kept + counts.dropped} are in {target}, shards: {num_shards}")
+    total = counts.kept + counts.dropped
+    console.print(f"{counts.kept} kept pairs of {total} are in {target.shown}, shards: {num_shards}")
     for group in counts.by_category:
         console.print(f"  {group.name:<20} {group.kept:>7} kept {group.dropped:>7} dropped")
 

@@ -267,15 +267,15 @@ def _write_tables(
 ) -> None:
     unique = {pair.pair_id: pair for pair in pairs}
     ordered = [unique[pair_id] for pair_id in sorted(unique)]
-    texts = [
+    texts = (
         {"pair_id": pair.pair_id, "unsafe_text": pair.unsafe_text, "safe_text": pair.safe_text} for pair in ordered
-    ]
-    members = [
+    )
+    members = (
         {"pair_id": pair.pair_id, "category": category, "concept": pair.concept, "source": pair.source}
         for pair in ordered
         for category in pair.categories
-    ]
-    chosen = [
+    )
+    chosen = (
         {
             "pair_id": pair.pair_id,
             "seed": pair_seed(run_seed, pair.pair_id),
@@ -283,10 +283,10 @@ def _write_tables(
             "reason": selections[pair.pair_id].reason,
         }
         for pair in ordered
-    ]
-    write_table(folder / "prompt_pairs.parquet", table_from_rows(texts, PROMPT_PAIRS))
-    write_table(folder / "memberships.parquet", table_from_rows(members, MEMBERSHIPS))
-    write_table(folder / "selections.parquet", table_from_rows(chosen, SELECTIONS))
+    )
+    write_table(folder / "prompt_pairs.parquet", table_from_stream(texts, PROMPT_PAIRS))
+    write_table(folder / "memberships.parquet", table_from_stream(members, MEMBERSHIPS))
+    write_table(folder / "selections.parquet", table_from_stream(chosen, SELECTIONS))
 
 
 def _write_concepts(

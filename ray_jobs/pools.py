@@ -120,8 +120,7 @@ def check_error_rate(rows: pa.Table, *, limit: float) -> list[str]:
     Raises:
         SafetyDPOError: if their share is above `limit`; the same command tries them again.
     """
-    results = rows.select(["image_id", "status", "error"]).to_pylist()
-    failed = [row for row in results if row["status"] != "ok"]
+    failed = rows.filter(pc.invert(good_rows(rows))).select(["image_id", "error"]).to_pylist()
     if len(failed) > limit * rows.num_rows:
         errors = Counter(row["error"] for row in failed)
         raise SafetyDPOError(

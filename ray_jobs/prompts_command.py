@@ -69,7 +69,7 @@ def import_(
     console.print(summary_table(imported.summary))
     if imported.summary.num_memberships and set(imported.summary.memberships) != {"(none)"}:
         console.print(category_table(imported.summary))
-    console.print(f"{imported.table.num_rows:,} rows are in {target}", soft_wrap=True)
+    console.print(f"{imported.table.num_rows:,} rows are in {target.shown}", soft_wrap=True)
 
 
 @app.command()

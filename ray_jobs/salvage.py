@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ray_jobs.leases import LEASE_FILE, live_holder
+from ray_jobs.leases import hold_lease, live_holder
 from safetydpo.artifacts.layout import RECORD_FILE
-from safetydpo.artifacts.pool_index import DATA_FOLDER, close_index, good_rows
+from safetydpo.artifacts.pool_index import DATA_FOLDER, READERS, close_index, good_rows
 from safetydpo.artifacts.storage import Location
 
 CHECKPOINT_FOLDER = "checkpoint"
@@ -28,28 +29,38 @@ def salvage_open_batches(pool: Location, schema: pa.Schema, *, id_column: str, l
         closed = (batch / RECORD_FILE).is_file()
         if closed or not batch.name.startswith(BATCH_PREFIX) or batch.path == leave.path or live_holder(batch):
             continue
-        _delete_torn_files(batch / DATA_FOLDER)
-        index = close_index(batch, schema, id_column=id_column)
-        if not index.num_rows:
-            batch.delete()
-            continue
-        record = {
-            "stage": "salvaged",
-            "rows": index.num_rows,
-            "failed_units": index.column(id_column).filter(pc.invert(good_rows(index))).to_pylist(),
-            "salvaged": True,
-        }
-        (batch / RECORD_FILE).write_bytes(json.dumps(record, indent=2, sort_keys=True).encode())
-        for rest in (CHECKPOINT_FOLDER, LEASE_FILE):
-            (batch / rest).delete()
-        found += index.num_rows
+        # Its own command may come back to it while it is being closed.
+        with hold_lease(batch):
+            found += _close(batch, schema, id_column=id_column)
     return found
 
 
+def _close(batch: Location, schema: pa.Schema, *, id_column: str) -> int:
+    _delete_torn_files(batch / DATA_FOLDER)
+    index = close_index(batch, schema, id_column=id_column)
+    if not index.num_rows:
+        batch.delete()
+        return 0
+    record = {
+        "stage": "salvaged",
+        "rows": index.num_rows,
+        "failed_units": index.column(id_column).filter(pc.invert(good_rows(index))).to_pylist(),
+        "salvaged": True,
+    }
+    (batch / RECORD_FILE).write_bytes(json.dumps(record, indent=2, sort_keys=True).encode())
+    (batch / CHECKPOINT_FOLDER).delete()
+    return int(index.num_rows)
+
+
 def _delete_torn_files(data: Location) -> None:
-    for file in list(data.walk()):
-        try:
-            with file.open_random_access() as stream:
-                pq.ParquetFile(stream)
-        except pa.ArrowInvalid:
-            file.delete()
+    with ThreadPoolExecutor(READERS) as readers:
+        # Taken to the end, so that what a thread raises is raised here.
+        list(readers.map(_delete_if_torn, list(data.walk())))
+
+
+def _delete_if_torn(file: Location) -> None:
+    try:
+        with file.open_random_access() as stream:
+            pq.ParquetFile(stream)
+    except pa.ArrowInvalid:
+        file.delete()

@@ -218,7 +218,7 @@ def _judge(
     images: pa.Table, *, rules: PairsConfig, pools: PicturePools, execution: ExecutionConfig
 ) -> dict[str, Verdict]:
     """Return every picture's verdict, of several judges the strictest."""
-    found: dict[str, list[Verdict]] = {}
+    found: dict[str, Verdict] = {}
     for judge in rules.judges:
         stage = PoolStage(
             label="verdicts" if len(rules.judges) == 1 else f"verdicts of {judge}",
@@ -231,10 +231,11 @@ def _judge(
             attach=stored_pictures(pools.pictures),
         )
         table = fill_pool(pools.verdicts[judge], images.select(PICTURE_PLACE), stage, execution=execution)
-        for row in table.select(["image_id", "unsafe_score", "unrecognisable_score"]).to_pylist():
-            verdict = Verdict(row["unsafe_score"], row["unrecognisable_score"])
-            found.setdefault(row["image_id"], []).append(verdict)
-    return {image_id: combine_verdicts(verdicts) for image_id, verdicts in found.items()}
+        columns = (table.column(name).to_pylist() for name in ("image_id", "unsafe_score", "unrecognisable_score"))
+        for image_id, unsafe, unrecognisable in zip(*columns, strict=True):
+            verdict = Verdict(unsafe, unrecognisable)
+            found[image_id] = combine_verdicts([found[image_id], verdict]) if image_id in found else verdict
+    return found
 
 
 def _measure(

@@ -60,9 +60,11 @@ class RenderWorker:
 
     def __init__(self, base: Mapping[str, Any], sampler: Mapping[str, Any], picture_format: str = "png") -> None:
         from safetydpo.diffusion.build import load_backbone
+        from safetydpo.diffusion.memory import PassSize
 
         self._format: Any = picture_format
         self._sampler = SamplerConfig(**sampler)
+        self._pass_size = PassSize(self._sampler.batch_size)
         self._backbone = load_backbone(BaseModelConfig(**base), device=worker_device())
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -72,7 +74,9 @@ class RenderWorker:
     def _render(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
         from safetydpo.diffusion.memory import draw_within_memory
 
-        pictures, size = draw_within_memory(lambda sampler: self._draw(rows, sampler), sampler=self._sampler)
+        sampler = self._sampler.model_copy(update={"batch_size": self._pass_size.size})
+        pictures, size = draw_within_memory(lambda fitting: self._draw(rows, fitting), sampler=sampler)
+        self._pass_size.note(size)
         return [self._image_row(row, picture.numpy(), size) for row, picture in zip(rows, pictures, strict=True)]
 
     def _draw(self, rows: Sequence[Mapping[str, Any]], sampler: SamplerConfig) -> Any:
@@ -173,8 +177,9 @@ class LatentWorker:
 
     def __init__(self, base: Mapping[str, Any], batch_size: int, with_deviation: bool = False) -> None:
         from safetydpo.diffusion.build import load_backbone
+        from safetydpo.diffusion.memory import PassSize
 
-        self._batch_size, self._with_deviation = batch_size, with_deviation
+        self._pass_size, self._with_deviation = PassSize(batch_size), with_deviation
         self._backbone = load_backbone(BaseModelConfig(**base), device=worker_device())
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -182,11 +187,13 @@ class LatentWorker:
         from safetydpo.diffusion.memory import encode_within_memory
 
         images = table.column("image").to_pylist()
-        encoded, size = encode_within_memory(images, self._encode, batch_size=self._batch_size)
-        if size < self._batch_size:
-            logger.warning("latents: %d pictures do not fit into memory at once, %d do", self._batch_size, size)
+        wanted = self._pass_size.size
+        encoded, size = encode_within_memory(images, self._encode, batch_size=wanted)
+        if size < wanted:
+            logger.warning("latents: %d pictures do not fit into memory at once, %d do", wanted, size)
+        self._pass_size.note(size)
         ids = table.column("image_id").to_pylist()
-        rows = [{"image_id": image_id, **latent} for image_id, latent in zip(ids, encoded, strict=True)]
+        rows = [{"image_id": i, **latent, "micro_batch": size} for i, latent in zip(ids, encoded, strict=True)]
         return table_from_rows(rows, LATENTS)
 
     def _decode(self, images: list[bytes]) -> Any:

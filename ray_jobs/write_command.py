@@ -117,7 +117,7 @@ def write_prompts_command(
         chosen = _from_templates(templates)
     with _Bar(total=len(entries) * per_concept) as bar:
         record = write_prompts(entries, chosen, task, out=location, journal_folder=journal_folder, report=bar.show)
-    _print_record(record, out=str(location))
+    _print_record(record, out=location.shown)
 
 
 _TAKEN = {

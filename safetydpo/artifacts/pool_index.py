@@ -7,7 +7,8 @@ pictures would not fit into its memory.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
 import pyarrow as pa
@@ -22,6 +23,9 @@ DATA_FOLDER = "data"
 FILE_COLUMN = pa.field("file", pa.string(), nullable=False)
 """Path of the row's Parquet file below the pool."""
 Wanted: TypeAlias = pa.Array | Collection[str] | None
+ROWS_PER_LOOK_UP = 1_000_000
+READERS = 16
+"""Files that are read at the same time."""
 _HEAVY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_list)
 
 
@@ -47,8 +51,8 @@ def drop_doubled(data: Location, schema: pa.Schema, *, id_column: str) -> pa.Tab
     wanted = index_schema(schema)
     seen: set[str] = set()
     kept = []
-    for file in [file for file in data.walk() if file.path.endswith(".parquet")]:
-        table = _with_file(read_table(file, schema, columns=wanted.names[:-1]), data, file)
+    files = [file for file in data.walk() if file.path.endswith(".parquet")]
+    for file, table in zip(files, _read_light(files, data, schema), strict=True):
         first = []
         for row_id in table.column(id_column).to_pylist():
             first.append(row_id not in seen)
@@ -58,6 +62,13 @@ def drop_doubled(data: Location, schema: pa.Schema, *, id_column: str) -> pa.Tab
         if any(first):
             kept.append(table.filter(pa.array(first)))
     return pa.concat_tables(kept) if kept else wanted.empty_table()
+
+
+def _read_light(files: Sequence[Location], data: Location, schema: pa.Schema) -> Iterator[pa.Table]:
+    """Yield what the index holds of each file, in order; a file costs several round trips to an object store."""
+    columns = index_schema(schema).names[:-1]
+    with ThreadPoolExecutor(READERS) as readers:
+        yield from readers.map(lambda file: _with_file(read_table(file, schema, columns=columns), data, file), files)
 
 
 def _with_file(table: pa.Table, data: Location, file: Location) -> pa.Table:
@@ -75,24 +86,33 @@ def _keep_rows(file: Location, schema: pa.Schema, keep: list[bool]) -> None:
 
 def read_index(pool: Location, schema: pa.Schema, *, wanted: Wanted = None, id_column: str) -> pa.Table:
     """Return one index row for each id of the closed batches that is `wanted`, in id order; a good row wins."""
-    names = index_schema(schema)
-    parts = []
+    values = wanted if wanted is None or isinstance(wanted, pa.Array) else pa.array(list(wanted), type=pa.string())
+    found = index_schema(schema).empty_table()
+    parts: list[pa.Table] = []
     for batch in pool.list():
         if not (batch / RECORD_FILE).is_file():
             continue
-        if (batch / INDEX_FILE).is_file():
-            parts.append(read_table(batch / INDEX_FILE, names))
-        else:
-            # Closed by a version that wrote none.
-            parts += [
-                _with_file(read_table(file, schema, columns=names.names[:-1]), batch / DATA_FOLDER, file)
-                for file in (batch / DATA_FOLDER).walk()
-            ]
-    table = pa.concat_tables(parts) if parts else names.empty_table()
-    if wanted is not None:
-        values = wanted if isinstance(wanted, pa.Array) else pa.array(list(wanted), type=pa.string())
-        table = table.filter(pc.is_in(table.column(id_column), value_set=values))
-    return _best_rows(table, id_column=id_column)
+        parts.append(_batch_index(batch, schema))
+        # Now and then, not only at the end: a pool that many runs share holds more rows than one of them wants in
+        # memory. Not at every batch: looking up a million ids takes a third of a second each time.
+        if sum(part.num_rows for part in parts) >= ROWS_PER_LOOK_UP:
+            found, parts = _wanted_rows([found, *parts], values, id_column=id_column), []
+    return _best_rows(_wanted_rows([found, *parts], values, id_column=id_column), id_column=id_column)
+
+
+def _wanted_rows(parts: Sequence[pa.Table], wanted: pa.Array | None, *, id_column: str) -> pa.Table:
+    table = pa.concat_tables(parts)
+    return table if wanted is None else table.filter(pc.is_in(table.column(id_column), value_set=wanted))
+
+
+def _batch_index(batch: Location, schema: pa.Schema) -> pa.Table:
+    names = index_schema(schema)
+    if (batch / INDEX_FILE).is_file():
+        return read_table(batch / INDEX_FILE, names)
+    # Closed by a version that wrote none.
+    data = batch / DATA_FOLDER
+    files = [file for file in data.walk() if file.path.endswith(".parquet")]
+    return pa.concat_tables([names.empty_table(), *_read_light(files, data, schema)])
 
 
 def _best_rows(table: pa.Table, *, id_column: str) -> pa.Table:
@@ -128,9 +148,11 @@ def read_rows(pool: Location, schema: pa.Schema, index: pa.Table, *, id_column: 
     members: dict[str, list[str]] = {}
     for row_id, file in sorted(zip(ids, files, strict=True), key=lambda row: row[1]):
         members.setdefault(file, []).append(row_id)
-    parts = []
-    for file, wanted in members.items():
+
+    def read(file: str) -> pa.Table:
         table = read_table(pool / file, schema, columns=schema.names)
-        parts.append(table.filter(pc.is_in(table.column(id_column), value_set=pa.array(wanted, type=pa.string()))))
-    table = pa.concat_tables(parts) if parts else schema.empty_table()
+        return table.filter(pc.is_in(table.column(id_column), value_set=pa.array(members[file], type=pa.string())))
+
+    with ThreadPoolExecutor(READERS) as readers:
+        table = pa.concat_tables([schema.empty_table(), *readers.map(read, members)])
     return table.take(pc.sort_indices(table, sort_keys=[(id_column, "ascending")]))

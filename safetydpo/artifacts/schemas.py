@@ -144,6 +144,8 @@ LATENTS = pa.schema(
         pa.field("channels", pa.int32(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
+        # Pictures in one pass of the autoencoder. Null: older.
+        pa.field("micro_batch", pa.int32(), nullable=True, metadata=ADDED_LATER),
     ]
 )
 TEXT_EMBEDDINGS = pa.schema(

@@ -45,6 +45,13 @@ class Location:
         return self.path if self.is_local else f"{self.filesystem.type_name}://{self.path}"
 
     @property
+    def shown(self) -> str:
+        """The place as people read it: a local one below the working folder relative to that."""
+        here = Path.cwd()
+        below = self.is_local and here in Path(self.path).parents
+        return str(Path(self.path).relative_to(here)) if below else str(self)
+
+    @property
     def is_local(self) -> bool:
         """Whether the path lies on a disk of this machine."""
         return isinstance(self.filesystem, pafs.LocalFileSystem)

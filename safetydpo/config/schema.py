@@ -31,8 +31,8 @@ class BaseModelConfig(Frozen):
     """Local folder or hub id of an autoencoder in place of the model's own, such as SDXL's for float16; None = its own.
     A hub id may name a revision: `owner/name@revision`."""
     config: str | None = None
-    """Local folder or hub id (as in `vae`), in diffusers format, with configurations and vocabularies of a single file.
-    Required there, None otherwise."""
+    """Local folder or hub id (as in `vae`), in diffusers format, with configurations and vocabularies of a single file,
+    and the networks that it holds nothing of (SD3, FLUX.1). Required there, None otherwise."""
 
     @model_serializer(mode="wrap")
     def _leave_out_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -59,9 +59,9 @@ class PromptsConfig(Frozen):
     """Which concepts and prompt pairs are used."""
 
     source: str = "demo"
-    """`demo`; or a .parquet file that `safetydpo prompts import` wrote, or a folder of such; or a folder with
-    `prompt_pairs.parquet`, `memberships.parquet` and `prompts.parquet`, whose columns stand in `artifacts/schemas.py`.
-    Local or `s3://`."""
+    """`demo`; or a .parquet file that `safetydpo prompts import` wrote, or a folder of such; or the folder that
+    `safetydpo prompts write` made, once it has finished; or a folder with `prompt_pairs.parquet`,
+    `memberships.parquet` and `prompts.parquet`, whose columns stand in `artifacts/schemas.py`. Local or `s3://`."""
     categories: Distinct[Category] = Field(CATEGORIES, min_length=1)
     """Categories that take part; experts are made for these only."""
     pairs_per_category: int = Field(96, ge=1)

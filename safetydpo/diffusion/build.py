@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from safetydpo.artifacts import layout
+from safetydpo.artifacts.storage import open_location
+from safetydpo.artifacts.weights import read_header
 from safetydpo.config.schema import BaseModelConfig
 from safetydpo.diffusion.backbone import Backbone, LoadedParts
 from safetydpo.diffusion.folder import (
@@ -26,7 +28,9 @@ from safetydpo.diffusion.folder import (
     fingerprint_files,
     linear_layers_of,
     read_json,
+    weight_patterns,
 )
+from safetydpo.diffusion.original_layout import PREFIXES, networks_beside
 from safetydpo.diffusion.targets import require_attention, require_targets
 from safetydpo.errors import SafetyDPOError, UsageError
 
@@ -211,9 +215,20 @@ def resolve_files(base: BaseModelConfig) -> ModelFiles:
             "name the model that it is a variant of"
         )
     folder = Path(base.config).expanduser()
-    if not folder.is_dir():
+    is_local = folder.is_dir()
+    if not is_local:
         folder = _fetch(base.config, setting="base.config", patterns=CONFIG_PATTERNS)
-    return ModelFiles(folder, vae=vae, single_file=single_file)
+    beside = _networks_beside(single_file, folder)
+    if not is_local and set(beside) - ({"vae"} if vae is not None else set()):
+        folder = _fetch(base.config, setting="base.config", patterns=(*CONFIG_PATTERNS, *weight_patterns(beside)))
+    return ModelFiles(folder, vae=vae, single_file=single_file, beside=beside)
+
+
+def _networks_beside(single_file: Path, folder: Path) -> tuple[str, ...]:
+    family = _family(folder)
+    if family not in PREFIXES:
+        return ()
+    return networks_beside(family, read_header(open_location(str(single_file)), remedy="fetch the file again"))
 
 
 def _resolve_vae(vae: str) -> Path:

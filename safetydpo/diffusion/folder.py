@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetydpo.artifacts.storage import open_location
 from safetydpo.artifacts.weights import read_header
+from safetydpo.diffusion.original_layout import require_plain
 from safetydpo.errors import SafetyDPOError
 
 NETWORKS = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "unet", "vae")
@@ -27,15 +28,21 @@ PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 """Name endings of weights that would have to be unpickled."""
 _VARIANT_INDEX = re.compile(r".*\.index\.[^.]+\.json")
 
+
+def weight_patterns(networks: Iterable[str]) -> tuple[str, ...]:
+    """Return which files of a hub repository hold the weights of these networks."""
+    return tuple(
+        f"{network}/{stem}{shard}.safetensors"
+        for network in networks
+        for stem in ("diffusion_pytorch_model", "model")
+        for shard in ("", "-[0-9]*-of-[0-9]*")
+    )
+
+
 HUB_PATTERNS = (
     "model_index.json",
     *(f"{component}/*.{suffix}" for component in COMPONENTS for suffix in ("json", "txt")),
-    *(
-        f"{component}/{stem}{shard}.safetensors"
-        for component in NETWORKS
-        for stem in ("diffusion_pytorch_model", "model")
-        for shard in ("", "-[0-9]*-of-[0-9]*")
-    ),
+    *weight_patterns(NETWORKS),
 )
 """Files to fetch from a hub: never a pickle, never a second precision of the same weights."""
 CONFIG_PATTERNS = tuple(pattern for pattern in HUB_PATTERNS if not pattern.endswith(".safetensors"))
@@ -55,7 +62,9 @@ class ModelFiles:
     vae: Path | None = None
     """Folder of an autoencoder that takes the place of the model's own."""
     single_file: Path | None = None
-    """One safetensors file with all weights, in the layout of the model's first release."""
+    """One safetensors file with the weights, in the layout of the model's first release."""
+    beside: tuple[str, ...] = ()
+    """Networks that the single file does not hold; their weights stand in `folder`."""
 
     def folder_of(self, component: str) -> Path:
         """Return the folder of a component."""
@@ -73,9 +82,12 @@ class ModelFiles:
     def weight_folders(self) -> list[Path]:
         """Return the folders from which weights are read."""
         networks = [component for component in self.components() if component in NETWORKS]
-        if self.single_file is not None:
-            networks = ["vae"] if self.vae is not None else []
-        return [self.folder_of(component) for component in networks]
+        return [self.folder_of(component) for component in networks if self.in_folder(component)]
+
+    def in_folder(self, component: str) -> bool:
+        """Return whether the weights of a network stand in its folder, not in the single file."""
+        replaced = component == "vae" and self.vae is not None
+        return self.single_file is None or replaced or component in self.beside
 
 
 def names_component(index: Mapping[str, Any], component: str) -> bool:
@@ -118,6 +130,11 @@ def check_weights(files: ModelFiles) -> None:
             continue
         pickles = [name for name in names if name.endswith(PICKLES)]
         found = f"only the pickle {pickles[0]!r}, which is never read" if pickles else "none"
+        if files.single_file is not None and folder.parent == files.folder:
+            raise SafetyDPOError(
+                f"expected safetensors weights in {folder}, because {files.single_file.name} holds none of the "
+                f"{folder.name}, found {found}: name a whole model in base.config, or use a file that holds it"
+            )
         raise SafetyDPOError(
             f"expected safetensors weights in {folder}, found {found}: "
             "convert the model once with save_pretrained(folder, safe_serialization=True)"
@@ -125,7 +142,7 @@ def check_weights(files: ModelFiles) -> None:
 
 
 def check_whole(files: ModelFiles) -> None:
-    """Refuse weights that are cut short; only headers are read.
+    """Refuse weights that are cut short, and a single file of quantised ones; only headers are read.
 
     Raises:
         SafetyDPOError: naming the first such file.
@@ -135,7 +152,8 @@ def check_whole(files: ModelFiles) -> None:
             if _WEIGHTS.fullmatch(path.name):
                 read_header(open_location(str(path)), remedy="fetch or save the model again")
     if files.single_file is not None:
-        read_header(open_location(str(files.single_file)), remedy="fetch the file again")
+        names = read_header(open_location(str(files.single_file)), remedy="fetch the file again")
+        require_plain(names, file=files.single_file)
 
 
 def fingerprint_folder(folder: Path) -> str:
@@ -161,7 +179,7 @@ def fingerprint_files(files: ModelFiles) -> str:
     check_weights(files)
     total = hashlib.sha256()
     for component in files.components():
-        whole = files.single_file is None or (component == "vae" and files.vae is not None)
+        whole = files.in_folder(component)
         for path in sorted(files.folder_of(component).glob("*")):
             if path.is_file() and _counts(path.name) and (whole or not path.name.endswith(".safetensors")):
                 total.update(f"{component}/{path.name}\x1f{_sha256(path)}\n".encode())

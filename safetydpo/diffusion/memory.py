@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from safetydpo.config.schema import SamplerConfig
 
+logger = logging.getLogger(__name__)
+PATIENCE = 3
 Made = TypeVar("Made")
 Item = TypeVar("Item")
 _MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "could not create a primitive")
@@ -23,13 +26,33 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in _MESSAGES)
 
 
+class PassSize:
+    """The batch size that a process's next rows start with: as asked for, until it has failed `PATIENCE` times running.
+
+    Memory that another process took comes back; that of a card too small does not, and a picture's last step, the
+    autoencoder's, needs most: each trial would cost all steps of a batch before it fails.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        """Take the size that is asked for."""
+        self.size = batch_size
+        self._failed = 0
+
+    def note(self, fitted: int) -> None:
+        """Take into account which size a batch has fitted at."""
+        self._failed = self._failed + 1 if fitted < self.size else 0
+        if self._failed == PATIENCE:
+            logger.warning("%d pictures do not fit into memory at once, %d do: staying there", self.size, fitted)
+            self.size, self._failed = fitted, 0
+
+
 def draw_within_memory(
     draw: Callable[[SamplerConfig], UInt8[Tensor, "row height width 3"]], *, sampler: SamplerConfig
 ) -> tuple[UInt8[Tensor, "row height width 3"], int]:
     """Return what `draw` makes with a sampler, and that sampler's batch size: as given, halved while it does not fit.
 
     A smaller batch changes the last bits of a picture, so each caller keeps the number with its rows and starts the
-    next rows with the full size again.
+    next rows with the full size again, unless a `PassSize` has seen it fail too often.
 
     Raises:
         RuntimeError: if not even one picture fits.

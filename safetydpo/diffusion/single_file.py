@@ -1,6 +1,7 @@
 """Load a model from one safetensors file in the layout of its first release, by diffusers' own key tables.
 
-Such a file holds weights only: configurations and vocabularies come from a folder in diffusers format beside it.
+Such a file holds weights only: configurations and vocabularies come from a folder in diffusers format beside it, and so
+do the networks that the file has none of (`original_layout`).
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from diffusers.loaders.single_file_utils import (
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import T5EncoderModel
 
 from safetydpo.diffusion.folder import ModelFiles
 from safetydpo.diffusion.loading import FolderLoader, quiet_loading
+from safetydpo.diffusion.original_layout import require_plain
 from safetydpo.errors import SafetyDPOError
 
 
@@ -32,7 +34,7 @@ class SingleFileLoader(FolderLoader):
         """Read the whole file.
 
         Raises:
-            SafetyDPOError: if it is damaged.
+            SafetyDPOError: if it is damaged, or its weights are quantised.
         """
         super().__init__(files, index, dtype=dtype)
         try:
@@ -41,13 +43,17 @@ class SingleFileLoader(FolderLoader):
             raise SafetyDPOError(
                 f"expected readable safetensors weights at {files.single_file}, found {error}: fetch the file again"
             ) from error
+        assert files.single_file is not None
+        require_plain(self._tensors, file=files.single_file)
 
     def network(self, component: str, kind: Any) -> Any:
-        """Return a network of class `kind` with the file's weights.
+        """Return a network of class `kind` with the file's weights, or those beside it if the file has none.
 
         Raises:
             SafetyDPOError: if the file lacks some of them.
         """
+        if self._files.in_folder(component):
+            return super().network(component, kind)
         return self._build(component, kind, self._dtype)
 
     def autoencoder(self) -> Any:
@@ -56,7 +62,7 @@ class SingleFileLoader(FolderLoader):
         Raises:
             SafetyDPOError: as `FolderLoader.autoencoder`, or if the file lacks weights.
         """
-        if self._files.vae is not None:
+        if self._files.in_folder("vae"):
             return super().autoencoder()
         kind, dtype = self._autoencoder_class()
         return self._build("vae", kind, dtype)
@@ -66,15 +72,21 @@ class SingleFileLoader(FolderLoader):
         options = {"config": str(self._files.folder), "subfolder": component, "local_files_only": True}
         make: Callable[..., Any]
         given: tuple[Any, ...]
+        is_t5 = issubclass(kind, T5EncoderModel)
         if issubclass(kind, ModelMixin):
             make, given = kind.from_single_file, (dict(self._tensors),)
         else:
-            is_t5 = issubclass(kind, T5EncoderModel)
             make = create_diffusers_t5_model_from_checkpoint if is_t5 else create_diffusers_clip_model_from_ldm
             given = (kind, dict(self._tensors))
         try:
             with quiet_loading():
-                network: nn.Module = make(*given, torch_dtype=dtype, **options)
+                network: Any = make(*given, torch_dtype=dtype, **options)
+            if is_t5:
+                # One table under two names, of which a file may hold one.
+                network.tie_weights()
+        except IndexError as error:
+            # A key table that counts blocks and finds none.
+            raise self._unfit(component, kind, "none of some kind of its blocks") from error
         except (AttributeError, KeyError, ValueError, RuntimeError, SingleFileComponentError, OSError) as error:
             raise self._unfit(component, kind, " ".join(str(error).split())[:160] or type(error).__name__) from error
         missing = [name for name, tensor in network.state_dict(keep_vars=True).items() if tensor.is_meta]

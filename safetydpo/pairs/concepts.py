@@ -23,6 +23,13 @@ def count_reasons(members: Iterable[tuple[str, str]], reasons: Mapping[str, str]
 
 
 def concepts_below(counts: Mapping[str, Counter[str]], *, minimum: int) -> dict[str, int]:
-    """Return the concepts with fewer than `minimum` kept pairs and their numbers, fewest first, then by name."""
-    short = {concept: reasons[KEPT] for concept, reasons in counts.items() if reasons[KEPT] < minimum}
-    return dict(sorted(short.items(), key=lambda item: (item[1], item[0])))
+    """Return the concepts with fewer than `minimum` kept pairs and their numbers, fewest first, then by name.
+
+    Pairs without a concept ("") are not one group, here as in `select.pairs_over_cap`.
+    """
+    return {name: counts[name][KEPT] for name in fewest_kept_first(counts) if name and counts[name][KEPT] < minimum}
+
+
+def fewest_kept_first(counts: Mapping[str, Counter[str]]) -> list[str]:
+    """Return the concepts, those with the fewest kept pairs first, then by name."""
+    return sorted(counts, key=lambda concept: (counts[concept][KEPT], concept))

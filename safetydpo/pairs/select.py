@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from safetydpo.errors import SafetyDPOError
 
 
-@dataclass(frozen=True)
+# With slots: there may be a million of each.
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """What judges say of one picture; both scores are probabilities, None = no judge knows."""
 
@@ -31,7 +32,7 @@ class Distance:
     limit: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Selection:
     """Whether a pair is kept, and why not."""
 

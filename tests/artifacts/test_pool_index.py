@@ -64,6 +64,34 @@ def test_a_batch_closed_without_an_index_is_read_all_the_same(store: Location):
     assert read_pool(store, PICTURES, wanted={"c", "x"}, id_column="image_id").to_pylist() == [picture("c")]
 
 
+@pytest.mark.parametrize("rows_per_look_up", [1, 2, 100])
+def test_rows_that_nobody_wants_are_left_out_on_the_way(
+    store: Location, monkeypatch: pytest.MonkeyPatch, rows_per_look_up: int
+):
+    """Three batches, `b` failed in the first and was made in the last: the same whenever ids are looked up."""
+    monkeypatch.setattr(pool_index, "ROWS_PER_LOOK_UP", rows_per_look_up)
+    close(store, "batch-1", {"1.parquet": [picture("a"), picture("b", "error")]})
+    close(store, "batch-2", {"1.parquet": [picture("c")]})
+    close(store, "batch-3", {"1.parquet": [picture("b"), picture("d")]})
+    rows = read_index(store, PICTURES, wanted=["b", "c", "x"], id_column="image_id").to_pylist()
+    assert [(row["image_id"], row["status"], row["file"][:7]) for row in rows] == [
+        ("b", "ok", "batch-3"),
+        ("c", "ok", "batch-2"),
+    ]
+    assert read_index(store, PICTURES, id_column="image_id").num_rows == 4
+
+
+def test_files_are_read_in_name_order_by_many_readers(store: Location):
+    """Forty files, each repeating a row of the one before: the first in name order keeps it."""
+    files = {f"{n:02d}.parquet": [picture(f"row-{n:02d}"), picture(f"row-{max(0, n - 1):02d}")] for n in range(40)}
+    close(store, "batch-1", files)
+    index = read_index(store, PICTURES, id_column="image_id").to_pylist()
+    assert [(row["image_id"], row["file"]) for row in index] == [
+        (f"row-{n:02d}", f"batch-1/data/{n:02d}.parquet") for n in range(40)
+    ]
+    assert read_pool(store, PICTURES, id_column="image_id").to_pylist() == [picture(f"row-{n:02d}") for n in range(40)]
+
+
 def test_planning_reads_no_picture(store: Location, monkeypatch: pytest.MonkeyPatch):
     """With the data files gone, the index still says what there is."""
     batch = close(store, "batch-1", {"1.parquet": [picture("a"), picture("b")]})

@@ -27,6 +27,14 @@ def all_names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+def test_people_read_places_as_they_typed_them(tmp_path: Path, remote: Location, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert open_location("runs/smoke").shown == "runs/smoke"
+    assert open_location("../other").shown == str(tmp_path.parent / "other")
+    assert open_location(".").shown == str(tmp_path)
+    assert remote.shown == str(remote)
+
+
 def test_round_trip_and_overwriting(store: Location):
     place = store / "a/b" / "c.bin"
     assert not place.exists()

@@ -1,4 +1,7 @@
-"""Write a Stable Diffusion 1.x or XL model as one file in the layout of its first release, by renaming tensors back."""
+"""Write a Stable Diffusion 1, 2 or XL model as one file in the layout of its first release, by renaming tensors back.
+
+Beside the weights stand the tensors that published files have and nobody needs.
+"""
 
 from __future__ import annotations
 
@@ -41,29 +44,57 @@ UNET_ENDS = {
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
-def save_single_file(folder: Path, file: Path, *, layers_per_block: int, num_blocks: int) -> None:
+def save_single_file(folder: Path, file: Path, *, layers_per_block: int, num_blocks: int, is_sd2: bool = False) -> None:
     """Write the weights of a diffusers folder to `file`; blocks are those of its U-Net, equal in number and depth."""
     tensors: dict[str, Tensor] = {}
-    for name, tensor in _weights(folder / "unet").items():
+    for name, tensor in weights_in(folder / "unet").items():
         renamed = _unet_name(name, layers_per_block, num_blocks)
         tensors[f"model.diffusion_model.{renamed}"] = tensor
-    for name, tensor in _weights(folder / "vae").items():
-        renamed, shape = _vae_name(name), tensor.shape
-        is_map = ".attn_1." in renamed and tensor.ndim == 2
-        tensors[f"first_stage_model.{renamed}"] = tensor.reshape(*shape, 1, 1) if is_map else tensor
-    has_two = (folder / "text_encoder_2").is_dir()
-    first = "conditioner.embedders.0" if has_two else "cond_stage_model"
-    for name, tensor in _weights(folder / "text_encoder").items():
-        tensors[f"{first}.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
-    if has_two:
-        for name, tensor in _open_clip(_weights(folder / "text_encoder_2")).items():
-            tensors[f"conditioner.embedders.1.model.{name}"] = tensor
-    tensors["alphas_cumprod"] = torch.ones(1000)
+    tensors |= vae_tensors(folder / "vae")
+    tensors |= _sd2_text(folder) if is_sd2 else _text(folder)
+    tensors |= {"alphas_cumprod": torch.ones(1000), "model_ema.num_updates": torch.ones(1)}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
 
 
-def _weights(folder: Path) -> Mapping[str, Tensor]:
+def _text(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    has_two = (folder / "text_encoder_2").is_dir()
+    first = "conditioner.embedders.0" if has_two else "cond_stage_model"
+    for name, tensor in clip_weights(folder / "text_encoder").items():
+        tensors[f"{first}.transformer.{name}"] = tensor
+    tensors[f"{first}.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    if has_two:
+        for name, tensor in _open_clip(clip_weights(folder / "text_encoder_2")).items():
+            tensors[f"conditioner.embedders.1.model.{name}"] = tensor
+        tensors["conditioner.embedders.1.model.logit_scale"] = torch.ones(())
+    return tensors
+
+
+def _sd2_text(folder: Path) -> dict[str, Tensor]:
+    """Return the encoder in its own layout, with its last layer and its projection, which are never used."""
+    weights = clip_weights(folder / "text_encoder")
+    tensors = {f"cond_stage_model.model.{name}": tensor for name, tensor in _open_clip(weights).items()}
+    last = {name: tensor for name, tensor in tensors.items() if ".resblocks.0." in name}
+    tensors |= {name.replace(".resblocks.0.", ".resblocks.23."): torch.zeros_like(last[name]) for name in last}
+    width = weights["text_model.final_layer_norm.weight"].shape[0]
+    return {
+        **tensors,
+        "cond_stage_model.model.text_projection": torch.zeros(width, width),
+        "cond_stage_model.model.logit_scale": torch.ones(()),
+    }
+
+
+def weights_in(folder: Path) -> Mapping[str, Tensor]:
+    """Return the tensors of a component of one file."""
     return load_file(next(folder.glob("*.safetensors")))
+
+
+def clip_weights(folder: Path) -> Mapping[str, Tensor]:
+    """Return those of a CLIP text encoder, under the names that hold for every version of its library."""
+    return {
+        name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": tensor
+        for name, tensor in weights_in(folder).items()
+    }
 
 
 def _open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -79,6 +110,16 @@ def _open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             renamed = renamed.replace(new, old)
         found[renamed] = tensor.contiguous()
     return found
+
+
+def vae_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return an autoencoder in its own layout."""
+    tensors = {}
+    for name, tensor in weights_in(folder).items():
+        renamed, shape = _vae_name(name), tensor.shape
+        is_map = ".attn_1." in renamed and tensor.ndim == 2
+        tensors[f"first_stage_model.{renamed}"] = tensor.reshape(*shape, 1, 1) if is_map else tensor
+    return tensors
 
 
 def _replace_part(name: str, parts: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safetydpo.config.schema import SamplerConfig
-from safetydpo.diffusion.memory import draw_within_memory, encode_within_memory, is_out_of_memory
+from safetydpo.diffusion.memory import PassSize, draw_within_memory, encode_within_memory, is_out_of_memory
 from safetydpo.diffusion.render import render
 from tests.diffusion.models import Model
 
@@ -87,6 +87,20 @@ def test_a_single_picture_that_does_not_fit_is_an_error(model: Model):
             sampler=sampler,
         )
     assert sizes == [6, 3, 1]
+
+
+def test_a_size_that_fails_three_times_running_is_not_tried_again(caplog: pytest.LogCaptureFixture):
+    """8 fails twice, then fits: nothing is learned; then it fails three times: 2 (the size of the last one) it is."""
+    room = PassSize(8)
+    for fitted in (4, 4, 8, 4, 4):
+        room.note(fitted)
+        assert room.size == 8
+    room.note(2)
+    assert room.size == 2
+    assert "8 pictures do not fit into memory at once, 2 do: staying there" in caplog.text
+    for _ in range(5):
+        room.note(2)
+    assert room.size == 2
 
 
 def test_which_errors_mean_memory():

@@ -37,11 +37,16 @@ def file(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_a_single_file_computes_what_its_folder_does(family: str, tmp_path: Path):
-    """The same latents and pictures, bit for bit; with SDXL that includes both text encoders and the size embedding."""
+    """The same latents and pictures, bit for bit; with SDXL that includes both text encoders and the size embedding.
+
+    The text encoder of SD2 has another layout and a last layer that is not used; its v-prediction stands in the folder.
+    """
     build_model(family, tmp_path / "whole")
-    save_single_file(tmp_path / "whole", tmp_path / "one.safetensors", layers_per_block=1, num_blocks=2)
+    save_single_file(
+        tmp_path / "whole", tmp_path / "one.safetensors", layers_per_block=1, num_blocks=2, is_sd2=family == "sd2"
+    )
     bare = shutil.copytree(
         tmp_path / "whole", tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors", "*.safetensors.*")
     )
@@ -57,6 +62,16 @@ def test_a_single_file_computes_what_its_folder_does(family: str, tmp_path: Path
     assert torch.equal(single.decode(drawn[0]), whole.decode(drawn[1]))
     half = load_backbone(base.model_copy(update={"dtype": "bfloat16"}))
     assert {parameter.dtype for parameter in half.network.parameters()} == {torch.bfloat16}
+
+
+def test_quantised_weights_are_refused(configurations: Path, file: Path, tmp_path: Path):
+    """diffusers would pass over the scale and compute with what the numbers mean only times it."""
+    scale = "model.diffusion_model.out.2.scale_weight"
+    save_file({**load_file(file), scale: torch.ones(1)}, tmp_path / "scaled.safetensors")
+    base = BaseModelConfig(model=str(tmp_path / "scaled.safetensors"), config=str(configurations))
+    for use in (load_backbone, base_fingerprint):
+        with pytest.raises(SafetyDPOError, match=rf"expected plain weights in .*scaled.safetensors.*{scale}'\): use"):
+            use(base)
 
 
 def test_fingerprint_covers_file_configurations_and_autoencoder(

@@ -168,7 +168,9 @@ def _stable_diffusion_xl(scheduler: dict[str, Any]) -> StableDiffusionXLPipeline
     )
 
 
-def _stable_diffusion_3(scheduler: dict[str, Any], *, with_t5: bool = True) -> StableDiffusion3Pipeline:
+def _stable_diffusion_3(
+    scheduler: dict[str, Any], *, with_t5: bool = True, **settings: Any
+) -> StableDiffusion3Pipeline:
     transformer = SD3Transformer2DModel(
         sample_size=SIZE // 4,
         patch_size=2,
@@ -182,6 +184,7 @@ def _stable_diffusion_3(scheduler: dict[str, Any], *, with_t5: bool = True) -> S
         pooled_projection_dim=WIDTH + WIDTH_2,
         pos_embed_max_size=16,
         qk_norm="rms_norm",
+        **settings,
     )
     return StableDiffusion3Pipeline(
         vae=_vae(16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
@@ -236,6 +239,7 @@ BUILDERS: Mapping[str, Any] = {
     "sdxl": _stable_diffusion_xl,
     "sd3": _stable_diffusion_3,
     "sd3-without-t5": lambda scheduler: _stable_diffusion_3(scheduler, with_t5=False),
+    "sd3-dual": lambda scheduler: _stable_diffusion_3(scheduler, dual_attention_layers=(0,)),
     "flux-dev": _flux,
     "flux-schnell": lambda scheduler: _flux(scheduler, guidance_embeds=False),
 }

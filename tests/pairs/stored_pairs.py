@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
+from safetydpo.artifacts.pool_index import close_index
 from safetydpo.artifacts.records import ArtifactKey, Record, artifact_folder, close_artifact
 from safetydpo.artifacts.schemas import (
     IMAGE_MANIFEST,
@@ -79,6 +80,7 @@ def close_batch(
     batch = store / "images" / pool / name
     for index in range(files):
         write_table(batch / "data" / f"part-{index}.parquet", table_from_rows(rows[index::files], IMAGES))
+    close_index(batch, IMAGES, id_column="image_id")
     (batch / "record.json").write_bytes(b"{}")
 
 

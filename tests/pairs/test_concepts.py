@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safetydpo.pairs.concepts import concepts_below, count_reasons
+from safetydpo.pairs.concepts import concepts_below, count_reasons, fewest_kept_first
 from safetydpo.pairs.select import KEPT
 
 REASONS = {"p": KEPT, "q": "safe picture is not safe", "r": KEPT, "s": "a picture is missing"}
@@ -24,6 +24,15 @@ def test_by_hand():
     assert concepts_below(counts, minimum=2) == {"flag": 0, "axe": 1}
     assert list(concepts_below(counts, minimum=2)) == ["flag", "axe"]
     assert concepts_below(counts, minimum=0) == {}
+    assert fewest_kept_first(counts) == ["flag", "axe", "bomb"]
+
+
+def test_pairs_without_a_concept_are_counted_but_never_too_few():
+    """As the cap leaves them alone: they have nothing in common that could be short."""
+    counts = count_reasons([("p", ""), ("q", ""), ("s", "axe")], REASONS)
+    assert counts[""] == Counter({KEPT: 1, "safe picture is not safe": 1})
+    assert concepts_below(counts, minimum=5) == {"axe": 0}
+    assert fewest_kept_first(counts) == ["axe", ""]
 
 
 @given(st.lists(st.tuples(st.sampled_from("pqrs"), st.sampled_from(["axe", "bomb", "flag"]))), st.randoms())

@@ -242,7 +242,7 @@ def test_a_picture_with_other_bytes(store: Location, folder: Location, tmp_path:
 
 
 @pytest.mark.parametrize("damage", ["cut", "columns"])
-def test_a_broken_file_of_pictures(store: Location, folder: Location, damage: str):
+def test_a_broken_file_of_pictures(store: Location, folder: Location, tmp_path: Path, damage: str):
     file = store / "images/pool-1/batch-2/data/part-0.parquet"
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-30])
@@ -253,7 +253,27 @@ def test_a_broken_file_of_pictures(store: Location, folder: Location, damage: st
     with pytest.raises(
         SafetyDPOError, match="expected a complete Parquet file of pictures at .*part-0.parquet, found: "
     ):
-        PictureIndex(store / "images" / "pool-1")
+        write(store, folder, open_location(str(tmp_path / "out")))
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_only_files_that_hold_kept_pictures_are_opened(store: Location, folder: Location, tmp_path: Path):
+    """Of a pool that many runs share, the rest may be anything; of a file that went, the place in the index is told."""
+    close_batch(store, "batch-3", [image_row(MadePair(9), side) for side in ("unsafe", "safe")])
+    (store / "images/pool-1/batch-3/data/part-0.parquet").write_bytes(b"no Parquet")
+    write(store, folder, open_location(str(tmp_path / "out")))
+    file = store / "images/pool-1/batch-2/data/part-0.parquet"
+    pq.write_table(pq.read_table(file.path).slice(0, 0), file.path)
+    with pytest.raises(SafetyDPOError, match="expected picture .* in .*batch-2/data/part-0.parquet, where the pool's"):
+        write(store, folder, open_location(str(tmp_path / "again")))
+
+
+def test_a_batch_closed_by_a_version_without_an_index_is_exported_too(
+    store: Location, folder: Location, tmp_path: Path
+):
+    (store / "images/pool-1/batch-1/index.parquet").delete()
+    write(store, folder, open_location(str(tmp_path / "out")))
+    assert len(load(open_location(str(tmp_path / "out")), tmp_path / "cache")) == len(KEPT)
 
 
 @pytest.mark.parametrize(

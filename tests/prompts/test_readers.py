@@ -46,6 +46,19 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path, content: str):
     assert next(iter(values(table)[0].values())) == "a bomb"
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        '"a bomb" on a table, in rain\na wasp, drawn\n',  # no CSV at all: text after a closing quote
+        'wasp,moth\n"a bomb" on a table, in rain\n',  # what looks like a header, over such a line
+    ],
+)
+def test_quotes_in_the_middle_of_plain_lines_make_no_table(tmp_path: Path, content: str):
+    table = read_prompt_file(place(tmp_path, content))
+    assert table.kind == "lines"
+    assert [row["line"] for row in values(table)] == content.splitlines()
+
+
 def test_lines_by_hand(tmp_path: Path):
     """Line 2 is empty; "\\r\\r\\n" ends line 3 and a lone CR line 4; commas and quotes around a line are cut off."""
     table = read_prompt_file(place(tmp_path, TEXTS["lines"]))

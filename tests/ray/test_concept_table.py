@@ -111,4 +111,4 @@ def test_names_are_never_read_as_markup_and_pairs_without_one_are_shown(store: L
     assert ["[bold]", "1", "1"] in found
     assert ["(none)", "1", "1"] in found
     assert ["all", "2", "concepts", "3", "3"] in found
-    assert "(none): 1, [/raised]: 1, [bold]: 1;" in text
+    assert "found fewer for 2 of 2: [/raised]: 1, [bold]: 1;" in text, "pairs without a concept are not one group"

@@ -127,8 +127,14 @@ def test_latents_are_encoded_in_small_passes(
     small = worker(stored)
     assert sizes == [2, 1, 1, 1]
     assert "latents: 2 pictures do not fit into memory at once, 1 do" in caplog.text
+    assert (table.column("micro_batch").to_pylist(), small.column("micro_batch").to_pylist()) == ([2] * 3, [1] * 3)
     for name, latent in latent_means(table).items():
         np.testing.assert_allclose(latent_means(small)[name], latent, rtol=2e-3, atol=1e-4)
+    worker(stored)
+    worker(stored)
+    sizes.clear()
+    worker(stored)
+    assert sizes == [1, 1, 1], "after three failures running, two are not tried any more"
 
 
 def test_small_pictures_are_encoded_as_ever_and_large_ones_as_they_are_drawn():
