@@ -6,7 +6,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from safetydpo.config.fields import Distinct, Frozen, Rate
+from safetydpo.config.fields import Distinct, Frozen, Rate, added_field
+from safetydpo.config.validation import ValidationConfig
 
 
 class LoraConfig(Frozen):
@@ -83,6 +84,8 @@ class DpoConfig(TrainingConfig):
     """An expert fails if its error on the safe picture stays above this multiple of the reference's."""
     spike_patience: int = Field(5, ge=1)
     """Consecutive optimizer steps above `spike_limit` after which an expert fails."""
+    validation: ValidationConfig = added_field(ValidationConfig())
+    """Held-out pairs and sampled pictures every few steps, early stopping, and which state is published; off."""
 
 
 class DistillConfig(TrainingConfig):
