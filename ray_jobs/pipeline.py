@@ -64,6 +64,7 @@ def check_request(run: Run, *, last: str = "report") -> None:
             asked, or a path is of another kind.
         SafetyDPOError: if a category has no prompt pair, or the base model's files are incomplete.
     """
+    from ray_jobs.expert_watch import check_watch
     from ray_jobs.prompt_tables import all_pairs
     from ray_jobs.verify_pairs import check_verification
     from safetydpo.diffusion.build import check_targets
@@ -97,6 +98,8 @@ def check_request(run: Run, *, last: str = "report") -> None:
         )
     check_verification(identity)
     _check_places(run)
+    if STAGES.index(last) >= STAGES.index("train"):
+        check_watch(run.config)
     all_pairs(identity.prompts)
     # Computed once per run and kept: asking here costs nothing.
     _ = run.base_fingerprint

@@ -7,7 +7,6 @@ and started again skips what is done and goes on from the last checkpoint of wha
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_jobs.cluster import connect, ray_state_folder, workers_for
+from ray_jobs.expert_watch import LaneWatch, validation_inputs
 from ray_jobs.generate_pairs import derived_pool, latent_pool
 from ray_jobs.progress import progress_bar
 from ray_jobs.run import Run
@@ -133,6 +133,7 @@ def _unit(
             "pairs": fingerprint_rows((pair_id, "") for pair_id in pair_ids),
             "retention": benign,
             "retention_pairs": fingerprint_rows((pair_id, "") for pair_id in others) if others else "",
+            **validation_inputs(identity, categories),
         },
         recipe_version=RECIPE_VERSION,
     )
@@ -234,19 +235,28 @@ def train_lane(settings: Mapping[str, Any]) -> None:
     pairs_folder = run.store / "pairs" / settings["pairs_folder"]
     tables = read_training_tables(run, pairs_folder)
     world_size = context.get_world_size()
+    watch = LaneWatch(run, backbone, rank=context.get_world_rank())
     for content in settings["units"]:
         unit = unit_from_json(content)
         if read_record(run.folder(unit.key)) is not None:
             continue
         engine = open_engine(backbone, config=unit.dpo, lora=identity.lora, world_size=world_size)
         try:
-            _train_unit(run, unit, backbone, engine, tables, settings["board"], rank=context.get_world_rank())
+            _train_unit(run, unit, backbone, engine, tables, watch, settings["board"], rank=context.get_world_rank())
         finally:
             engine.close()
 
 
 def _train_unit(
-    run: Run, unit: ExpertUnit, backbone: Any, engine: Any, tables: TrainingTables, board: Any, *, rank: int
+    run: Run,
+    unit: ExpertUnit,
+    backbone: Any,
+    engine: Any,
+    tables: TrainingTables,
+    watch: LaneWatch,
+    board: Any,
+    *,
+    rank: int,
 ) -> None:
     from safetydpo.dpo.trainer import train_expert
 
@@ -254,19 +264,23 @@ def _train_unit(
     folder = run.folder(unit.key)
 
     def make(_folder: Location) -> Mapping[str, Any]:
-        trained = train_expert(
-            backbone,
-            data,
-            config=unit.dpo,
-            lora=run.config.identity.lora,
-            run_seed=run.config.identity.seed,
-            expert_name=unit.name,
-            engine=engine,
-            checkpoint=folder / CHECKPOINT_FILE,
-            report=lambda _metrics: board.add.remote("expert steps", 1),
-            rank=rank,
-            world_size=engine.world_size,
-        )
+        title = unit.key.folder_name
+        with watch.expert(folder, title=title, categories=unit.categories, dpo=unit.dpo) as watched:
+            trained = train_expert(
+                backbone,
+                data,
+                config=unit.dpo,
+                lora=run.config.identity.lora,
+                run_seed=run.config.identity.seed,
+                expert_name=unit.name,
+                engine=engine,
+                checkpoint=folder / CHECKPOINT_FILE,
+                report=lambda _metrics: board.add.remote("expert steps", 1),
+                sample_rates=watched.sample_rates,
+                log=watched.log,
+                rank=rank,
+                world_size=engine.world_size,
+            )
         metadata = AdapterMetadata(
             base_fingerprint=backbone.fingerprint,
             denoiser=backbone.denoiser,
@@ -277,14 +291,13 @@ def _train_unit(
             categories=unit.categories,
         )
         if rank == 0:
-            lines = [json.dumps(asdict(step), sort_keys=True) for step in trained.history]
-            (folder / "training.jsonl").write_bytes("\n".join(lines).encode() + b"\n")
             write_adapter(folder / ADAPTER_FILE, trained.layers, metadata=metadata)
         from safetydpo.artifacts.adapters import adapter_hash
 
         return {
             "fingerprint": adapter_hash(trained.layers),
-            "counts": {"pairs": data.num_pairs, "steps": unit.dpo.steps, "resumed_at": trained.resumed_at},
+            "counts": {"pairs": data.num_pairs, "steps": len(trained.history), "resumed_at": trained.resumed_at},
+            "details": watched.details(trained),
         }
 
     if rank == 0:
