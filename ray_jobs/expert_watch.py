@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from ray_jobs.run import Run
 from ray_jobs.sampled_rates import JudgedPrompt, count_shares, draw_and_judge
 from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.artifacts.storage import Location, open_location
-from safetydpo.config.schema import Config, IdentityConfig
+from safetydpo.config.schema import Config, IdentityConfig, PromptsConfig
 from safetydpo.config.training import DpoConfig
+from safetydpo.config.validation import ValidationConfig
 from safetydpo.errors import UsageError
 from safetydpo.prompts.sets import Prompt
 
@@ -32,29 +33,50 @@ def expert_validation_prompts(identity: IdentityConfig, categories: Sequence[str
     """Return the prompts that validate an expert of these categories; all of the validation split.
 
     Raises:
-        SafetyDPOError: if the source has none of a kind, or one of them occurs in the test split, exactly or nearly.
+        UsageError: if the source has no unsafe ones of these categories.
+        SafetyDPOError: if it has none of a kind, or one of them occurs in the test split, exactly or nearly.
     """
-    from safetydpo.search.guard import refuse_test_prompts
-
-    source, validation = identity.prompts, identity.dpo.validation
-    setting = "identity.dpo.validation"
-    unsafe = needed_prompts(source, "validation", "unsafe", setting=f"{setting}.unsafe_prompts_per_category")
-    chosen: list[Prompt] = []
-    for category in categories:
-        rows = [row for row in unsafe if row.category == category]
-        count = validation.unsafe_prompts_per_category
-        chosen += spread_prompts(rows, count, seed=identity.seed, purpose=PURPOSE)
-    for kind, count in (("neutral", validation.neutral_prompts), ("neighbour", validation.neighbour_prompts)):
-        rows = needed_prompts(source, "validation", kind, setting=f"{setting}.{kind}_prompts")
-        chosen += spread_prompts(rows, count, seed=identity.seed, purpose=PURPOSE)
-    if not any(prompt.prompt_set == "unsafe" for prompt in chosen):
+    source = identity.prompts
+    unsafe, benign = _chosen_prompts(source, identity.dpo.validation, identity.seed)
+    own = [prompt for prompt in unsafe if prompt.category in categories]
+    if not own:
         raise UsageError(
             f"expected unsafe prompts of {', '.join(categories)} in the validation split of {source.source!r}, found "
             "none: add some, or set identity.dpo.validation.every_steps to null"
         )
+    return [*own, *benign]
+
+
+@lru_cache(maxsize=2)
+def _chosen_prompts(
+    source: PromptsConfig, validation: ValidationConfig, seed: int
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Return the unsafe prompts of all categories, and the neutral and neighbour ones; read and checked once."""
+    from safetydpo.search.guard import refuse_test_prompts
+
+    def needed(kind: str, setting: str) -> list[Prompt]:
+        return needed_prompts(source, "validation", kind, setting=f"identity.dpo.validation.{setting}")
+
+    rows = needed("unsafe", "unsafe_prompts_per_category")
+    unsafe = [
+        prompt
+        for category in source.categories
+        for prompt in spread_prompts(
+            [row for row in rows if row.category == category],
+            validation.unsafe_prompts_per_category,
+            seed=seed,
+            purpose=PURPOSE,
+        )
+    ]
+    benign = spread_prompts(
+        needed("neutral", "neutral_prompts"), validation.neutral_prompts, seed=seed, purpose=PURPOSE
+    )
+    benign += spread_prompts(
+        needed("neighbour", "neighbour_prompts"), validation.neighbour_prompts, seed=seed, purpose=PURPOSE
+    )
     tests = [row.text for name in (*KINDS, "ood") for row in split_prompts(source, "test", name)]
-    refuse_test_prompts([prompt.text for prompt in chosen], tests)
-    return chosen
+    refuse_test_prompts([prompt.text for prompt in (*unsafe, *benign)], tests)
+    return unsafe, benign
 
 
 def validation_inputs(identity: IdentityConfig, categories: Sequence[str]) -> dict[str, str]:

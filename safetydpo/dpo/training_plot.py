@@ -10,6 +10,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from safetydpo.dpo.watch import Validation
 
@@ -124,6 +125,10 @@ def _errors(axes: Axes, history: Sequence[Row], validations: Sequence[Validation
 def _gradient(axes: Axes, history: Sequence[Row], _validations: Sequence[Validation]) -> None:
     _line(axes, history, "gradient_norm", color=OTHER)
     axes.set(title="gradient norm before clipping", yscale="log")
+    # The default labels of a logarithmic axis are formulas.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:g}"))
 
 
 def _rates(axes: Axes, _history: Sequence[Row], validations: Sequence[Validation]) -> None:

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -171,3 +175,25 @@ def test_a_held_out_loss_that_is_not_finite_ends_the_training(backbone: StableDi
     script = ScriptedRates({step: rates(0.5) for step in range(STEPS + 1)})
     with pytest.raises(SafetyDPOError, match=r"expert 'hate': expected a finite loss on the held-out pairs after st"):
         train(backbone, make_data(), config, script=script)
+
+
+@pytest.mark.slow
+def test_two_processes_agree_when_to_stop(tiny_folder: Path, tmp_path: Path) -> None:
+    """They see rates that differ in the last bits: alone, process 0 would go on after 4 steps and process 1 stop."""
+    command = [sys.executable, "-m", "tests.dpo.validated_process", str(tiny_folder), str(tmp_path / "out")]
+    workers = [
+        subprocess.Popen(
+            [*command, str(tmp_path / "store"), str(rank)],
+            env={**os.environ, "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [worker.communicate(timeout=800)[0] for worker in workers]
+    assert all(worker.returncode == 0 for worker in workers), "\n".join(outputs)[-4000:]
+    first, second = (json.loads((tmp_path / f"out-{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert [one["step"] for one in first] == [0, 2, 4]
+    assert first[2]["value"] == pytest.approx(0.5 + 4.5e-10, abs=1e-12)
