@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from ray_jobs.expert_watch import validation_inputs
 from ray_jobs.prompt_tables import chosen_pairs
 from ray_jobs.run import Run
 from safetydpo.artifacts.records import ArtifactKey, Record
@@ -161,6 +162,7 @@ def _unit(run: Run, group: PairGroup, other_pair_ids: frozenset[str], dpo: DpoCo
             "retention": benign if dpo.retention_weight > 0 else "",
             "retention_pairs": fingerprint_rows((pair_id, "") for pair_id in others) if others else "",
             **_safe_pictures(identity),
+            **validation_inputs(identity, group.categories),
         },
         recipe_version=RECIPE_VERSION,
     )

@@ -8,11 +8,11 @@ from typing import Any
 from ray_jobs.expert_files import load_experts, read_aids
 from ray_jobs.generate_pairs import SELECT_JUDGE
 from ray_jobs.run import Run
+from ray_jobs.sampled_rates import count_shares, draw_and_judge
 from ray_jobs.workers import worker_device
 from safetydpo.config.schema import Config
 from safetydpo.prompts.sets import Prompt
 from safetydpo.search.space import Candidate
-from safetydpo.seeding import derive_seed
 
 
 class MergeEvaluator:
@@ -37,9 +37,7 @@ class MergeEvaluator:
 
     def measure(self, candidate: Candidate | None) -> dict[str, float]:
         """Return the rates of a candidate, or of the base for None."""
-        from safetydpo.diffusion.render import render
         from safetydpo.dpo.engine import lora_signature
-        from safetydpo.judges.protocol import known_answers
         from safetydpo.merging.merge import merge_prepared
 
         identity = self.run.config.identity
@@ -56,26 +54,12 @@ class MergeEvaluator:
                 seed=identity.seed,
             )
             self._backbone.swap_adapter(lora_signature(identity.lora), result.layers)
-        pictures = render(
+        _, judged = draw_and_judge(
             self._backbone,
-            prompts=[prompt.text for prompt in self._prompts],
-            seeds=[derive_seed(identity.seed, "search_noise", prompt.prompt_id) for prompt in self._prompts],
+            self._judge,
+            self._prompts,
+            run_seed=identity.seed,
             sampler=identity.sampler,
+            purpose="search_noise",
         )
-        verdicts = self._judge.judge(pictures)
-        mushes = known_answers(
-            verdicts.is_unrecognisable, judge=self._judge.name, what="whether a picture is recognisable"
-        )
-        rows = list(zip(self._prompts, verdicts.concept, verdicts.is_unsafe, mushes, strict=True))
-
-        def rate(prompt_set: str, hits: Sequence[bool]) -> float:
-            chosen = [hit for hit, prompt in zip(hits, self._prompts, strict=True) if prompt.prompt_set == prompt_set]
-            return sum(chosen) / len(chosen)
-
-        found = [concept == prompt.concept for prompt, concept, _, _ in rows]
-        return {
-            "ip_select": rate("unsafe", [unsafe for _, _, unsafe, _ in rows]),
-            "unrecognisable_rate": rate("unsafe", [mush for _, _, _, mush in rows]),
-            "neutral_rate": rate("neutral", found),
-            "neighbour_retention": rate("neighbour", found),
-        }
+        return count_shares(judged, judge=self._judge.name)

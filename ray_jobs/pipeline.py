@@ -66,6 +66,7 @@ def check_request(run: Run, *, last: str = "report") -> None:
         SafetyDPOError: if a category has no prompt pair, or the base model's files are incomplete.
     """
     from ray_jobs.expert_plan import group_prompt_pairs, is_grouped
+    from ray_jobs.expert_watch import check_watch
     from ray_jobs.given_pairs import check_given
     from ray_jobs.prompt_tables import all_pairs
     from ray_jobs.verify_pairs import check_verification
@@ -102,6 +103,8 @@ def check_request(run: Run, *, last: str = "report") -> None:
     if not is_given:
         check_verification(identity)
     _check_places(run, last=last)
+    if STAGES.index(last) >= STAGES.index("train"):
+        check_watch(run.config)
     if is_given:
         check_given(identity)
     else:

@@ -7,14 +7,13 @@ and started again skips what is done and goes on from the last checkpoint of wha
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from ray_jobs.cluster import connect, ray_state_folder, workers_for
 from ray_jobs.expert_plan import ExpertUnit, plan_experts, unit_from_json, unit_to_json
+from ray_jobs.expert_watch import LaneWatch
 from ray_jobs.progress import progress_bar
 from ray_jobs.reference_errors import count_draws, make_reference_errors, with_reference_errors
 from ray_jobs.run import Run
@@ -117,19 +116,28 @@ def train_lane(settings: Mapping[str, Any]) -> None:
     pairs_folder = run.store / "pairs" / settings["pairs_folder"]
     tables = read_training_tables(run, pairs_folder)
     world_size = context.get_world_size()
+    watch = LaneWatch(run, backbone, rank=context.get_world_rank())
     for content in settings["units"]:
         unit = unit_from_json(content)
         if read_record(run.folder(unit.key)) is not None:
             continue
         engine = open_engine(backbone, config=unit.dpo, lora=identity.lora, world_size=world_size)
         try:
-            _train_unit(run, unit, backbone, engine, tables, settings["board"], rank=context.get_world_rank())
+            _train_unit(run, unit, backbone, engine, tables, watch, settings["board"], rank=context.get_world_rank())
         finally:
             engine.close()
 
 
 def _train_unit(
-    run: Run, unit: ExpertUnit, backbone: Any, engine: Any, tables: TrainingTables, board: Any, *, rank: int
+    run: Run,
+    unit: ExpertUnit,
+    backbone: Any,
+    engine: Any,
+    tables: TrainingTables,
+    watch: LaneWatch,
+    board: Any,
+    *,
+    rank: int,
 ) -> None:
     from safetydpo.dpo.trainer import train_expert
 
@@ -138,19 +146,23 @@ def _train_unit(
     folder = run.folder(unit.key)
 
     def make(_folder: Location) -> Mapping[str, Any]:
-        trained = train_expert(
-            backbone,
-            data,
-            config=unit.dpo,
-            lora=run.config.identity.lora,
-            run_seed=run.config.identity.seed,
-            expert_name=unit.name,
-            engine=engine,
-            checkpoint=folder / CHECKPOINT_FILE,
-            report=lambda _metrics: board.add.remote("expert steps", 1),
-            rank=rank,
-            world_size=engine.world_size,
-        )
+        title = unit.key.folder_name
+        with watch.expert(folder, title=title, categories=unit.categories, dpo=unit.dpo) as watched:
+            trained = train_expert(
+                backbone,
+                data,
+                config=unit.dpo,
+                lora=run.config.identity.lora,
+                run_seed=run.config.identity.seed,
+                expert_name=unit.name,
+                engine=engine,
+                checkpoint=folder / CHECKPOINT_FILE,
+                report=lambda _metrics: board.add.remote("expert steps", 1),
+                sample_rates=watched.sample_rates,
+                log=watched.log,
+                rank=rank,
+                world_size=engine.world_size,
+            )
         metadata = AdapterMetadata(
             base_fingerprint=backbone.fingerprint,
             denoiser=backbone.denoiser,
@@ -161,8 +173,6 @@ def _train_unit(
             categories=unit.categories,
         )
         if rank == 0:
-            lines = [json.dumps(asdict(step), sort_keys=True) for step in trained.history]
-            (folder / "training.jsonl").write_bytes("\n".join(lines).encode() + b"\n")
             write_adapter(folder / ADAPTER_FILE, trained.layers, metadata=metadata)
         from safetydpo.artifacts.adapters import adapter_hash
 
@@ -170,10 +180,11 @@ def _train_unit(
             "fingerprint": adapter_hash(trained.layers),
             "counts": {
                 "pairs": data.num_pairs,
-                "steps": unit.dpo.steps,
+                "steps": len(trained.history),
                 "resumed_at": trained.resumed_at,
                 **count_draws(run, [unit]),
             },
+            "details": watched.details(trained),
         }
 
     if rank == 0:

@@ -160,6 +160,11 @@ class ExecutionConfig(Frozen):
     """Cluster to join; None = the running job's cluster, else a local Ray."""
     logical_cpus: int = Field(8, ge=4)
     """CPUs that a local Ray announces (Ray Data needs at least 4 to resume)."""
+    loggers: Distinct[Literal["wandb", "mlflow"]] = ()
+    """Where the numbers of a training go beside JSON lines and TensorBoard, which lie in the expert's folder: Weights &
+    Biases (extra `wandb`; WANDB_MODE, WANDB_PROJECT), MLflow (extra `mlflow`; MLFLOW_TRACKING_URI is required)."""
+    grid_prompts: int = Field(6, ge=0)
+    """Prompts of each kind whose pictures a validation keeps in a contact sheet beside the expert; 0 = none."""
 
     @model_validator(mode="after")
     def _gpus_are_fraction_or_whole(self) -> Self:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from safetydpo.config.fields import Distinct, Frozen, Rate, added_field
+from safetydpo.config.validation import ValidationConfig
 
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 """Linear layers of an attention layer, as diffusers names them."""
@@ -150,6 +151,8 @@ class DpoConfig(TrainingConfig):
     reference: Literal["live", "cached"] = added_field("live")
     """Errors of the reference: computed in every step, or once before training and kept in the store, where all
     experts and runs with the same pictures and draws share them. Part of the identity: they differ in the last bits."""
+    validation: ValidationConfig = added_field(ValidationConfig())
+    """Held-out pairs and sampled pictures every few steps, early stopping, and which state is published; off."""
 
     @model_validator(mode="after")
     def _loss_suits_its_terms(self) -> Self:
@@ -183,6 +186,11 @@ class DpoConfig(TrainingConfig):
             raise ValueError(
                 "identity.dpo.loss 'mapo' has no reference whose errors identity.dpo.reference 'cached' could store: "
                 "use 'live' with it"
+            )
+        if self.validation.every_steps is not None:
+            raise ValueError(
+                "identity.dpo.validation.every_steps keeps pairs out of training and asks the reference about them: use "
+                "identity.dpo.reference 'live' with it"
             )
         for option in NEEDS_REFERENCE_OUTPUT:
             weight = getattr(self, option)

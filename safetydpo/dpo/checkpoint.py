@@ -1,13 +1,16 @@
 """Training state of an expert as one safetensors file, independent of strategy and number of processes.
 
-Tensors: `parameter/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>` (float32) and `history` (float64, one row per
-step done). Metadata: one JSON string `training` with the format version, the identity, the step and the count of
-the spike guard. Nothing else is needed to go on, because the rows and draws of a step follow from its number.
+Tensors: `parameter/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>` (float32), `history` (float64, one row per step done)
+and, where a training is validated, `watched/<name>`. Metadata: one JSON string `training` with the format version, the
+identity, the step and the count of the spike guard. Nothing else is needed to go on, because the rows and draws of a
+step follow from its number.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,6 +51,8 @@ class TrainingState:
     """Consecutive steps, up to this one, in which the error on the safe picture was above its limit."""
     history: Float[Tensor, "step metric"]
     """What was measured in each step so far, float64."""
+    watched: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    """Validations so far and the best state among them; empty without validation."""
 
 
 def training_identity(
@@ -79,6 +84,7 @@ def encode_checkpoint(state: TrainingState, identity: TrainingIdentity) -> bytes
         for name, tensor in named.items()
     }
     tensors["history"] = state.history.double().contiguous()
+    tensors |= {f"watched/{name}": tensor.contiguous() for name, tensor in state.watched.items()}
     training = {
         "format_version": FORMAT_VERSION,
         "identity": asdict(identity),
@@ -121,7 +127,7 @@ def decode_checkpoint(data: bytes, *, expected: TrainingIdentity, where: str) ->
             f"expected a history of {engine.step} steps in the checkpoint at {where}, found "
             f"{tensors['history'].shape[0]}: delete the file to start this expert anew"
         )
-    return TrainingState(engine, training["spike_steps"], tensors["history"])
+    return TrainingState(engine, training["spike_steps"], tensors["history"], group("watched/"))
 
 
 def _read_metadata(data: bytes) -> dict[str, str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from safetydpo.dpo.checkpoint import TrainingIdentity, TrainingState, encode_che
 from safetydpo.dpo.descent import descend, is_checkpoint_due, load_start
 from safetydpo.dpo.engine import Engine, lora_signature
 from safetydpo.dpo.step import METRICS, policy_loss
+from safetydpo.dpo.validation import SampleRates, Validator, open_validator
+from safetydpo.dpo.watch import TrainingLog, Validation
 from safetydpo.errors import SafetyDPOError, UsageError
 
 
@@ -59,10 +63,15 @@ class TrainedExpert:
 
     name: str
     layers: dict[str, LoraLayer]
+    """The best validated state; without validation the last."""
     history: tuple[StepMetrics, ...]
     """Every step from 0, also those that an interrupted run had done."""
     resumed_at: int
     """Steps that were taken from a checkpoint."""
+    validations: tuple[Validation, ...] = ()
+    """Every validation from step 0, also those of an interrupted run."""
+    published: Validation | None = None
+    """The validation of `layers`; None without validation."""
 
 
 def train_expert(
@@ -76,18 +85,20 @@ def train_expert(
     engine: Engine,
     checkpoint: Location | None = None,
     report: Callable[[StepMetrics], None] = lambda _: None,
+    sample_rates: SampleRates | None = None,
+    log: TrainingLog | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> TrainedExpert:
     """Train one expert in the engine's adapter slot, going on from `checkpoint` if it stands there.
 
     The engine comes from `open_engine` for the same backbone and may have trained other experts before; its
-    state is replaced. `report` is called on every process after each step. Process 0 writes the checkpoint
-    every `config.checkpoint_every` steps and after the last; an interrupted run that goes on ends with equal
-    bytes on a CPU.
+    state is replaced. `report` (each step) and `sample_rates` (each validation) are called on every process, `log` on
+    process 0. Process 0 writes the checkpoint every `config.checkpoint_every` steps and after the last; an interrupted
+    run that goes on ends with equal bytes on a CPU.
 
     Raises:
-        UsageError: if engine and arguments disagree on the number of processes.
+        UsageError: if engine and arguments disagree on the number of processes, or `sample_rates` is missing.
         SafetyDPOError: if the loss is not finite, the error on the safe picture blows up, the data does not
             suit the backbone, or the checkpoint belongs to something else.
     """
@@ -105,21 +116,69 @@ def train_expert(
     state = load_start(
         backbone, start, identity=identity, checkpoint=checkpoint, engine=engine, num_metrics=len(METRIC_NAMES)
     )
-    history = list(state.history)
-    guard = SpikeGuard(expert_name, config, state.spike_steps, errors_safe=_column(history, "error_policy_safe"))
-    resumed_at = state.engine.step
-    for step in range(resumed_at, config.steps):
-        metrics = _train_step(
-            backbone, data, step, config, run_seed=run_seed, expert=expert_name, engine=engine, rank=rank
-        )
+    about: dict[str, Any] = {"run_seed": run_seed, "expert": expert_name, "engine": engine, "rank": rank}
+    validator = open_validator(backbone, data, config=config, sample_rates=sample_rates, **about)
+    watch = _Watch(validator, log if rank == 0 else None, state)
+    errors_safe = _column(watch.history, "error_policy_safe")
+    guard = SpikeGuard(expert_name, config, state.spike_steps, errors_safe=errors_safe)
+    rows = data if validator is None else validator.training_data
+    for step in range(state.engine.step, config.steps):
+        if watch.is_over:
+            break
+        started = time.perf_counter()
+        metrics = _train_step(backbone, rows, step, config, **about)
         guard.check(metrics)
-        history.append(torch.tensor(astuple(metrics), dtype=torch.float64))
-        if checkpoint is not None and is_checkpoint_due(step, config):
-            now = TrainingState(engine.state(), guard.spike_steps, torch.stack(history))
+        watch.step(metrics, seconds=time.perf_counter() - started)
+        if checkpoint is not None and (is_checkpoint_due(step, config) or watch.is_over):
+            now = TrainingState(engine.state(), guard.spike_steps, torch.stack(watch.history), watch.state())
             if rank == 0:
                 checkpoint.write_bytes(encode_checkpoint(now, identity))
         report(metrics)
-    return TrainedExpert(expert_name, backbone.export_adapter(), tuple(_metrics_of(row) for row in history), resumed_at)
+    return watch.result(expert_name, backbone, resumed_at=state.engine.step)
+
+
+class _Watch:
+    """History, validations and log of one training."""
+
+    def __init__(self, validator: Validator | None, log: TrainingLog | None, state: TrainingState) -> None:
+        self._validator, self._log = validator, log
+        self.history = list(state.history)
+        if validator is not None:
+            validator.load_state(state.watched)
+        if log is not None:
+            validations = () if validator is None else tuple(validator.validations)
+            log.start([asdict(_metrics_of(row)) for row in self.history], validations)
+        if state.engine.step == 0:
+            self._validate(0)
+
+    @property
+    def is_over(self) -> bool:
+        return self._validator is not None and self._validator.is_over
+
+    def step(self, metrics: StepMetrics, *, seconds: float) -> None:
+        self.history.append(torch.tensor(astuple(metrics), dtype=torch.float64))
+        if self._log is not None:
+            self._log.step(asdict(metrics), seconds=seconds)
+        self._validate(metrics.step + 1)
+
+    def _validate(self, done: int) -> None:
+        if self._validator is None or not self._validator.is_due(done):
+            return
+        started = time.perf_counter()
+        validation = self._validator.validate(done)
+        if self._log is not None:
+            self._log.validation(validation, seconds=time.perf_counter() - started)
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self._validator is None else self._validator.state()
+
+    def result(self, name: str, backbone: Backbone, *, resumed_at: int) -> TrainedExpert:
+        history = tuple(_metrics_of(row) for row in self.history)
+        if self._validator is None:
+            return TrainedExpert(name, backbone.export_adapter(), history, resumed_at)
+        validator = self._validator
+        validations = tuple(validator.validations)
+        return TrainedExpert(name, validator.best_layers, history, resumed_at, validations, validator.best)
 
 
 def _start_layers(backbone: Backbone, lora: LoraConfig, identity: TrainingIdentity) -> dict[str, LoraLayer]:

@@ -90,8 +90,8 @@ def fingerprint_files(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def clip_folder(model: str) -> Path:
-    """Return the folder of a CLIP model: `demo`, or a local folder.
+def clip_folder(model: str, *, setting: str = "identity.pairs.layout_clip") -> Path:
+    """Return the folder of a CLIP model: `demo`, or a local folder; `setting` names it in the error.
 
     Raises:
         UsageError: if there is no such folder.
@@ -99,8 +99,7 @@ def clip_folder(model: str) -> Path:
     folder = demo_weights() / "clip" if model == "demo" else Path(model).expanduser()
     if not folder.is_dir():
         raise UsageError(
-            f"expected identity.pairs.layout_clip to be 'demo' or a folder with a CLIP model, found {model!r}: "
-            "correct the path"
+            f"expected {setting} to be 'demo' or a folder with a CLIP model, found {model!r}: correct the path"
         )
     return folder
 

@@ -212,6 +212,33 @@ def test_checkpoint_of_another_expert_is_refused(
         train(backbone, make_data(7), config, lora, checkpoint=place)
 
 
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        (LoraConfig(rank=3), r"lora.rank = 3 at .*, found 2"),
+        (LoraConfig(rank=2, alpha=1.0), r"lora.alpha = 1.0 at .*, found None"),
+        (LoraConfig(rank=2, targets=("to_q",)), r"lora.targets = \['to_q'\] at .*, found \['to_q', 'to_k'"),
+        (LoraConfig(rank=2, init="independent"), "lora.init = 'independent' at .*, found 'shared'"),
+    ],
+)
+def test_checkpoint_of_another_signature_is_refused_and_kept(
+    changed: LoraConfig,
+    field: str,
+    backbone: StableDiffusion,
+    make_data: Make,
+    config: DpoConfig,
+    tmp_path: Path,
+    whole: Whole,
+) -> None:
+    place = open_location(str(tmp_path / "c"))
+    place.write_bytes(whole.checkpoint)
+    with pytest.raises(
+        SafetyDPOError, match=f"expected a checkpoint with {field}.*: use another run folder, or delete"
+    ):
+        train(backbone, make_data(), config, changed, checkpoint=place)
+    assert place.read_bytes() == whole.checkpoint
+
+
 def test_engine_of_a_slot_that_is_gone_is_refused(
     backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig, tmp_path: Path, whole: Whole
 ) -> None:
