@@ -1,30 +1,31 @@
 """Stage 2: one safety expert per category, trained by Ray Train with DeepSpeed, several at once.
 
-Experts are shared out to lanes. A lane is one TorchTrainer whose workers load the base model once and train a
-list of experts one after another; an expert is published by closing its artifact, so that a lane that is killed
-and started again skips what is done and goes on from the last checkpoint of what is not.
+Experts are trained in lanes (`ray_jobs/lanes.py`): Ray Train runs whose workers load the base model once and train one
+expert after another. An expert is published by creating its record; a lane that is killed loses the steps since its
+last checkpoint, from which the next attempt goes on.
 """
 
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ray_jobs.cluster import connect, ray_state_folder, workers_for
+from ray_jobs.cluster import connect, workers_for
 from ray_jobs.generate_pairs import derived_pool, latent_pool
+from ray_jobs.lanes import Interrupted, LaneWorker, Task, Turn, run_lanes
 from ray_jobs.progress import progress_bar
-from ray_jobs.run import Run
-from ray_jobs.trainers import train_on_workers
-from safetydpo.artifacts.adapters import AdapterMetadata, write_adapter
-from safetydpo.artifacts.layout import ADAPTER_FILE
+from ray_jobs.run import Run, make_record
+from safetydpo.artifacts.adapters import AdapterMetadata, adapter_hash, write_adapter
+from safetydpo.artifacts.attempts import clear_attempts, publish
+from safetydpo.artifacts.layout import ADAPTER_FILE, attempt_folder
 from safetydpo.artifacts.pool_index import read_pool
-from safetydpo.artifacts.records import ArtifactKey, Record, find_closed, read_record
+from safetydpo.artifacts.records import ArtifactKey, Record, encode_record, find_closed, read_record
 from safetydpo.artifacts.schemas import (
     IMAGE_MANIFEST,
     LATENTS,
@@ -37,14 +38,23 @@ from safetydpo.artifacts.schemas import (
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows, read_table
 from safetydpo.config.schema import Config
-from safetydpo.config.training import DpoConfig
+from safetydpo.config.training import DpoConfig, TrainingConfig
 from safetydpo.errors import SafetyDPOError
 
 RECIPE_VERSION = 2
 ALL_SINGLE = "all_single"
 CHECKPOINT_FILE = "checkpoint.safetensors"
+HISTORY_FILE = "training.jsonl"
 PASSES_PER_STEP = 2
 """A training step costs about as much as this many passes through the denoiser when sampling."""
+LABEL = "expert steps"
+REPORT_SECONDS = 0.5
+TOLD_FAILURES = 5
+"""Failed experts that the error of a command tells of."""
+NOT_OF_THE_ENGINE = frozenset(
+    ("learning_rate", "warmup_steps", "decay", "steps", "error_weighting", "checkpoint_every")
+)
+"""Settings of a training that its engine is told at every step, or never; all others are the engine's own."""
 
 
 @dataclass(frozen=True)
@@ -66,20 +76,39 @@ def train_experts(run: Run, pairs: Record, pairs_folder: Location) -> dict[str, 
     """Make or find every expert of a run; return their records by name, `all_single` among them if wanted."""
     units = plan_experts(run, pairs, pairs_folder)
     pending = [unit for unit in units if find_closed(run.store, unit.key) is None]
-    if pending:
-        _train(run, pending, pairs_folder)
-        run.made.extend(unit.key.folder_name for unit in pending)
+    failures = _train(run, pending, pairs_folder) if pending else {}
     records: dict[str, Record] = {}
     for unit in units:
         record = find_closed(run.store, unit.key)
-        if record is None:
+        if record is not None:
+            if unit in pending:
+                run.made.append(unit.key.folder_name)
+            # Killed between the record and this, a command leaves it behind, and nothing else would ever look.
+            _clear(run.folder(unit.key), record)
+            records[unit.name] = run.build(f"expert:{unit.name}", unit.key, lambda _folder: {})
+        elif unit.name not in failures:
             raise SafetyDPOError(
                 f"expected a finished expert {unit.name!r} in {run.folder(unit.key)}, found none: run the command again"
             )
-        # Killed between the record and this, a lane leaves it behind, and nothing else would ever look.
-        (run.folder(unit.key) / CHECKPOINT_FILE).delete()
-        records[unit.name] = run.build(f"expert:{unit.name}", unit.key, lambda _folder: {})
+    if failures:
+        raise _failed(failures, len(units))
     return records
+
+
+def _clear(folder: Location, record: Record) -> None:
+    # Before experts had attempts, the checkpoint lay beside the record.
+    (folder / CHECKPOINT_FILE).delete()
+    if "attempt" in record.details:
+        clear_attempts(folder, keep=record.details["attempt"], without=CHECKPOINT_FILE)
+
+
+def _failed(failures: Mapping[str, str], total: int) -> SafetyDPOError:
+    told = [f"{name} ({reason})" for name, reason in sorted(failures.items())[:TOLD_FAILURES]]
+    rest = f" and {len(failures) - TOLD_FAILURES} more" if len(failures) > TOLD_FAILURES else ""
+    return SafetyDPOError(
+        f"expected {total} trained experts, found {len(failures)} that failed: {'; '.join(told)}{rest}; the others are "
+        "closed. Mend the cause, then run the same command again, which tries these anew"
+    )
 
 
 def plan_experts(run: Run, pairs: Record, pairs_folder: Location) -> list[ExpertUnit]:
@@ -151,49 +180,20 @@ def benign_fingerprint(pairs: Record) -> str:
     return fingerprint_rows([(prompts, ""), *((image_id, "failed") for image_id in pairs.failed_units)])
 
 
-def _train(run: Run, units: Sequence[ExpertUnit], pairs_folder: Location) -> None:
+def _train(run: Run, units: Sequence[ExpertUnit], pairs_folder: Location) -> dict[str, str]:
+    """Train what is open; return {name: reason} of the experts that failed."""
     connect(run.config)
-    execution = run.config.execution
     steps = max(unit.dpo.steps for unit in units)
-    num_lanes = workers_for(execution, tasks=len(units), passes_per_task=steps * PASSES_PER_STEP)
-    # Longest first, dealt round, so that the lanes end together.
-    ordered = sorted(units, key=lambda unit: (-unit.dpo.steps, unit.name))
-    lanes = [ordered[index::num_lanes] for index in range(num_lanes)]
-    total = sum(unit.dpo.steps for unit in units)
-    errors: list[BaseException] = []
-    with progress_bar("expert steps", total=total) as board, ray_state_folder() as state:
-        threads = [
-            # Daemons: Ctrl-C reaches the main thread alone, which must not wait for lanes that lost their Ray.
-            threading.Thread(target=_run_lane, args=(run, index, lane, pairs_folder, board, state, errors), daemon=True)
-            for index, lane in enumerate(lanes)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    if errors:
-        raise errors[0]
-
-
-def _run_lane(
-    run: Run,
-    index: int,
-    units: Sequence[ExpertUnit],
-    pairs_folder: Location,
-    board: Any,
-    state: str,
-    errors: list[BaseException],
-) -> None:
-    settings = {
-        "config": run.config.model_dump(mode="json"),
-        "units": [unit_to_json(unit) for unit in units],
-        "pairs_folder": pairs_folder.name,
-        "board": board,
-    }
-    try:
-        train_on_workers(run, train_lane, settings, name=f"lane-{index}", state=state)
-    except Exception as error:  # a thread's error must reach the thread that started it
-        errors.append(error)
+    num_lanes = workers_for(run.config.execution, tasks=len(units), passes_per_task=steps * PASSES_PER_STEP)
+    tasks = [Task(unit.name, run.folder(unit.key), unit.dpo.steps) for unit in units]
+    with progress_bar(LABEL, total=sum(unit.dpo.steps for unit in units)) as board:
+        settings = {
+            "config": run.config.model_dump(mode="json"),
+            "units": [unit_to_json(unit) for unit in units],
+            "pairs_folder": pairs_folder.name,
+            "board": board,
+        }
+        return run_lanes(run, tasks, train_lane, settings, num_lanes=num_lanes)
 
 
 def unit_to_json(unit: ExpertUnit) -> dict[str, Any]:
@@ -216,88 +216,129 @@ def unit_from_json(content: Mapping[str, Any]) -> ExpertUnit:
     )
 
 
-def train_lane(settings: Mapping[str, Any]) -> None:
-    """Train the units of one lane, one after another; runs in every worker of a TorchTrainer."""
-    import ray.train
+def train_lane(settings: Mapping[str, Any]) -> str | None:
+    """Train experts until none is free; runs in every worker of a lane. Return why it ended before, if it did."""
     import torch
 
     from ray_jobs.workers import worker_device
     from safetydpo.diffusion.build import load_backbone
-    from safetydpo.dpo.engine import open_engine
 
-    config = Config(**settings["config"])
-    run = Run(config)
-    context = ray.train.get_context()
-    torch.set_num_threads(max(1, int(config.execution.cpus_per_worker)))
-    identity = config.identity
-    backbone = load_backbone(identity.base, device=worker_device())
-    pairs_folder = run.store / "pairs" / settings["pairs_folder"]
-    tables = read_training_tables(run, pairs_folder)
-    world_size = context.get_world_size()
-    for content in settings["units"]:
-        unit = unit_from_json(content)
-        if read_record(run.folder(unit.key)) is not None:
-            continue
-        engine = open_engine(backbone, config=unit.dpo, lora=identity.lora, world_size=world_size)
-        try:
-            _train_unit(run, unit, backbone, engine, tables, settings["board"], rank=context.get_world_rank())
-        finally:
-            engine.close()
+    run = Run(Config(**settings["config"]))
+    units = [unit_from_json(content) for content in settings["units"]]
+    worker = LaneWorker(settings, [run.folder(unit.key) for unit in units], resumed_file=CHECKPOINT_FILE)
+    torch.set_num_threads(max(1, int(run.config.execution.cpus_per_worker)))
+    backbone = load_backbone(run.config.identity.base, device=worker_device())
+    tables = read_training_tables(run, run.store / "pairs" / settings["pairs_folder"])
+    slot = _Slot(run, backbone, worker.world_size)
+
+    def train(turn: Turn) -> None:
+        _train_unit(run, units[turn.index], turn, worker, slot=slot, tables=tables, board=settings["board"])
+
+    try:
+        return worker.work(train)
+    finally:
+        slot.close()
+
+
+class _Slot:
+    """The base's adapter slot, and the engine that owns it, opened again only for other settings of an engine."""
+
+    def __init__(self, run: Run, backbone: Any, world_size: int) -> None:
+        self.backbone = backbone
+        self._run, self._world_size = run, world_size
+        self._engine: Any = None
+        self._settings: dict[str, Any] = {}
+
+    def engine(self, dpo: DpoConfig) -> Any:
+        """Return an engine for these settings; the state of an earlier expert is in it until a new one is loaded."""
+        from safetydpo.dpo.engine import open_engine
+
+        settings = dpo.model_dump(mode="json", include=set(TrainingConfig.model_fields) - NOT_OF_THE_ENGINE)
+        if self._engine is None or settings != self._settings:
+            self.close()
+            lora = self._run.config.identity.lora
+            self._engine = open_engine(self.backbone, config=dpo, lora=lora, world_size=self._world_size)
+            self._settings = settings
+        return self._engine
+
+    def close(self) -> None:
+        """Close the engine, if there is one."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
 
 
 def _train_unit(
-    run: Run, unit: ExpertUnit, backbone: Any, engine: Any, tables: TrainingTables, board: Any, *, rank: int
+    run: Run, unit: ExpertUnit, turn: Turn, worker: LaneWorker, *, slot: _Slot, tables: TrainingTables, board: Any
 ) -> None:
-    from safetydpo.dpo.trainer import train_expert
+    """Train one expert and publish it, unless a later attempt has begun meanwhile.
 
-    data = preference_data(tables, unit, backbone, run.config)
-    folder = run.folder(unit.key)
+    Raises:
+        Interrupted: if the lane was told to leave; the attempt's checkpoint holds the state.
+    """
+    from safetydpo.dpo.trainer import TrainingLeft, train_expert
 
-    def make(_folder: Location) -> Mapping[str, Any]:
+    started = time.time()
+    data = preference_data(tables, unit, slot.backbone, run.config)
+    files = attempt_folder(run.folder(unit.key), turn.number)
+    try:
         trained = train_expert(
-            backbone,
+            slot.backbone,
             data,
             config=unit.dpo,
             lora=run.config.identity.lora,
             run_seed=run.config.identity.seed,
             expert_name=unit.name,
-            engine=engine,
-            checkpoint=folder / CHECKPOINT_FILE,
-            report=lambda _metrics: board.add.remote("expert steps", 1),
-            rank=rank,
-            world_size=engine.world_size,
+            engine=slot.engine(unit.dpo),
+            checkpoint=files / CHECKPOINT_FILE,
+            resume_from=turn.resume_from,
+            should_leave=worker.should_leave,
+            report=_reporter(board, unit) if worker.rank == 0 else lambda _metrics: None,
+            rank=worker.rank,
+            world_size=worker.world_size,
         )
-        metadata = AdapterMetadata(
-            base_fingerprint=backbone.fingerprint,
-            denoiser=backbone.denoiser,
-            signature=_signature(run.config),
-            init_seed=run.config.identity.seed,
-            training_hash=unit.key.hash,
-            kind="all_single" if unit.name == ALL_SINGLE else "expert",
-            categories=unit.categories,
-        )
-        if rank == 0:
-            lines = [json.dumps(asdict(step), sort_keys=True) for step in trained.history]
-            (folder / "training.jsonl").write_bytes("\n".join(lines).encode() + b"\n")
-            write_adapter(folder / ADAPTER_FILE, trained.layers, metadata=metadata)
-        from safetydpo.artifacts.adapters import adapter_hash
-
-        return {
-            "fingerprint": adapter_hash(trained.layers),
-            "counts": {"pairs": data.num_pairs, "steps": unit.dpo.steps, "resumed_at": trained.resumed_at},
-        }
-
-    if rank == 0:
-        run.make(unit.key, make)
-        (folder / CHECKPOINT_FILE).delete()
-    else:
-        make(folder)
+    except TrainingLeft as left:
+        raise Interrupted from left
+    if turn.attempt is None:
+        return
+    lines = [json.dumps(asdict(step), sort_keys=True) for step in trained.history]
+    (files / HISTORY_FILE).write_bytes("\n".join(lines).encode() + b"\n")
+    write_adapter(files / ADAPTER_FILE, trained.layers, metadata=_metadata(run, unit, slot.backbone))
+    made = {
+        "fingerprint": adapter_hash(trained.layers),
+        "counts": {"pairs": data.num_pairs, "steps": unit.dpo.steps, "resumed_at": trained.resumed_at},
+        "details": {"attempt": turn.number},
+    }
+    if publish(turn.attempt, encode_record(make_record(unit.key, made, started=started))):
+        (files / CHECKPOINT_FILE).delete()
 
 
-def _signature(config: Config) -> Any:
+def _reporter(board: Any, unit: ExpertUnit) -> Callable[[Any], None]:
+    told = time.monotonic()
+
+    def report(metrics: Any) -> None:
+        nonlocal told
+        now = time.monotonic()
+        # A call for each step would cost as much as a small step.
+        if now - told >= REPORT_SECONDS or metrics.step + 1 == unit.dpo.steps:
+            board.put.remote(LABEL, unit.name, metrics.step + 1)
+            told = now
+
+    return report
+
+
+def _metadata(run: Run, unit: ExpertUnit, backbone: Any) -> AdapterMetadata:
     from safetydpo.dpo.engine import lora_signature
 
-    return lora_signature(config.identity.lora)
+    return AdapterMetadata(
+        base_fingerprint=backbone.fingerprint,
+        denoiser=backbone.denoiser,
+        signature=lora_signature(run.config.identity.lora),
+        init_seed=run.config.identity.seed,
+        training_hash=unit.key.hash,
+        kind="all_single" if unit.name == ALL_SINGLE else "expert",
+        categories=unit.categories,
+    )
 
 
 @dataclass(frozen=True)

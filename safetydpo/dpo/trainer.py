@@ -52,6 +52,10 @@ ADVICE = "lower dpo.learning_rate or dpo.beta"
 METRIC_NAMES = tuple(field.name for field in fields(StepMetrics))
 
 
+class TrainingLeft(Exception):  # noqa: N818 (no error)
+    """The training was left in the middle because it was told to; its checkpoint holds the state."""
+
+
 @dataclass(frozen=True)
 class TrainedExpert:
     """A finished expert."""
@@ -74,18 +78,21 @@ def train_expert(
     expert_name: str,
     engine: Engine,
     checkpoint: Location | None = None,
+    resume_from: Location | None = None,
+    should_leave: Callable[[], bool] = lambda: False,
     report: Callable[[StepMetrics], None] = lambda _: None,
     rank: int = 0,
     world_size: int = 1,
 ) -> TrainedExpert:
-    """Train one expert in the engine's adapter slot, going on from `checkpoint` if it stands there.
+    """Train one expert in the engine's adapter slot, going on from `resume_from` or `checkpoint` if it stands there.
 
     The engine comes from `open_engine` for the same backbone and may have trained other experts before; its
     state is replaced. `report` is called on every process after each step. Process 0 writes the checkpoint
     every `config.checkpoint_every` steps and after the last; an interrupted run that goes on ends with equal
-    bytes on a CPU.
+    bytes on a CPU. `should_leave` is asked on every process after each step and must answer the same on all.
 
     Raises:
+        TrainingLeft: if `should_leave` said so; the checkpoint holds the state.
         UsageError: if engine and arguments disagree on the number of processes.
         SafetyDPOError: if the loss is not finite, the error on the safe picture blows up, the data does not
             suit the backbone, or the checkpoint belongs to something else.
@@ -102,7 +109,12 @@ def train_expert(
     )
     start = _start_layers(backbone, lora, identity)
     state = load_start(
-        backbone, start, identity=identity, checkpoint=checkpoint, engine=engine, num_metrics=len(METRIC_NAMES)
+        backbone,
+        start,
+        identity=identity,
+        checkpoint=resume_from or checkpoint,
+        engine=engine,
+        num_metrics=len(METRIC_NAMES),
     )
     history, guard = list(state.history), SpikeGuard(expert_name, config, state.spike_steps)
     resumed_at = state.engine.step
@@ -112,11 +124,14 @@ def train_expert(
         )
         guard.check(metrics)
         history.append(torch.tensor(astuple(metrics), dtype=torch.float64))
-        if checkpoint is not None and is_checkpoint_due(step, config):
+        is_left = should_leave() and step + 1 < config.steps
+        if checkpoint is not None and (is_left or is_checkpoint_due(step, config)):
             now = TrainingState(engine.state(), guard.spike_steps, torch.stack(history))
             if rank == 0:
                 checkpoint.write_bytes(encode_checkpoint(now, identity))
         report(metrics)
+        if is_left:
+            raise TrainingLeft
     return TrainedExpert(expert_name, backbone.export_adapter(), tuple(_metrics_of(row) for row in history), resumed_at)
 
 
