@@ -28,6 +28,7 @@ from ray_jobs.trainers import train_on_workers
 from safetydpo.artifacts.attempts import (
     RENEW_SECONDS,
     Attempt,
+    Ending,
     Standing,
     end_attempts_of,
     give_up,
@@ -156,14 +157,13 @@ class LaneWorker:
         """Lease the first free task; one that is held by somebody else is asked for once more, at the end."""
         for _ in range(len(self._waiting)):
             index = self._waiting.popleft()
-            look = look_at(
-                self._folders[index], run=self._owner.run, lane=self._owner.lane, max_attempts=self._max_attempts
-            )
+            folder, me = self._folders[index], self._owner
+            look = look_at(folder, run=me.run, lane=me.lane, max_attempts=self._max_attempts)
             if look.standing in (Standing.CLOSED, Standing.FAILED):
                 continue
             self._waiting.append(index)
             if look.standing is Standing.FREE:
-                attempt = take_lease(self._folders[index], self._owner, newest=look.newest)
+                attempt = take_lease(folder, me, newest=look.newest)
                 if attempt is not None:
                     return attempt, index
         return None, -1
@@ -242,19 +242,13 @@ class _Lane:
 
 class _Launcher:
     def __init__(
-        self,
-        run: Run,
-        tasks: Sequence[Task],
-        function: TrainFunction,
-        settings: Mapping[str, Any],
-        num_lanes: int,
+        self, run: Run, tasks: Sequence[Task], function: TrainFunction, settings: Mapping[str, Any], num_lanes: int
     ) -> None:
         import ray
 
-        execution = run.config.execution
         self._run, self._tasks, self._function, self._settings = run, tasks, function, settings
-        self._id = uuid.uuid4().hex[:12]
-        self._num_lanes = num_lanes
+        self._execution = execution = run.config.execution
+        self._id, self._num_lanes = uuid.uuid4().hex[:12], num_lanes
         self._open = sorted(range(len(tasks)), key=lambda index: (-tasks[index].steps, tasks[index].name))
         self._failures: dict[str, str] = {}
         self._running: list[_Lane] = []
@@ -263,6 +257,7 @@ class _Launcher:
         self._open_at_last_death = len(tasks)
         self._leaving: set[str] = set()
         self._own_node = ray.get_runtime_context().get_node_id()
+        self._is_isolated = execution.lanes == "isolated"
         workers = execution.workers_per_expert
         self._needs = {"CPU": workers * execution.cpus_per_worker, "GPU": workers * execution.gpus_per_worker}
 
@@ -280,7 +275,7 @@ class _Launcher:
         taken = {index for lane in self._running if self._is_isolated for index in lane.indices}
         for index in list(self._open):
             task = self._tasks[index]
-            look = look_at(task.folder, run=self._id, max_attempts=self._run.config.execution.expert_attempts)
+            look = look_at(task.folder, run=self._id, max_attempts=self._execution.expert_attempts)
             if look.standing in (Standing.CLOSED, Standing.FAILED):
                 self._open.remove(index)
                 failure = read_failure(task.folder) if look.standing is Standing.FAILED else None
@@ -288,10 +283,6 @@ class _Launcher:
                     self._failures[task.name] = failure["reason"]
             elif look.standing is Standing.FREE and index not in taken:
                 yield index
-
-    @property
-    def _is_isolated(self) -> bool:
-        return self._run.config.execution.lanes == "isolated"
 
     def _start_lanes(self) -> None:
         wanted = self._num_lanes - len(self._running)
@@ -318,19 +309,10 @@ class _Launcher:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        part = {
-            "run": self._id,
-            "name": lane.name,
-            "indices": lane.indices,
-            "max_attempts": self._run.config.execution.expert_attempts,
-        }
-        arguments = (
-            self._run.config.model_dump(mode="json"),
-            self._function,
-            {**self._settings, "lane": part},
-            lane.name,
-            lane.node if len(_alive_nodes()) > 1 else None,
-        )
+        part = {"run": self._id, "name": lane.name, "indices": lane.indices}
+        settings = {**self._settings, "lane": {**part, "max_attempts": self._execution.expert_attempts}}
+        node = lane.node if len(_alive_nodes()) > 1 else None
+        arguments = (self._run.config.model_dump(mode="json"), self._function, settings, lane.name, node)
         try:
             if lane.node == self._own_node:
                 # Where the workers are already; a process for the driver alone would cost seconds.
@@ -344,11 +326,9 @@ class _Launcher:
         self._ended.put(lane)
 
     def _settle(self, lane: _Lane) -> None:
-        """Draw the conclusions of a lane's end.
+        """Draw the conclusions of a lane's end; raise its error if that was no accident."""
+        from ray.exceptions import RayError, RayTaskError
 
-        Raises:
-            Exception: the lane's, if it was no accident.
-        """
         self._running.remove(lane)
         if lane.ended_early is not None:
             self._leaving.add(lane.node)
@@ -356,15 +336,13 @@ class _Launcher:
             return
         if isinstance(lane.error, SafetyDPOError):
             raise lane.error
-        is_lost = _is_lost(lane.error)
+        # Its driver died with its process or node, rather than that it raised.
+        is_lost = isinstance(lane.error, RayError) and not isinstance(lane.error, RayTaskError)
+        how: Ending = "lost" if is_lost else "failed"
+        reason = " ".join(str(lane.error).split())[:500]
         for index in self._open:
             # Nobody need wait until its heartbeat is stale: Ray has said that it is gone.
-            end_attempts_of(
-                self._tasks[index].folder,
-                lane.name,
-                "lost" if is_lost else "failed",
-                " ".join(str(lane.error).split())[:500],
-            )
+            end_attempts_of(self._tasks[index].folder, lane.name, how, reason)
         if is_lost:
             return
         list(self._free())
@@ -415,10 +393,3 @@ def _alive_nodes() -> list[dict[str, Any]]:
 def _lanes_that_fit(node: Mapping[str, Any], needs: Mapping[str, float]) -> int:
     has = node["Resources"]
     return min(int(has.get(name, 0.0) / amount + 1e-6) for name, amount in needs.items() if amount)
-
-
-def _is_lost(error: BaseException) -> bool:
-    """Whether the lane's driver died with its process or node, rather than that it raised."""
-    from ray.exceptions import RayError, RayTaskError
-
-    return isinstance(error, RayError) and not isinstance(error, RayTaskError)

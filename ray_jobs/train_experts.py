@@ -7,9 +7,7 @@ last checkpoint, from which the next attempt goes on.
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,14 +16,12 @@ import pyarrow as pa
 
 from ray_jobs.cluster import connect, workers_for
 from ray_jobs.generate_pairs import derived_pool, latent_pool
-from ray_jobs.lanes import Interrupted, LaneWorker, Task, Turn, run_lanes
+from ray_jobs.lanes import Task, run_lanes
 from ray_jobs.progress import progress_bar
-from ray_jobs.run import Run, make_record
-from safetydpo.artifacts.adapters import AdapterMetadata, adapter_hash, write_adapter
-from safetydpo.artifacts.attempts import clear_attempts, publish
-from safetydpo.artifacts.layout import ADAPTER_FILE, attempt_folder
+from ray_jobs.run import Run
+from safetydpo.artifacts.attempts import clear_attempts
 from safetydpo.artifacts.pool_index import read_pool
-from safetydpo.artifacts.records import ArtifactKey, Record, encode_record, find_closed, read_record
+from safetydpo.artifacts.records import ArtifactKey, Record, find_closed, read_record
 from safetydpo.artifacts.schemas import (
     IMAGE_MANIFEST,
     LATENTS,
@@ -38,23 +34,17 @@ from safetydpo.artifacts.schemas import (
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows, read_table
 from safetydpo.config.schema import Config
-from safetydpo.config.training import DpoConfig, TrainingConfig
+from safetydpo.config.training import DpoConfig
 from safetydpo.errors import SafetyDPOError
 
 RECIPE_VERSION = 2
 ALL_SINGLE = "all_single"
 CHECKPOINT_FILE = "checkpoint.safetensors"
-HISTORY_FILE = "training.jsonl"
 PASSES_PER_STEP = 2
 """A training step costs about as much as this many passes through the denoiser when sampling."""
 LABEL = "expert steps"
-REPORT_SECONDS = 0.5
 TOLD_FAILURES = 5
 """Failed experts that the error of a command tells of."""
-NOT_OF_THE_ENGINE = frozenset(
-    ("learning_rate", "warmup_steps", "decay", "steps", "error_weighting", "checkpoint_every")
-)
-"""Settings of a training that its engine is told at every step, or never; all others are the engine's own."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +67,12 @@ def train_experts(run: Run, pairs: Record, pairs_folder: Location) -> dict[str, 
     units = plan_experts(run, pairs, pairs_folder)
     pending = [unit for unit in units if find_closed(run.store, unit.key) is None]
     failures = _train(run, pending, pairs_folder) if pending else {}
+    trained = {unit.name for unit in pending}
     records: dict[str, Record] = {}
     for unit in units:
         record = find_closed(run.store, unit.key)
         if record is not None:
-            if unit in pending:
+            if unit.name in trained:
                 run.made.append(unit.key.folder_name)
             # Killed between the record and this, a command leaves it behind, and nothing else would ever look.
             _clear(run.folder(unit.key), record)
@@ -182,6 +173,8 @@ def benign_fingerprint(pairs: Record) -> str:
 
 def _train(run: Run, units: Sequence[ExpertUnit], pairs_folder: Location) -> dict[str, str]:
     """Train what is open; return {name: reason} of the experts that failed."""
+    from ray_jobs.expert_worker import train_lane
+
     connect(run.config)
     steps = max(unit.dpo.steps for unit in units)
     num_lanes = workers_for(run.config.execution, tasks=len(units), passes_per_task=steps * PASSES_PER_STEP)
@@ -213,131 +206,6 @@ def unit_from_json(content: Mapping[str, Any]) -> ExpertUnit:
         categories=tuple(content["categories"]),
         dpo=DpoConfig(**content["dpo"]),
         key=ArtifactKey(**content["key"]),
-    )
-
-
-def train_lane(settings: Mapping[str, Any]) -> str | None:
-    """Train experts until none is free; runs in every worker of a lane. Return why it ended before, if it did."""
-    import torch
-
-    from ray_jobs.workers import worker_device
-    from safetydpo.diffusion.build import load_backbone
-
-    run = Run(Config(**settings["config"]))
-    units = [unit_from_json(content) for content in settings["units"]]
-    worker = LaneWorker(settings, [run.folder(unit.key) for unit in units], resumed_file=CHECKPOINT_FILE)
-    torch.set_num_threads(max(1, int(run.config.execution.cpus_per_worker)))
-    backbone = load_backbone(run.config.identity.base, device=worker_device())
-    tables = read_training_tables(run, run.store / "pairs" / settings["pairs_folder"])
-    slot = _Slot(run, backbone, worker.world_size)
-
-    def train(turn: Turn) -> None:
-        _train_unit(run, units[turn.index], turn, worker, slot=slot, tables=tables, board=settings["board"])
-
-    try:
-        return worker.work(train)
-    finally:
-        slot.close()
-
-
-class _Slot:
-    """The base's adapter slot, and the engine that owns it, opened again only for other settings of an engine."""
-
-    def __init__(self, run: Run, backbone: Any, world_size: int) -> None:
-        self.backbone = backbone
-        self._run, self._world_size = run, world_size
-        self._engine: Any = None
-        self._settings: dict[str, Any] = {}
-
-    def engine(self, dpo: DpoConfig) -> Any:
-        """Return an engine for these settings; the state of an earlier expert is in it until a new one is loaded."""
-        from safetydpo.dpo.engine import open_engine
-
-        settings = dpo.model_dump(mode="json", include=set(TrainingConfig.model_fields) - NOT_OF_THE_ENGINE)
-        if self._engine is None or settings != self._settings:
-            self.close()
-            lora = self._run.config.identity.lora
-            self._engine = open_engine(self.backbone, config=dpo, lora=lora, world_size=self._world_size)
-            self._settings = settings
-        return self._engine
-
-    def close(self) -> None:
-        """Close the engine, if there is one."""
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
-
-
-def _train_unit(
-    run: Run, unit: ExpertUnit, turn: Turn, worker: LaneWorker, *, slot: _Slot, tables: TrainingTables, board: Any
-) -> None:
-    """Train one expert and publish it, unless a later attempt has begun meanwhile.
-
-    Raises:
-        Interrupted: if the lane was told to leave; the attempt's checkpoint holds the state.
-    """
-    from safetydpo.dpo.trainer import TrainingLeft, train_expert
-
-    started = time.time()
-    data = preference_data(tables, unit, slot.backbone, run.config)
-    files = attempt_folder(run.folder(unit.key), turn.number)
-    try:
-        trained = train_expert(
-            slot.backbone,
-            data,
-            config=unit.dpo,
-            lora=run.config.identity.lora,
-            run_seed=run.config.identity.seed,
-            expert_name=unit.name,
-            engine=slot.engine(unit.dpo),
-            checkpoint=files / CHECKPOINT_FILE,
-            resume_from=turn.resume_from,
-            should_leave=worker.should_leave,
-            report=_reporter(board, unit) if worker.rank == 0 else lambda _metrics: None,
-            rank=worker.rank,
-            world_size=worker.world_size,
-        )
-    except TrainingLeft as left:
-        raise Interrupted from left
-    if turn.attempt is None:
-        return
-    lines = [json.dumps(asdict(step), sort_keys=True) for step in trained.history]
-    (files / HISTORY_FILE).write_bytes("\n".join(lines).encode() + b"\n")
-    write_adapter(files / ADAPTER_FILE, trained.layers, metadata=_metadata(run, unit, slot.backbone))
-    made = {
-        "fingerprint": adapter_hash(trained.layers),
-        "counts": {"pairs": data.num_pairs, "steps": unit.dpo.steps, "resumed_at": trained.resumed_at},
-        "details": {"attempt": turn.number},
-    }
-    if publish(turn.attempt, encode_record(make_record(unit.key, made, started=started))):
-        (files / CHECKPOINT_FILE).delete()
-
-
-def _reporter(board: Any, unit: ExpertUnit) -> Callable[[Any], None]:
-    told = time.monotonic()
-
-    def report(metrics: Any) -> None:
-        nonlocal told
-        now = time.monotonic()
-        # A call for each step would cost as much as a small step.
-        if now - told >= REPORT_SECONDS or metrics.step + 1 == unit.dpo.steps:
-            board.put.remote(LABEL, unit.name, metrics.step + 1)
-            told = now
-
-    return report
-
-
-def _metadata(run: Run, unit: ExpertUnit, backbone: Any) -> AdapterMetadata:
-    from safetydpo.dpo.engine import lora_signature
-
-    return AdapterMetadata(
-        base_fingerprint=backbone.fingerprint,
-        denoiser=backbone.denoiser,
-        signature=lora_signature(run.config.identity.lora),
-        init_seed=run.config.identity.seed,
-        training_hash=unit.key.hash,
-        kind="all_single" if unit.name == ALL_SINGLE else "expert",
-        categories=unit.categories,
     )
 
 
