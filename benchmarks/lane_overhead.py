@@ -5,7 +5,8 @@ prompt pairs, latents of noise (a step's time does not depend on what is on the 
 
 `overhead_seconds_per_expert` is (lanes x wall time from the launch to the last record - seconds inside training steps)
 / experts: with the start of Ray Train and the loading of the base shared by all experts of a lane. Seconds inside steps
-are counted in the workers. Ray itself is started before the clock.
+are counted in the workers. Ray itself is started before the clock. On a machine that does other work at the same time,
+look at `worker_cpu_seconds_beside_steps_per_expert`, which waits for nobody.
 """
 
 from __future__ import annotations
@@ -38,23 +39,28 @@ def timed_lane(settings: Mapping[str, Any]) -> str | None:
     """Train as a lane does, and leave the seconds inside training steps in a file."""
     from safetydpo.dpo import trainer
 
-    step, seconds = trainer._train_step, 0.0
+    step, seconds, cpu_seconds = trainer._train_step, 0.0, 0.0
 
     def timed(*arguments: Any, **named: Any) -> Any:
-        nonlocal seconds
-        started = time.perf_counter()
+        nonlocal seconds, cpu_seconds
+        started, cpu_started = time.perf_counter(), time.process_time()
         try:
             return step(*arguments, **named)
         finally:
             seconds += time.perf_counter() - started
+            cpu_seconds += time.process_time() - cpu_started
 
     trainer._train_step = timed
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     try:
         return train_lane(settings)
     finally:
         trainer._train_step = step
-        found = {"steps": seconds, "function": time.perf_counter() - began}
+        found = {
+            "steps": seconds,
+            "function": time.perf_counter() - began,
+            "cpu_beside_steps": time.process_time() - cpu_began - cpu_seconds,
+        }
         (Path(settings["times"]) / f"{settings['lane']['name']}.json").write_text(json.dumps(found))
 
 
@@ -104,6 +110,9 @@ def measure(run: Run, units: list[ExpertUnit], folder: Location, *, num_lanes: i
             "between_experts_and_loading_the_base": round((in_function - in_units) / len(units), 4),
             "start_and_end_of_train_runs": round((busy - in_function) / len(units), 4),
         },
+        "worker_cpu_seconds_beside_steps_per_expert": round(
+            sum(each["cpu_beside_steps"] for each in found) / len(units), 4
+        ),
     }
 
 
