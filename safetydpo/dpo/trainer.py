@@ -108,14 +108,8 @@ def train_expert(
         dpo=config,
     )
     start = _start_layers(backbone, lora, identity)
-    state = load_start(
-        backbone,
-        start,
-        identity=identity,
-        checkpoint=resume_from or checkpoint,
-        engine=engine,
-        num_metrics=len(METRIC_NAMES),
-    )
+    source, num_metrics = resume_from or checkpoint, len(METRIC_NAMES)
+    state = load_start(backbone, start, identity=identity, checkpoint=source, engine=engine, num_metrics=num_metrics)
     history, guard = list(state.history), SpikeGuard(expert_name, config, state.spike_steps)
     resumed_at = state.engine.step
     for step in range(resumed_at, config.steps):
