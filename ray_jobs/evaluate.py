@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from ray_jobs.cluster import connect
-from ray_jobs.expert_files import expert_categories, record_folder
+from ray_jobs.expert_files import expert_categories, record_files
 from ray_jobs.pools import PoolStage, check_error_rate, fill_pool
 from ray_jobs.prompt_tables import needed_prompts, split_prompts, spread_prompts
 from ray_jobs.run import Run
@@ -44,7 +44,7 @@ class EvaluatedRow:
 
     source: RowSource
     adapter: str
-    """Folder of the adapter's artifact; empty for the base."""
+    """Folder of the adapter's file; empty for the base."""
     prompt_sets: tuple[str, ...]
     prompts_per_category: int | None = None
     """Only the first so many unsafe prompts of each category; None = all of them."""
@@ -111,7 +111,7 @@ def _adapter_row(
 ) -> EvaluatedRow:
     rank = int(record.counts.get("rank", run.config.identity.lora.rank))
     source = RowSource(name, kind, adapter_hash=record.fingerprint, rank=rank, scale=1.0 if scale is None else scale)
-    return EvaluatedRow(source, record_folder(run, record).path, sets)
+    return EvaluatedRow(source, record_files(run, record).path, sets)
 
 
 def evaluation_prompts(run: Run) -> dict[str, list[Prompt]]:

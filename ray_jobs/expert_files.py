@@ -10,7 +10,7 @@ from ray_jobs.expert_plan import is_grouped
 from ray_jobs.run import Run
 from safetydpo.artifacts.adapters import adapter_hash, read_adapter, read_adapter_metadata
 from safetydpo.artifacts.layout import ADAPTER_FILE
-from safetydpo.artifacts.records import ArtifactKey, Record, artifact_folder
+from safetydpo.artifacts.records import ArtifactKey, Record, artifact_folder, files_folder
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError
 from safetydpo.merging.registry import MergeMethod, find_method
@@ -53,9 +53,14 @@ def record_folder(run: Run, record: Record) -> Location:
     return artifact_folder(run.store, key)
 
 
+def record_files(run: Run, record: Record) -> Location:
+    """Return the folder in which the files of a record's artifact stand."""
+    return files_folder(record_folder(run, record), record)
+
+
 def expert_folders(run: Run, experts: Mapping[str, Record]) -> dict[str, str]:
-    """Return {expert name: path of its artifact folder}."""
-    return {name: record_folder(run, record).path for name, record in experts.items()}
+    """Return {expert name: path of the folder of its files}."""
+    return {name: record_files(run, record).path for name, record in experts.items()}
 
 
 def expert_categories(run: Run, experts: Mapping[str, Record]) -> dict[str, tuple[str, ...]]:
@@ -80,7 +85,7 @@ def check_expert_files(run: Run, experts: Mapping[str, Record]) -> None:
         SafetyDPOError: if an adapter's file is missing or cut short, or was trained for another base model.
     """
     for name, record in experts.items():
-        location = record_folder(run, record) / ADAPTER_FILE
+        location = record_files(run, record) / ADAPTER_FILE
         found = read_adapter_metadata(location).base_fingerprint
         if found != run.base_fingerprint:
             raise SafetyDPOError(
@@ -91,7 +96,7 @@ def check_expert_files(run: Run, experts: Mapping[str, Record]) -> None:
 
 
 def load_experts(run: Run, folders: Mapping[str, str]) -> list[Any]:
-    """Read expert adapters from their artifact folders."""
+    """Read expert adapters from the folders of their files."""
     from safetydpo.merging.merge import Expert
 
     experts = []

@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from safetydpo.artifacts.attempts import is_alive
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError
 
@@ -76,17 +77,9 @@ def live_holder(folder: Location) -> dict[str, Any] | None:
     lease = _read(folder)
     if lease is None or time.time() - lease["renewed"] > STALE_SECONDS:
         return None
-    if lease["host"] == socket.gethostname() and not _is_alive(lease["pid"], lease["started"]):
+    if lease["host"] == socket.gethostname() and not is_alive(lease["pid"], lease["started"]):
         return None
     return lease
-
-
-def _is_alive(pid: int, started: float) -> bool:
-    try:
-        process = psutil.Process(pid)
-        return abs(process.create_time() - started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
 
 
 def _read(folder: Location) -> dict[str, Any] | None:

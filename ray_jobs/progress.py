@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -24,18 +24,24 @@ class ProgressBoard:
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
+        self._parts: defaultdict[str, dict[str, int]] = defaultdict(dict)
 
     def reset(self, label: str) -> None:
         """Start counting a label anew."""
         self._counts[label] = 0
+        self._parts[label] = {}
 
     def add(self, label: str, count: int) -> None:
         """Add finished units."""
         self._counts[label] += count
 
+    def put(self, label: str, part: str, count: int) -> None:
+        """Set the finished units of one part, which may have been begun again."""
+        self._parts[label][part] = count
+
     def count(self, label: str) -> int:
         """Return the finished units so far."""
-        return self._counts[label]
+        return self._counts[label] + sum(self._parts[label].values())
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ray_jobs.evaluate import EvaluatedRow
-from ray_jobs.expert_files import record_folder
+from ray_jobs.expert_files import record_files, record_folder
 from ray_jobs.outcomes import Outcomes, read_outcomes, reference_features
 from ray_jobs.run import Run, package_versions
 from ray_jobs.search_merges import judge_metrics
@@ -161,7 +161,7 @@ def _trials(run: Run, search: Record) -> SearchTrials:
 def _curves(run: Run, experts: Mapping[str, Record]) -> list[TrainingCurve]:
     curves = []
     for name, record in experts.items():
-        text = (record_folder(run, record) / "training.jsonl").read_bytes().decode()
+        text = (record_files(run, record) / "training.jsonl").read_bytes().decode()
         steps = [json.loads(line) for line in text.splitlines()]
         curves.append(
             TrainingCurve(

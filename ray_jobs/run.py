@@ -81,22 +81,7 @@ class Run:
         if record is not None:
             return record
         started = time.time()
-        made = dict(make(self.folder(key)))
-        record = Record(
-            stage=key.stage,
-            name=key.name,
-            hash=key.hash,
-            recipe_version=key.recipe_version,
-            identity=dict(key.identity),
-            inputs=dict(key.inputs),
-            fingerprint=made.pop("fingerprint"),
-            counts=made.pop("counts", {}),
-            failed_units=tuple(made.pop("failed_units", ())),
-            details=made.pop("details", {}),
-            versions=package_versions(),
-            started_at=datetime.fromtimestamp(started, tz=UTC).isoformat(timespec="seconds"),
-            seconds=round(time.time() - started, 3),
-        )
+        record = make_record(key, make(self.folder(key)), started=started)
         close_artifact(self.store, key, record)
         self.made.append(key.folder_name)
         return record
@@ -129,3 +114,23 @@ def with_absolute_paths(config: Config) -> Config:
 def package_versions() -> dict[str, str]:
     """Return the versions of the packages that results may depend on; recorded, never hashed."""
     return {name: version(name) for name in RECORDED_PACKAGES}
+
+
+def make_record(key: ArtifactKey, made: Mapping[str, Any], *, started: float) -> Record:
+    """Return the record of what was made since `started` (Unix time in seconds)."""
+    parts = dict(made)
+    return Record(
+        stage=key.stage,
+        name=key.name,
+        hash=key.hash,
+        recipe_version=key.recipe_version,
+        identity=dict(key.identity),
+        inputs=dict(key.inputs),
+        fingerprint=parts.pop("fingerprint"),
+        counts=parts.pop("counts", {}),
+        failed_units=tuple(parts.pop("failed_units", ())),
+        details=parts.pop("details", {}),
+        versions=package_versions(),
+        started_at=datetime.fromtimestamp(started, tz=UTC).isoformat(timespec="seconds"),
+        seconds=round(time.time() - started, 3),
+    )

@@ -15,14 +15,17 @@ CONTROLLER_FAILURES = 3
 
 def train_on_workers(
     run: Run,
-    function: Callable[[Mapping[str, Any]], None],
+    function: Callable[[Mapping[str, Any]], Any],
     settings: Mapping[str, Any],
     *,
     name: str,
     state: str,
     num_workers: int = 1,
-) -> None:
-    """Run `function(settings)` on `num_workers` workers of a TorchTrainer; `state` is a folder for Ray's own files.
+    node: str | None = None,
+) -> Any:
+    """Run `function(settings)` on `num_workers` workers of a TorchTrainer; return what it returned on the first.
+
+    `state` is a folder for Ray's own files. With `node`, a node's id, all workers run there.
 
     Raises:
         SafetyDPOError: the one that `function` raised on a single worker, at once: bad data is as bad at the next
@@ -37,14 +40,17 @@ def train_on_workers(
     if execution.gpus_per_worker > 0:
         resources["GPU"] = execution.gpus_per_worker
 
-    def guarded(loop_settings: Mapping[str, Any]) -> Mapping[str, str] | None:
+    def guarded(loop_settings: Mapping[str, Any]) -> Mapping[str, Any]:
         return _call(function, loop_settings)
 
     result = TorchTrainer(
         guarded,
         train_loop_config=dict(settings),
         scaling_config=ScalingConfig(
-            num_workers=num_workers, use_gpu=execution.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=num_workers,
+            use_gpu=execution.gpus_per_worker > 0,
+            resources_per_worker=resources,
+            label_selector={"ray.io/node-id": node} if node else None,
         ),
         # NCCL refuses two processes on one GPU.
         torch_config=TorchConfig(backend="nccl" if execution.gpus_per_worker >= 1 else "gloo"),
@@ -54,12 +60,14 @@ def train_on_workers(
             failure_config=FailureConfig(max_failures=WORKER_FAILURES, controller_failure_limit=CONTROLLER_FAILURES),
         ),
     ).fit()
-    if result.return_value is not None:
-        kind = UsageError if result.return_value["kind"] == UsageError.__name__ else SafetyDPOError
-        raise kind(result.return_value["message"])
+    returned = result.return_value
+    if "message" in returned:
+        kind = UsageError if returned["kind"] == UsageError.__name__ else SafetyDPOError
+        raise kind(returned["message"])
+    return returned["value"]
 
 
-def _call(function: Callable[[Mapping[str, Any]], None], settings: Mapping[str, Any]) -> Mapping[str, str] | None:
+def _call(function: Callable[[Mapping[str, Any]], Any], settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """Call the function; return an error of ours as a value, because Ray tries again after one that is raised.
 
     Among several workers it is raised all the same: the others may be waiting for this one.
@@ -67,9 +75,8 @@ def _call(function: Callable[[Mapping[str, Any]], None], settings: Mapping[str, 
     import ray.train
 
     try:
-        function(settings)
+        return {"value": function(settings)}
     except SafetyDPOError as error:
         if ray.train.get_context().get_world_size() > 1:
             raise
         return {"kind": type(error).__name__, "message": str(error)}
-    return None

@@ -30,6 +30,11 @@ def stage_folder(store: Location, stage: str) -> Location:
     return store / stage
 
 
+def attempt_folder(folder: Location, number: int) -> Location:
+    """Return where the files of one attempt at an artifact lie."""
+    return folder / f"attempt-{number}"
+
+
 def scratch_folder(store: Location, run_name: str) -> Location:
     """Return the folder of a run's working files: manifests, checkpoints of Ray Data, Ray's own state."""
     return store / "scratch" / run_name

@@ -38,6 +38,7 @@ class PatientS3(pafs.S3FileSystem):
 
     def __init__(self, *, region: str, endpoint: str | None, scheme: str, retries: int = RETRIES) -> None:
         self._arguments = {"region": region, "endpoint": endpoint, "scheme": scheme, "retries": retries}
+        self._place = endpoint, scheme, region
         super().__init__(
             region=region,
             endpoint_override=endpoint,
@@ -52,6 +53,11 @@ class PatientS3(pafs.S3FileSystem):
 
     def __reduce__(self) -> tuple[Callable[..., PatientS3], tuple[dict[str, Any]]]:
         return _rebuild, (self._arguments,)
+
+    @property
+    def place(self) -> tuple[str | None, str, str]:
+        """Endpoint (None = Amazon's), scheme and region."""
+        return self._place
 
     def for_first_contact(self) -> PatientS3:
         """Return the same store, given up on after a few tries."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from safetydpo.artifacts.layout import IDENTITY_FILE, POINTERS_FILE, RECORD_FILE, stage_folder
+from safetydpo.artifacts.layout import IDENTITY_FILE, POINTERS_FILE, RECORD_FILE, attempt_folder, stage_folder
 from safetydpo.artifacts.schemas import canonical_json, sha256_of
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError, UsageError
@@ -110,8 +110,18 @@ def close_artifact(store: Location, key: ArtifactKey, record: Record) -> None:
 
 def write_record(folder: Location, record: Record) -> None:
     """Write the record of a folder that stands where its user wants it, outside a store."""
-    text = json.dumps(asdict(record), indent=2, sort_keys=True, allow_nan=False)
-    (folder / RECORD_FILE).write_bytes(text.encode() + b"\n")
+    (folder / RECORD_FILE).write_bytes(encode_record(record))
+
+
+def encode_record(record: Record) -> bytes:
+    """Return the content of `record.json`."""
+    return json.dumps(asdict(record), indent=2, sort_keys=True, allow_nan=False).encode() + b"\n"
+
+
+def files_folder(folder: Location, record: Record) -> Location:
+    """Return where the files of a closed artifact lie: beside the record, or with the attempt that it names."""
+    attempt = record.details.get("attempt")
+    return folder if attempt is None else attempt_folder(folder, attempt)
 
 
 def read_pointers(run_dir: Location) -> dict[str, dict[str, str]]:

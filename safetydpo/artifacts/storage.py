@@ -19,7 +19,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from safetydpo.artifacts.object_store import check_reachable, one_line, open_s3, s3_remedy
+from safetydpo.artifacts.exclusive_create import create_object
+from safetydpo.artifacts.object_store import PatientS3, check_reachable, one_line, open_s3, s3_remedy
 from safetydpo.errors import SafetyDPOError, UsageError
 
 
@@ -202,6 +203,45 @@ class Location:
             else:
                 with self.filesystem.open_output_stream(self.path) as stream:
                     stream.write(data)
+
+    def create_exclusively(self, data: bytes) -> bool:
+        """Write the whole content if nothing stands here; return whether it was this call that did.
+
+        Of any number of processes on any number of machines one gets True. `data` must be the caller's own (hold a
+        random token, say), because a request to an object store may arrive twice.
+
+        Raises:
+            SafetyDPOError: if the disk is full, the place is not writable or the file system has no exclusive
+                creation; nothing is left half-written.
+        """
+        with self._writing(f"create {len(data):,} bytes at"):
+            if self.is_local:
+                return self._create_local(data)
+            if isinstance(self.filesystem, PatientS3):
+                return create_object(self.filesystem, self.path, data)
+        raise SafetyDPOError(
+            f"expected a local disk or S3 for exclusive creation, found {self}: choose another execution.store"
+        )
+
+    def _create_local(self, data: bytes) -> bool:
+        target = Path(self.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}.tmp"
+        # A link, not O_EXCL: that would show the file to others before its content is there, and after a kill for
+        # good. Over NFS a link is one step too.
+        try:
+            with open(temporary, "xb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            try:
+                os.link(temporary, target)
+            except FileExistsError:
+                # The answer to a first try that worked may have been lost on the way from a file server.
+                return temporary.stat().st_nlink > 1
+            return True
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @contextmanager
     def stream_out(self) -> Iterator[pa.NativeFile]:

@@ -152,6 +152,14 @@ class ExecutionConfig(Frozen):
     """Actors of a generation or evaluation pool, concurrent trials, and concurrent expert lanes.
 
     Work that is too small to be worth starting that many processes gets fewer."""
+    lanes: Literal["shared", "isolated"] = "shared"
+    """`shared`: each lane stays and trains one expert after another; `isolated`: a fresh lane per expert, whose start
+    costs seconds."""
+    workers_per_expert: int = Field(1, ge=1)
+    """Workers that train one expert together, all on one node; the pairs of a step are shared out among them."""
+    expert_attempts: int = Field(3, ge=1)
+    """Times a command tries an expert that fails or takes its worker along; the next command tries again. An error that
+    every attempt would meet is not tried again."""
     cpus_per_worker: float = Field(1, gt=0)
     """Ray CPUs per worker; also its thread count (at least 1)."""
     gpus_per_worker: float = Field(0, ge=0)

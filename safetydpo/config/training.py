@@ -189,8 +189,8 @@ class DpoConfig(TrainingConfig):
             )
         if self.validation.every_steps is not None:
             raise ValueError(
-                "identity.dpo.validation.every_steps keeps pairs out of training and asks the reference about them: use "
-                "identity.dpo.reference 'live' with it"
+                "identity.dpo.validation.every_steps keeps pairs out of training and asks the reference about them: "
+                "use identity.dpo.reference 'live' with it"
             )
         for option in NEEDS_REFERENCE_OUTPUT:
             weight = getattr(self, option)

@@ -57,6 +57,10 @@ ADVICE = "lower dpo.learning_rate or dpo.beta"
 METRIC_NAMES = tuple(field.name for field in fields(StepMetrics))
 
 
+class TrainingLeft(Exception):  # noqa: N818 (no error)
+    """The training was left in the middle because it was told to; its checkpoint holds the state."""
+
+
 @dataclass(frozen=True)
 class TrainedExpert:
     """A finished expert."""
@@ -84,20 +88,24 @@ def train_expert(
     expert_name: str,
     engine: Engine,
     checkpoint: Location | None = None,
+    resume_from: Location | None = None,
+    should_leave: Callable[[], bool] = lambda: False,
     report: Callable[[StepMetrics], None] = lambda _: None,
     sample_rates: SampleRates | None = None,
     log: TrainingLog | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> TrainedExpert:
-    """Train one expert in the engine's adapter slot, going on from `checkpoint` if it stands there.
+    """Train one expert in the engine's adapter slot, going on from `resume_from` or `checkpoint` if it stands there.
 
     The engine comes from `open_engine` for the same backbone and may have trained other experts before; its
     state is replaced. `report` (each step) and `sample_rates` (each validation) are called on every process, `log` on
     process 0. Process 0 writes the checkpoint every `config.checkpoint_every` steps and after the last; an interrupted
-    run that goes on ends with equal bytes on a CPU.
+    run that goes on ends with equal bytes on a CPU. `should_leave` is asked on every process after each step and must
+    answer the same on all.
 
     Raises:
+        TrainingLeft: if `should_leave` said so; the checkpoint holds the state.
         UsageError: if engine and arguments disagree on the number of processes, or `sample_rates` is missing.
         SafetyDPOError: if the loss is not finite, the error on the safe picture blows up, the data does not
             suit the backbone, or the checkpoint belongs to something else.
@@ -113,9 +121,8 @@ def train_expert(
         dpo=config,
     )
     start = _start_layers(backbone, lora, identity)
-    state = load_start(
-        backbone, start, identity=identity, checkpoint=checkpoint, engine=engine, num_metrics=len(METRIC_NAMES)
-    )
+    source, num_metrics = resume_from or checkpoint, len(METRIC_NAMES)
+    state = load_start(backbone, start, identity=identity, checkpoint=source, engine=engine, num_metrics=num_metrics)
     about: dict[str, Any] = {"run_seed": run_seed, "expert": expert_name, "engine": engine, "rank": rank}
     validator = open_validator(backbone, data, config=config, sample_rates=sample_rates, **about)
     watch = _Watch(validator, log if rank == 0 else None, state)
@@ -129,11 +136,14 @@ def train_expert(
         metrics = _train_step(backbone, rows, step, config, **about)
         guard.check(metrics)
         watch.step(metrics, seconds=time.perf_counter() - started)
-        if checkpoint is not None and (is_checkpoint_due(step, config) or watch.is_over):
+        is_left = should_leave() and step + 1 < config.steps and not watch.is_over
+        if checkpoint is not None and (is_left or is_checkpoint_due(step, config) or watch.is_over):
             now = TrainingState(engine.state(), guard.spike_steps, torch.stack(watch.history), watch.state())
             if rank == 0:
                 checkpoint.write_bytes(encode_checkpoint(now, identity))
         report(metrics)
+        if is_left:
+            raise TrainingLeft
     return watch.result(expert_name, backbone, resumed_at=state.engine.step)
 
 

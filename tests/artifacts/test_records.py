@@ -15,6 +15,7 @@ from safetydpo.artifacts.records import (
     artifact_folder,
     check_run_identity,
     close_artifact,
+    files_folder,
     find_closed,
     read_pointers,
     read_record,
@@ -81,6 +82,13 @@ def test_open_then_closed(store: Location):
     close_artifact(store, KEY, record_of(KEY))
     assert find_closed(store, KEY) == record_of(KEY)
     assert read_record(folder) == record_of(KEY)
+
+
+def test_files_lie_with_the_attempt_that_the_record_names(store: Location):
+    """Artifacts from before there were attempts name none: theirs lie beside the record."""
+    folder = store / "experts" / "hate"
+    assert files_folder(folder, record_of(KEY)) == folder
+    assert files_folder(folder, record_of(KEY, details={"attempt": 3})) == folder / "attempt-3"
 
 
 def test_a_record_that_json_cannot_hold_closes_nothing(store: Location):

@@ -15,7 +15,7 @@ from safetydpo.diffusion.stable_diffusion import StableDiffusion
 from safetydpo.dpo.batch import PreferenceData, step_batch
 from safetydpo.dpo.engine import open_engine
 from safetydpo.dpo.step import policy_loss
-from safetydpo.dpo.trainer import SpikeGuard, StepMetrics, TrainedExpert, train_expert
+from safetydpo.dpo.trainer import SpikeGuard, StepMetrics, TrainedExpert, TrainingLeft, train_expert
 from safetydpo.errors import SafetyDPOError, UsageError
 from tests.dpo.preferences import small_config
 
@@ -44,6 +44,8 @@ def train(
     checkpoint: Location | None = None,
     report: Callable[[StepMetrics], None] = lambda _: None,
     run_seed: int = 5,
+    resume_from: Location | None = None,
+    should_leave: Callable[[], bool] = lambda: False,
 ) -> TrainedExpert:
     engine = open_engine(backbone, config=config, lora=lora)
     try:
@@ -56,6 +58,8 @@ def train(
             expert_name=expert,
             engine=engine,
             checkpoint=checkpoint,
+            resume_from=resume_from,
+            should_leave=should_leave,
             report=report,
         )
     finally:
@@ -141,6 +145,36 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert same(resumed.layers, whole.expert.layers)
     assert resumed.history == whole.expert.history
     assert cut_at.read_bytes() == whole.checkpoint
+
+
+@pytest.mark.parametrize("left_after", [1, 2])
+def test_left_in_the_middle_and_gone_on_with_elsewhere_equals_uninterrupted(
+    backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig, store: Location, left_after: int
+) -> None:
+    """Told to leave between two checkpoints, it writes one; the next attempt reads that one and writes its own."""
+    whole = train(backbone, make_data(), config, lora)
+    first, second = store / "attempt-1" / "state", store / "attempt-2" / "state"
+    answers = iter([step + 1 == left_after for step in range(config.steps)])
+    with pytest.raises(TrainingLeft):
+        train(backbone, make_data(), config, lora, checkpoint=first, should_leave=lambda: next(answers))
+    before = first.read_bytes()
+    resumed = train(backbone, make_data(), config, lora, checkpoint=second, resume_from=first)
+    assert resumed.resumed_at == left_after
+    assert same(resumed.layers, whole.layers)
+    assert first.read_bytes() == before
+    assert second.is_file()
+
+
+def test_told_to_leave_after_the_last_step_it_is_done(
+    backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig
+) -> None:
+    asked: list[int] = []
+
+    def after_the_last() -> bool:
+        asked.append(1)
+        return len(asked) == config.steps
+
+    assert len(train(backbone, make_data(), config, lora, should_leave=after_the_last).history) == config.steps
 
 
 def test_experts_share_their_start_and_one_engine_serves_them_all(

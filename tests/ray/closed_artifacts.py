@@ -9,19 +9,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
 from ray_jobs.expert_files import record_folder
 from ray_jobs.expert_plan import plan_experts
-from ray_jobs.generate_pairs import SELECT_JUDGE, pairs_key, verdict_pool
+from ray_jobs.generate_pairs import SELECT_JUDGE, derived_pool, latent_pool, pairs_key, verdict_pool
 from ray_jobs.places import image_pool
 from ray_jobs.prompt_tables import chosen_pairs, retention_prompts
 from ray_jobs.run import Run, with_absolute_paths
 from safetydpo.artifacts.adapters import AdapterMetadata, LoraLayer, adapter_hash, write_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE
 from safetydpo.artifacts.records import Record
-from safetydpo.artifacts.schemas import IMAGE_MANIFEST, IMAGES, MEMBERSHIPS, PROMPT_PAIRS, SELECTIONS, VERDICTS
+from safetydpo.artifacts.schemas import (
+    IMAGE_MANIFEST,
+    IMAGES,
+    LATENTS,
+    MEMBERSHIPS,
+    PROMPT_PAIRS,
+    SELECTIONS,
+    TEXT_EMBEDDINGS,
+    VERDICTS,
+    caption_sha256,
+)
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import table_from_rows, write_table
 from safetydpo.config.load import load_config
@@ -57,6 +68,48 @@ def close_pairs(run: Run) -> tuple[Record, Location]:
         return {"fingerprint": "pairs"}
 
     return run.make(key, make), run.folder(key)
+
+
+def close_training_data(run: Run) -> tuple[Record, Location]:
+    """Close pairs whose pictures have latents of noise and captions with the base's own features."""
+    from safetydpo.diffusion.build import load_backbone
+
+    identity = run.config.identity
+    record, folder = close_pairs(run)
+    benign = retention_prompts(identity.prompts, seed=identity.seed)
+    common: dict[str, Any] = {
+        "run_seed": identity.seed,
+        "base_fingerprint": run.base_fingerprint,
+        "sampler": identity.sampler.model_dump(mode="json"),
+    }
+    chosen = {pair.pair_id: pair for pair in chosen_pairs(identity.prompts, seed=identity.seed)}
+    rows = [*pair_image_rows(list(chosen.values()), **common), *retention_image_rows(benign, **common)]
+    write_table(folder / "images.parquet", table_from_rows(rows, IMAGE_MANIFEST))
+    backbone = load_backbone(identity.base)
+    shape = backbone.latent_shape(height=identity.sampler.height, width=identity.sampler.width)
+    generator = np.random.default_rng(0)
+    sizes = dict(zip(("channels", "height", "width"), shape, strict=True))
+    latents = [
+        {"image_id": row["image_id"], "latent": generator.normal(size=shape).astype(np.float16).tobytes(), **sizes}
+        for row in rows
+    ]
+    close_batch(latent_pool(run), table_from_rows([{"deviation": None, **row} for row in latents], LATENTS))
+    texts = {pair_text for pair in chosen.values() for pair_text in (pair.unsafe_text, pair.safe_text)}
+    captions = sorted({"", *texts, *(str(row["prompt"]) for row in rows)})
+    features = backbone.encode_prompts(captions).tokens.half().numpy()
+    table = [
+        {
+            "caption_sha256": caption_sha256(text),
+            "embedding": feature.tobytes(),
+            "tokens": feature.shape[0],
+            "width": feature.shape[1],
+            "pooled": None,
+            "pooled_width": None,
+        }
+        for text, feature in zip(captions, features, strict=True)
+    ]
+    close_batch(derived_pool(run, "captions"), table_from_rows(table, TEXT_EMBEDDINGS))
+    return record, folder
 
 
 def close_experts(run: Run) -> dict[str, Location]:

@@ -135,7 +135,7 @@ class Place:
         for folder in STAGE_FOLDERS[stage]:
             for record in sorted((self.store / folder).glob("*/record.json")):
                 found[f"{folder}/{record.parent.name}"] = str(json.loads(record.read_text())["fingerprint"])
-                for file in sorted(record.parent.glob("*.safetensors")):
+                for file in sorted(record.parent.rglob("*.safetensors")):
                     found[f"{folder}/{record.parent.name}/{file.name}"] = hashlib.sha256(file.read_bytes()).hexdigest()
         return found
 

@@ -18,7 +18,7 @@ from tests.ray.smoke_place import PATIENCE, ROOT, STAGE_FOLDERS, Place, free_por
 pytestmark = pytest.mark.slow
 TRIGGERS: dict[str, str] = {
     "pairs": "images/pool-*/batch-*/data/*.parquet",
-    "train": "experts/*/checkpoint.safetensors",
+    "train": "experts/*/attempt-*/checkpoint.safetensors",
     "merge": "layer_inputs/*",
     "search": "search/*/trials/*.parquet",
     "evaluate": "outcomes/pool-*/batch-*/data/*.parquet",

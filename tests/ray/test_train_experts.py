@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 
+from ray_jobs.expert_files import check_expert_files, expert_folders, load_experts
 from ray_jobs.expert_plan import benign_fingerprint, plan_experts
 from ray_jobs.generate_pairs import derived_pool
-from ray_jobs.train_experts import CHECKPOINT_FILE, train_experts
+from ray_jobs.train_experts import CHECKPOINT_FILE, _failed, train_experts
 from ray_jobs.training_tables import read_training_tables
-from safetydpo.artifacts.layout import RECORD_FILE
+from safetydpo.artifacts.layout import ADAPTER_FILE, RECORD_FILE
 from safetydpo.artifacts.schemas import IMAGE_MANIFEST, PROMPT_PAIRS, TEXT_EMBEDDINGS, caption_sha256
 from safetydpo.artifacts.tables import read_table, table_from_rows, write_table
 from tests.ray.closed_artifacts import close_batch, close_experts, close_pairs, open_run
@@ -56,3 +57,34 @@ def test_captions_of_other_runs_are_not_read(command: Command) -> None:
     rows = [{"caption_sha256": caption_sha256(text), **rest} for text in [*own, "a text of another run"]]
     close_batch(derived_pool(run, "captions"), table_from_rows(rows, TEXT_EMBEDDINGS))
     assert set(read_training_tables(run, folder).embeddings) == {caption_sha256(text) for text in own}
+
+
+def test_experts_with_and_without_attempts_are_found(command: Command) -> None:
+    """One closed by this version, one by an earlier one; what a lost attempt left goes, once the expert is closed."""
+    run = open_run(command.config, command.places)
+    files = close_experts(run)
+    folder = files["shocking"].parent
+    (folder / "attempt-2" / ADAPTER_FILE).write_bytes(files["shocking"].read_bytes())
+    files["shocking"].delete()
+    record = json.loads((folder / RECORD_FILE).read_bytes())
+    (folder / RECORD_FILE).write_bytes(json.dumps({**record, "details": {"attempt": 2}}).encode())
+    for left in ("attempt-1/checkpoint.safetensors", "attempt-2/checkpoint.safetensors", "failed.json"):
+        (folder / left).write_bytes(b"left behind")
+    records = train_experts(run, *close_pairs(run))
+    check_expert_files(run, records)
+    folders = expert_folders(run, records)
+    assert folders["shocking"] == f"{folder.path}/attempt-2"
+    assert folders["violence"] == files["violence"].parent.path
+    assert {expert.name for expert in load_experts(run, folders)} == set(files)
+    assert [file.path.removeprefix(folder.path) for file in folder.walk()] == [
+        f"/attempt-2/{ADAPTER_FILE}",
+        "/record.json",
+    ]
+
+
+def test_the_error_of_a_command_tells_which_experts_failed_and_why() -> None:
+    assert str(_failed({"b": "no light", "a": "no sound"}, 9)) == (
+        "expected 9 trained experts, found 2 that failed: a (no sound); b (no light); the others are closed. Mend the "
+        "cause, then run the same command again, which tries these anew"
+    )
+    assert "4 (why) and 3 more; the others" in str(_failed(dict.fromkeys("01234567", "why"), 9))

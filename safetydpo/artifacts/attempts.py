@@ -1,0 +1,265 @@
+"""Attempts at one artifact: who works on it, in which order they came, and who may publish it.
+
+Below the artifact's folder:
+
+- `lease/attempt-N`: created exclusively by the owner of attempt N, whom it names. N is the fencing token: everything
+  that the owner writes lies below `attempt-N/`, so that an owner who was given up for dead and wakes up again touches
+  nothing of his successor's.
+- `lease/attempt-N.alive`: the owner's heartbeat, a time.
+- `lease/attempt-N.end`: how the attempt ended without a result: `failed`, `released` by its owner, or `lost` with the
+  machine it ran on.
+- `failed.json`: the run that gave up on this artifact, and why.
+- `record.json`: the result, created exclusively; it names its attempt.
+
+Whoever finds the newest attempt ended or dead may create the next one. Clocks only decide how soon that is: two owners
+at the same time waste work, but the one with the older number stops before it publishes, or loses the creation of the
+record, or is the only one who publishes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from safetydpo.artifacts.layout import RECORD_FILE, attempt_folder
+from safetydpo.artifacts.storage import Location
+from safetydpo.errors import SafetyDPOError
+
+LEASE_FOLDER = "lease"
+FAILED_FILE = "failed.json"
+RENEW_SECONDS = 20.0
+STALE_SECONDS = 120.0
+Ending = Literal["failed", "released", "lost"]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """One process that works on attempts, as its leases tell it."""
+
+    run: str
+    """The command it works for; a name that no other command ever has."""
+    lane: str
+    """The worker group within the run; a group that starts again keeps it."""
+    host: str
+    pid: int
+    started: float
+    """When the process began, Unix time in seconds: a pid is used again."""
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+def this_process(*, run: str, lane: str) -> Owner:
+    """Return this process as an owner."""
+    return Owner(run, lane, machine(), os.getpid(), psutil.Process().create_time())
+
+
+def machine() -> str:
+    """Return a name of what pids count on: the host, and on Linux the pid namespace, of which containers may have more.
+
+    Two containers that share their host's name must not take each other's processes for dead.
+    """
+    namespace = Path("/proc/self/ns/pid")
+    return socket.gethostname() + (f" {os.readlink(namespace)}" if namespace.is_symlink() else "")
+
+
+def is_alive(pid: int, started: float) -> bool:
+    """Return whether the process `pid` of this machine that began at `started` still runs."""
+    try:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A lease that this process holds, or held: whether it is the newest, only storage knows."""
+
+    folder: Location
+    """The artifact's."""
+    number: int
+    owner: Owner
+
+    @property
+    def files(self) -> Location:
+        """Where everything lies that this attempt writes."""
+        return attempt_folder(self.folder, self.number)
+
+    def is_newest(self) -> bool:
+        """Read the leases again; return whether nobody has begun a later attempt."""
+        return max(_numbers(self.folder), default=0) == self.number
+
+    def renew(self) -> None:
+        """Tell that the owner lives."""
+        _lease(self.folder, f"{self.number}.alive").write_bytes(_encode({"renewed": time.time()}))
+
+    def end(self, how: Ending, reason: str = "") -> None:
+        """Let go of the lease without a result."""
+        end_attempt(self.folder, self.number, how, reason)
+
+
+class Standing(Enum):
+    """How far an artifact is, for somebody who looks for work."""
+
+    CLOSED = "closed"
+    FAILED = "failed"
+    """Given up by this run."""
+    HELD = "held"
+    """Somebody works on it."""
+    FREE = "free"
+
+
+@dataclass(frozen=True)
+class Look:
+    """What storage says about an artifact at one moment."""
+
+    standing: Standing
+    newest: int = 0
+    """Number of the newest attempt; 0 = none."""
+
+
+def look_at(folder: Location, *, run: str, lane: str = "", max_attempts: int) -> Look:
+    """Return whether there is work to do; give up on the artifact if this run has failed `max_attempts` times.
+
+    An attempt of `lane` itself is over: a worker group that looks for work has none.
+
+    Raises:
+        SafetyDPOError: if a file of the ledger does not parse.
+    """
+    if (folder / RECORD_FILE).is_file():
+        return Look(Standing.CLOSED)
+    numbers = _numbers(folder)
+    newest = numbers[-1] if numbers else 0
+    failed = read_failure(folder)
+    if failed is not None and failed["run"] == run:
+        return Look(Standing.FAILED, newest)
+    if newest and _is_held(folder, newest, lane):
+        return Look(Standing.HELD, newest)
+    reasons = [reason for number in numbers if (reason := _failure_of(folder, number, run)) is not None]
+    if len(reasons) >= max_attempts:
+        give_up(folder, run=run, reason=reasons[-1])
+        return Look(Standing.FAILED, newest)
+    return Look(Standing.FREE, newest)
+
+
+def take_lease(folder: Location, owner: Owner, *, newest: int) -> Attempt | None:
+    """Begin the attempt after `newest`; None if somebody else did, or published meanwhile.
+
+    Raises:
+        SafetyDPOError: if storage fails.
+    """
+    if not _lease(folder, str(newest + 1)).create_exclusively(_encode({**asdict(owner), "renewed": time.time()})):
+        return None
+    attempt = Attempt(folder, newest + 1, owner)
+    # Published between the look and the lease, by an attempt whose lease is gone already.
+    return None if (folder / RECORD_FILE).is_file() else attempt
+
+
+def publish(attempt: Attempt, record: bytes) -> bool:
+    """Create the artifact's record if this attempt is still the newest; return whether it is the published one."""
+    return attempt.is_newest() and (attempt.folder / RECORD_FILE).create_exclusively(record)
+
+
+def end_attempt(folder: Location, number: int, how: Ending, reason: str = "") -> None:
+    """Write how an attempt ended without a result."""
+    _lease(folder, f"{number}.end").write_bytes(_encode({"how": how, "reason": reason}))
+
+
+def end_attempts_of(folder: Location, lane: str, how: Ending, reason: str) -> None:
+    """End the newest attempt if it belongs to a lane that is known to be gone."""
+    numbers = _numbers(folder)
+    if numbers and not _lease(folder, f"{numbers[-1]}.end").is_file():
+        lease = _read(_lease(folder, str(numbers[-1])))
+        if lease["lane"] == lane:
+            end_attempt(folder, numbers[-1], how, reason)
+
+
+def give_up(folder: Location, *, run: str, reason: str) -> None:
+    """Mark the artifact as failed for this run; a later one tries again."""
+    (folder / FAILED_FILE).write_bytes(_encode({"run": run, "reason": reason}))
+
+
+def read_failure(folder: Location) -> dict[str, Any] | None:
+    """Return run and reason of the latest giving up, None if there was none."""
+    location = folder / FAILED_FILE
+    return _read(location) if location.is_file() else None
+
+
+def newest_file(folder: Location, name: str, *, before: int) -> Location | None:
+    """Return the file `name` of the latest attempt before `before` that has one, or the artifact's own.
+
+    The latter is from before there were attempts.
+    """
+    places = [*(attempt_folder(folder, number) for number in range(before - 1, 0, -1)), folder]
+    return next((place / name for place in places if (place / name).is_file()), None)
+
+
+def clear_attempts(folder: Location, *, keep: int, without: str) -> None:
+    """Remove what a closed artifact no longer needs: heartbeats, and of every attempt but `keep` the files.
+
+    `without` is a file of the published attempt that goes too. Leases stay: they say how often it was tried.
+    """
+    for child in folder.list():
+        if child.name == FAILED_FILE or (child.name.startswith("attempt-") and child.name != f"attempt-{keep}"):
+            child.delete()
+    for lease in (folder / LEASE_FOLDER).list():
+        if lease.name.endswith(".alive"):
+            lease.delete()
+    (attempt_folder(folder, keep) / without).delete()
+
+
+def _lease(folder: Location, what: str) -> Location:
+    return folder / LEASE_FOLDER / f"attempt-{what}"
+
+
+def _numbers(folder: Location) -> list[int]:
+    names = [lease.name.removeprefix("attempt-") for lease in (folder / LEASE_FOLDER).list()]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _is_held(folder: Location, number: int, lane: str) -> bool:
+    if _lease(folder, f"{number}.end").is_file():
+        return False
+    lease = _read(_lease(folder, str(number)))
+    if lease["lane"] == lane:
+        return False
+    if lease["host"] == machine() and not is_alive(lease["pid"], lease["started"]):
+        return False
+    heartbeat = _lease(folder, f"{number}.alive")
+    renewed = _read(heartbeat)["renewed"] if heartbeat.is_file() else lease["renewed"]
+    return bool(time.time() - renewed <= STALE_SECONDS)
+
+
+def _failure_of(folder: Location, number: int, run: str) -> str | None:
+    """Return why an attempt of this run failed; None if it did not, or is another run's."""
+    if _read(_lease(folder, str(number)))["run"] != run:
+        return None
+    end = _lease(folder, f"{number}.end")
+    if not end.is_file():
+        return "its worker ended without a word (killed, or out of memory)"
+    ending = _read(end)
+    return str(ending["reason"]) if ending["how"] == "failed" else None
+
+
+def _encode(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True).encode() + b"\n"
+
+
+def _read(location: Location) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(location.read_bytes())
+    except ValueError as error:
+        raise SafetyDPOError(
+            f"expected JSON of the ledger at {location}, found: {error}; delete that file, then run the same command "
+            "again"
+        ) from error
+    return content

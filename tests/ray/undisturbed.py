@@ -1,0 +1,32 @@
+"""What experts are when nothing disturbs their training: trained in this process, without Ray or a checkpoint."""
+
+from __future__ import annotations
+
+from ray_jobs.run import Run
+from ray_jobs.train_experts import plan_experts, preference_data, read_training_tables
+from safetydpo.artifacts.adapters import adapter_hash
+from safetydpo.artifacts.records import Record
+from safetydpo.artifacts.storage import Location
+from safetydpo.diffusion.build import load_backbone
+from safetydpo.dpo.engine import open_engine
+from safetydpo.dpo.trainer import train_expert
+
+
+def undisturbed_experts(run: Run, pairs: Record, folder: Location) -> dict[str, str]:
+    """Return {expert name: hash of its adapter's bytes}."""
+    identity = run.config.identity
+    backbone = load_backbone(identity.base)
+    tables = read_training_tables(run, folder)
+    found = {}
+    for unit in plan_experts(run, pairs, folder):
+        trained = train_expert(
+            backbone,
+            preference_data(tables, unit, backbone, run.config),
+            config=unit.dpo,
+            lora=identity.lora,
+            run_seed=identity.seed,
+            expert_name=unit.name,
+            engine=open_engine(backbone, config=unit.dpo, lora=identity.lora),
+        )
+        found[unit.name] = adapter_hash(trained.layers)
+    return found
