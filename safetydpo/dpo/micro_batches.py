@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from operator import itemgetter
+from typing import Any
 
 from safetydpo.diffusion.backbone import Condition
 from safetydpo.dpo.batch import StepBatch
@@ -40,12 +42,12 @@ def micro_batches(batch: StepBatch, *, pairs_per_forward: int | None) -> Iterato
 
 
 def _rows(batch: StepBatch, *, pairs: slice, benign: slice) -> StepBatch:
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for field in fields(batch):
         value = getattr(batch, field.name)
         rows = benign if field.name.startswith("retention_") else pairs
         if isinstance(value, Condition):
-            chosen[field.name] = value.map(lambda features, rows=rows: features[rows])
+            chosen[field.name] = value.map(itemgetter(rows))
         elif value is not None:
             chosen[field.name] = value[rows]
     return replace(batch, **chosen)

@@ -95,7 +95,7 @@ class ShardedEngine(DeepSpeedEngine):
     def close(self) -> None:
         """Destroy the DeepSpeed engine and make the network whole again, as it was before."""
         self._engine.destroy()
-        values: dict[Tensor, Tensor] = {}
+        values: dict[nn.Parameter, Tensor] = {}
         for parameter in self._network.parameters():
             with self._deepspeed.zero.GatheredParameters([parameter]):
                 whole = parameter.data.clone()
@@ -106,5 +106,5 @@ class ShardedEngine(DeepSpeedEngine):
                 owner._parameters = owner.__dict__.get("_original_parameters", owner._parameters)
             for name in set(vars(owner)) - names:
                 delattr(owner, name)
-        for parameter, whole in values.items():
-            parameter.data = whole
+        for parameter, value in values.items():
+            parameter.data = value
