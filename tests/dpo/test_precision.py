@@ -74,12 +74,17 @@ def test_a_reference_pass_computes_nothing_again(
 def test_half_precision_gradients_are_near_those_of_float32(
     half: StableDiffusion, backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig
 ) -> None:
-    """Of the whole gradient, scaled by 65536 on its way back: a cosine of 0.98 and a length within a tenth."""
+    """Of the whole gradient, scaled by 65536 on its way back: a cosine above 0.999 and a length within a hundredth.
+
+    Without the one-sided penalty: whether the error on the safe picture has risen at all is, for an adapter near 0, a
+    matter of float16's last digits.
+    """
+    config = config.model_copy(update={"safe_rise_weight": 0.0})
     full = torch.cat([one.flatten() for one in gradients(backbone, make_data(), config, lora)])
     found = torch.cat([one.flatten() for one in gradients(half, make_data(), config, lora)]) / LossScale().value
     half.remove_adapter()
-    assert float(torch.nn.functional.cosine_similarity(full, found, dim=0)) > 0.98
-    assert float(found.norm() / full.norm()) == pytest.approx(1.0, abs=0.1)
+    assert float(torch.nn.functional.cosine_similarity(full, found, dim=0)) > 0.999
+    assert float(found.norm() / full.norm()) == pytest.approx(1.0, abs=0.01)
 
 
 def test_half_precision_resumes_with_its_loss_scale(
@@ -130,7 +135,7 @@ def test_gradients_that_overflow_at_every_scale_end_the_training(
     backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig
 ) -> None:
     """17 attempts: 65536 down to 1."""
-    config = config.model_copy(update={"loss_scaling": "dynamic"})
+    config = config.model_copy(update={"loss_scaling": "dynamic", "pairs_per_step": 1, "retention_weight": 0.0})
     engine = open_engine(backbone, config=config, lora=lora)
     disturb(engine, calls=set(range(100)))
     with pytest.raises(SafetyDPOError, match=r"expert 'hate': expected a finite gradient norm at step 0, found"):
