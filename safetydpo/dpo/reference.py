@@ -39,6 +39,13 @@ WITHOUT_EFFECT = frozenset(
         "checkpoint_every",
         "strategy",
         "zero_stage",
+        "base_offload",
+        "optimizer",
+        "pairs_per_forward",
+        "activation_checkpointing",
+        "loss_scaling",
+        "ema_decay",
+        "validation",
         "spike_limit",
         "spike_patience",
         # What the loss makes of the errors.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from safetydpo.dpo.batch import PreferenceData, step_batch
 from safetydpo.dpo.checkpoint import TrainingIdentity, TrainingState, encode_checkpoint, training_identity
 from safetydpo.dpo.descent import descend, is_checkpoint_due, load_start
 from safetydpo.dpo.engine import Engine, lora_signature
+from safetydpo.dpo.micro_batches import micro_batches
 from safetydpo.dpo.step import METRICS, policy_loss
 from safetydpo.dpo.validation import SampleRates, Validator, open_validator
 from safetydpo.dpo.watch import TrainingLog, Validation
@@ -125,7 +127,7 @@ def train_expert(
     state = load_start(backbone, start, identity=identity, checkpoint=source, engine=engine, num_metrics=num_metrics)
     about: dict[str, Any] = {"run_seed": run_seed, "expert": expert_name, "engine": engine, "rank": rank}
     validator = open_validator(backbone, data, config=config, sample_rates=sample_rates, **about)
-    watch = _Watch(validator, log if rank == 0 else None, state)
+    watch = _Watch(engine, validator, log if rank == 0 else None, state)
     errors_safe = _column(watch.history, "error_policy_safe")
     guard = SpikeGuard(expert_name, config, state.spike_steps, errors_safe=errors_safe)
     rows = data if validator is None else validator.training_data
@@ -150,8 +152,10 @@ def train_expert(
 class _Watch:
     """History, validations and log of one training."""
 
-    def __init__(self, validator: Validator | None, log: TrainingLog | None, state: TrainingState) -> None:
-        self._validator, self._log = validator, log
+    def __init__(
+        self, engine: Engine, validator: Validator | None, log: TrainingLog | None, state: TrainingState
+    ) -> None:
+        self._engine, self._validator, self._log = engine, validator, log
         self.history = list(state.history)
         if validator is not None:
             validator.load_state(state.watched)
@@ -175,7 +179,8 @@ class _Watch:
         if self._validator is None or not self._validator.is_due(done):
             return
         started = time.perf_counter()
-        validation = self._validator.validate(done)
+        with self._engine.published():
+            validation = self._validator.validate(done)
         if self._log is not None:
             self._log.validation(validation, seconds=time.perf_counter() - started)
 
@@ -185,7 +190,9 @@ class _Watch:
     def result(self, name: str, backbone: Backbone, *, resumed_at: int) -> TrainedExpert:
         history = tuple(_metrics_of(row) for row in self.history)
         if self._validator is None:
-            return TrainedExpert(name, backbone.export_adapter(), history, resumed_at)
+            with self._engine.published():
+                layers = backbone.export_adapter()
+            return TrainedExpert(name, layers, history, resumed_at)
         validator = self._validator
         validations = tuple(validator.validations)
         return TrainedExpert(name, validator.best_layers, history, resumed_at, validations, validator.best)
@@ -224,8 +231,11 @@ def _train_step(
         world_size=engine.world_size,
         device=backbone.device,
     )
-    loss, local = policy_loss(backbone, batch, config=config, mean_over_processes=engine.mean_over_processes)
-    done = descend(engine, loss, local, config=config, step=step, who=f"expert {expert!r}", advice=ADVICE)
+    parts = [
+        partial(policy_loss, backbone, part, config=config, mean_over_processes=engine.mean_over_processes)
+        for part in micro_batches(batch, pairs_per_forward=config.pairs_per_forward)
+    ]
+    done = descend(engine, parts, config=config, step=step, who=f"expert {expert!r}", advice=ADVICE)
     values = dict(zip(METRICS, done.measured, strict=True))
     return StepMetrics(step=step, gradient_norm=done.gradient_norm, learning_rate=done.learning_rate, **values)
 
