@@ -131,7 +131,7 @@ def draws_of_pairs(run: Run, units: Members) -> dict[str, int]:
 
 def count_draws(run: Run, units: Members) -> dict[str, int]:
     """Return how many rows the units use in all their steps (`draw_uses`), and of how many `distinct_draws`."""
-    uses = sum(unit.dpo.steps * unit.dpo.pairs_per_step for unit in units)
+    uses = sum(unit.dpo.steps * unit.dpo.pairs_per_forward or dpo.pairs_per_step for unit in units)
     return {"draw_uses": uses, "distinct_draws": sum(draws_of_pairs(run, units).values())}
 
 
@@ -155,7 +155,7 @@ def _context(run: Run, dpo: DpoConfig, backbone: Backbone | None = None) -> Erro
         base_fingerprint=run.base_fingerprint if backbone is None else backbone.fingerprint,
         dtype=identity.base.dtype,
         # Passes of a step's own size fit into memory, and on one kind of processor they have a step's very bits.
-        batch_size=dpo.pairs_per_step,
+        batch_size=dpo.pairs_per_forward or dpo.pairs_per_step,
         num_timesteps=num_train_timesteps(identity.base) if backbone is None else backbone.num_train_timesteps,
         draw_seed=dpo.draw_seed_of(identity.seed),
         config=dpo,

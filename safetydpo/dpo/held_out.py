@@ -15,6 +15,7 @@ from torch import Tensor
 from safetydpo.config.training import DpoConfig
 from safetydpo.diffusion.backbone import Backbone
 from safetydpo.dpo.batch import PreferenceData, step_batch
+from safetydpo.dpo.micro_batches import micro_batches
 from safetydpo.dpo.step import policy_loss
 from safetydpo.errors import SafetyDPOError
 from safetydpo.seeding import derive_seed
@@ -49,6 +50,8 @@ def _choose(data: PreferenceData, rows: list[int]) -> PreferenceData:
         latents_unsafe=data.latents_unsafe[rows],
         captions_safe=data.captions_safe[rows],
         captions_unsafe=data.captions_unsafe[rows],
+        variants_safe=data.variants_safe.rows(rows),
+        variants_unsafe=data.variants_unsafe.rows(rows),
     )
 
 
@@ -85,7 +88,9 @@ def held_out_metrics(
                 world_size=world_size,
                 device=backbone.device,
             )
-            _, numbers = policy_loss(backbone, batch, config=config)
-            total = numbers.double() if total is None else total + numbers.double()
+            parts = list(micro_batches(batch, pairs_per_forward=config.pairs_per_forward))
+            for part in parts:
+                numbers = policy_loss(backbone, part, config=config)[1].double() / len(parts)
+                total = numbers if total is None else total + numbers
     assert total is not None
     return total / batches

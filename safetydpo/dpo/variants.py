@@ -5,7 +5,7 @@ Axis legend: `pair` preference rows, `batch` rows of a step, `channel height wid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -23,6 +23,11 @@ class Variants:
     """Standard deviation of the posterior."""
     flipped_deviations: Float[Tensor, "pair channel height width"] | None = None
     """That of the mirrored pictures."""
+
+    def rows(self, index: list[int]) -> Variants:
+        """Return what is stored of these pairs."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return Variants(**{name: None if value is None else value[index] for name, value in values})
 
 
 NO_VARIANTS = Variants()

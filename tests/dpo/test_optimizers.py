@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from safetydpo.config.training import DpoConfig
 from safetydpo.dpo.optimizers import OptimizerState, make_optimizer, read_optimizer, write_optimizer
 from safetydpo.errors import UsageError
 
-ALL = ("adamw", "adamw_8bit", "adafactor", "prodigy")
+NEEDS_BITSANDBYTES = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (extra 'optimizers')"
+)
+ALL = ("adamw", pytest.param("adamw_8bit", marks=NEEDS_BITSANDBYTES), "adafactor", "prodigy")
 
 
 def settings(optimizer: str, **changes: object) -> DpoConfig:
@@ -67,6 +71,7 @@ def test_an_empty_state_makes_it_as_new(name: str) -> None:
     assert all(torch.equal(used[one], new[one]) for one in used)
 
 
+@NEEDS_BITSANDBYTES
 def test_state_is_a_copy_with_its_own_types() -> None:
     """8-bit moments stay bytes, and float32 ones of tensors below 4096 numbers stay float32."""
     named = parameters()
@@ -112,6 +117,7 @@ def test_prodigy_says_nothing_on_the_standard_output(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == ""
 
 
+@NEEDS_BITSANDBYTES
 def test_eight_bits_stay_near_thirty_two() -> None:
     """After 20 steps the 8-bit AdamW's loss is within a tenth of torch's AdamW's."""
     losses = []

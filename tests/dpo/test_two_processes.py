@@ -56,13 +56,10 @@ def test_two_processes_equal_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("optimizer", "rate", "tolerance"), [("adafactor", 2e-3, 1e-6), ("prodigy", 1.0, 1e-6), ("adamw_8bit", 2e-3, 1e-6)]
-)
+@pytest.mark.parametrize(("optimizer", "rate"), [("adafactor", 2e-3), ("prodigy", 1.0), ("adamw_8bit", 2e-3)])
 def test_two_processes_equal_one_with_each_optimizer(
     optimizer: str,
     rate: float,
-    tolerance: float,
     tiny_folder: Path,
     tmp_path: Path,
     backbone: StableDiffusion,
@@ -70,13 +67,15 @@ def test_two_processes_equal_one_with_each_optimizer(
     config: DpoConfig,
     lora: LoraConfig,
 ) -> None:
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
     changes = {"optimizer": optimizer, "learning_rate": rate}
     config = config.model_copy(update=changes)
     one = train(backbone, make_data(), config, lora).layers
     place = tmp_path / "checkpoint.safetensors"
     launch(tiny_folder, place, stop_after=4, settings={"strategy": "ddp", **changes})
     rest = train(backbone, make_data(), config, lora, checkpoint=open_location(str(place)))
-    assert largest_difference(one, rest.layers) < tolerance
+    assert largest_difference(one, rest.layers) < 1e-6
 
 
 def test_two_processes_average_parts_and_keep_a_mean(

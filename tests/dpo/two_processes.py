@@ -37,7 +37,11 @@ def launch(model: Path, checkpoint: Path, *, stop_after: int, settings: dict[str
         )
         for rank in range(2)
     ]
-    outputs = [worker.communicate(timeout=600)[0] for worker in workers]
+    try:
+        outputs = [worker.communicate(timeout=800)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
     assert all(worker.returncode == 0 for worker in workers), "\n".join(outputs)[-4000:]
 
 
