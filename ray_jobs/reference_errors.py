@@ -131,7 +131,7 @@ def draws_of_pairs(run: Run, units: Members) -> dict[str, int]:
 
 def count_draws(run: Run, units: Members) -> dict[str, int]:
     """Return how many rows the units use in all their steps (`draw_uses`), and of how many `distinct_draws`."""
-    uses = sum(unit.dpo.steps * unit.dpo.pairs_per_forward or dpo.pairs_per_step for unit in units)
+    uses = sum(unit.dpo.steps * unit.dpo.pairs_per_step for unit in units)
     return {"draw_uses": uses, "distinct_draws": sum(draws_of_pairs(run, units).values())}
 
 
