@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -74,8 +75,8 @@ def total(memory: Mapping[str, Mapping[str, float]], kind: str, *, without: str 
     return sum(entry[kind] for name, entry in memory.items() if without not in name)
 
 
-def measure(lanes: int, place: str) -> dict[str, Any]:
-    """Start the cluster and the lanes; return memory before and with them."""
+def measure(lanes: int, place: str) -> tuple[Cluster, dict[str, Any]]:
+    """Start the cluster and the lanes; return it and memory before and with them."""
     settings = [f"store={place}/store", f"run_dir={place}/run", f"execution.num_workers={lanes}"]
     dpo = f"identity.dpo={{steps: {STEPS}, warmup_steps: 1, pairs_per_step: 2, strategy: single, checkpoint_every: 1}}"
     run = open_run(SMOKE, [*settings, dpo, "identity.experts.all_single=false"])
@@ -109,11 +110,7 @@ def measure(lanes: int, place: str) -> dict[str, Any]:
             time.sleep(1)
         during = memory_by_process(of_node(cluster.head_node) | {os.getpid()})
         workers = [memory_by_process(of_node(node)) for node in cluster.worker_nodes]
-    for node in list(cluster.worker_nodes):
-        cluster.remove_node(node, allow_graceful=False)
-    ray.shutdown()
-    cluster.shutdown()
-    return {"before": before, "during": during, "one_worker_node": workers[0], "worker_nodes": workers}
+    return cluster, {"before": before, "during": during, "one_worker_node": workers[0], "worker_nodes": workers}
 
 
 def main() -> None:
@@ -124,7 +121,16 @@ def main() -> None:
     # Ray's processes inherit it.
     os.environ.update(ENVIRONMENT)
     with tempfile.TemporaryDirectory() as place:
-        found = measure(lanes, place)
+        cluster, found = measure(lanes, place)
+        tell(lanes, found)
+        sys.stdout.flush()
+        cluster.shutdown()
+    # The launcher's thread still waits for its lanes, which would have gone on for hours.
+    os._exit(0)
+
+
+def tell(lanes: int, found: dict[str, Any]) -> None:
+    """Print the result."""
     before, during = found["before"], found["during"]
 
     def per_lane(kind: str, without: str) -> float:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -111,7 +111,8 @@ def with_absolute_paths(config: Config) -> Config:
     return config.model_copy(update={"execution": execution.model_copy(update=paths)})
 
 
-def package_versions() -> dict[str, str]:
+@cache
+def package_versions() -> Mapping[str, str]:
     """Return the versions of the packages that results may depend on; recorded, never hashed."""
     return {name: version(name) for name in RECORDED_PACKAGES}
 
@@ -130,7 +131,7 @@ def make_record(key: ArtifactKey, made: Mapping[str, Any], *, started: float) ->
         counts=parts.pop("counts", {}),
         failed_units=tuple(parts.pop("failed_units", ())),
         details=parts.pop("details", {}),
-        versions=package_versions(),
+        versions=dict(package_versions()),
         started_at=datetime.fromtimestamp(started, tz=UTC).isoformat(timespec="seconds"),
         seconds=round(time.time() - started, 3),
     )
