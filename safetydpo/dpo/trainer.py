@@ -114,14 +114,8 @@ def train_expert(
     """
     if engine.world_size != world_size:
         raise UsageError(f"expected an engine of {world_size} processes, found {engine.world_size}: open another one")
-    identity = training_identity(
-        expert=expert_name,
-        run_seed=run_seed,
-        base_fingerprint=backbone.fingerprint,
-        data_fingerprint=data.fingerprint,
-        lora=lora,
-        dpo=config,
-    )
+    settings: dict[str, Any] = {"expert": expert_name, "run_seed": run_seed, "lora": lora, "dpo": config}
+    identity = _identity(backbone, data, **settings)
     start = _start_layers(backbone, lora, identity)
     source, num_metrics = resume_from or checkpoint, len(METRIC_NAMES)
     state = load_start(backbone, start, identity=identity, checkpoint=source, engine=engine, num_metrics=num_metrics)
@@ -147,6 +141,10 @@ def train_expert(
         if is_left:
             raise TrainingLeft
     return watch.result(expert_name, backbone, resumed_at=state.engine.step)
+
+
+def _identity(backbone: Backbone, data: PreferenceData, **settings: Any) -> TrainingIdentity:
+    return training_identity(base_fingerprint=backbone.fingerprint, data_fingerprint=data.fingerprint, **settings)
 
 
 class _Watch:
