@@ -103,8 +103,7 @@ def train_expert(
     The engine comes from `open_engine` for the same backbone and may have trained other experts before; its
     state is replaced. `report` (each step) and `sample_rates` (each validation) are called on every process, `log` on
     process 0. Process 0 writes the checkpoint every `config.checkpoint_every` steps and after the last; an interrupted
-    run that goes on ends with equal bytes on a CPU. `should_leave` is asked on every process after each step and must
-    answer the same on all.
+    run that goes on ends with equal bytes on a CPU. `should_leave` must answer the same on every process.
 
     Raises:
         TrainingLeft: if `should_leave` said so; the checkpoint holds the state.
