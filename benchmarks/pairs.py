@@ -5,7 +5,8 @@ Usage: python -m benchmarks.pairs [--images 2000] [--steps 4] [--rounds 3] [--pa
 - `images_per_second_vs_diffusers_loop`: our job (two actors, one thread each) against `StableDiffusionPipeline` called
   with one prompt after another (two threads), same model, steps, guidance and bfloat16. Beside it stands the bound: the
   pictures per second if the U-Net's and decoder's operations ran at the speed of a large matrix product on both cores.
-- `ray_vs_hand_batched`: one actor against a loop over full batches in one process; one thread each, PNG included.
+- `ray_vs_hand_batched`: one actor against a loop over full batches in a script of its own, one thread each. Both start
+  a process, import, load the model, draw, and end with PNG files in Parquet; `warm_seconds` has the loop alone.
 - `two_actors_vs_one`: the same job with two actors.
 - `memory_10k_vs_1k_rows`: the most memory that the driver and its workers hold together (proportional set size).
 - the manifest of a million pictures: planned, written, read back, and anti-joined with a pool that holds half of them.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import multiprocessing
 import resource
 import shutil
 import statistics
@@ -25,10 +27,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.queues import SimpleQueue
 from typing import Any
 
 import psutil
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -118,13 +122,15 @@ def diffusers_loop(run: Run, manifest: pa.Table) -> Callable[[], None]:
     return loop
 
 
-def hand_batched(run: Run, manifest: pa.Table) -> Callable[[], None]:
-    """Return a loop over full batches in this process, PNG files included."""
-    backbone = load_backbone(run.config.identity.base)
-    sampler = run.config.identity.sampler
+def hand_batched(config: dict[str, Any], manifest: pa.Table, file: str, warm: SimpleQueue[float]) -> None:
+    """Draw full batches in this process and write their PNG files to one Parquet file, as a script would."""
+    torch.set_num_threads(1)
+    identity = Config.model_validate(config).identity
+    backbone = load_backbone(identity.base)
+    sampler = identity.sampler
     rows = manifest.to_pylist()
-
-    def loop() -> None:
+    started = time.perf_counter()
+    with pq.ParquetWriter(file, pa.schema([("image_id", pa.string()), ("image", pa.binary())])) as writer:
         for start in range(0, len(rows), sampler.batch_size):
             batch = rows[start : start + sampler.batch_size]
             pictures = render(
@@ -133,10 +139,27 @@ def hand_batched(run: Run, manifest: pa.Table) -> Callable[[], None]:
                 seeds=[row["seed"] for row in batch],
                 sampler=sampler,
             )
-            for picture in pictures:
-                encode_picture(picture)
+            files = [encode_picture(picture) for picture in pictures]
+            ids = [row["image_id"] for row in batch]
+            writer.write_batch(pa.record_batch({"image_id": ids, "image": pa.array(files, pa.binary())}))
+    warm.put(time.perf_counter() - started)
 
-    return loop
+
+def run_by_hand(run: Run, manifest: pa.Table) -> tuple[float, float]:
+    """Run `hand_batched` in a fresh process; return seconds with its start, and of its loop alone."""
+    spawn = multiprocessing.get_context("spawn")
+    warm: SimpleQueue[float] = spawn.SimpleQueue()
+    with tempfile.TemporaryDirectory(prefix="safetydpo-bench-") as folder:
+        started = time.perf_counter()
+        process = spawn.Process(
+            target=hand_batched,
+            args=(run.config.model_dump(mode="json"), manifest, f"{folder}/pictures.parquet", warm),
+        )
+        process.start()
+        process.join()
+        seconds = time.perf_counter() - started
+    assert process.exitcode == 0
+    return seconds, warm.get()
 
 
 def bound_images_per_second(run: Run) -> dict[str, float]:
@@ -167,14 +190,16 @@ def measure_speed(*, images: int, steps: int, rounds: int, batch_size: int) -> t
     )
     manifest = manifest_of(two, images)
     few = manifest.slice(0, max(50, images // 20))
-    loop, by_hand = diffusers_loop(two, few), hand_batched(one, manifest)
+    loop = diffusers_loop(two, few)
     bound = bound_images_per_second(two)
     rates: dict[str, list[float]] = {"diffusers loop": [], "by hand": [], "one actor": [], "two actors": []}
+    warm_seconds = []
+    torch.set_num_threads(2)
     for _ in range(rounds):
-        torch.set_num_threads(2)
         rates["diffusers loop"].append(few.num_rows / _seconds(loop))
-        torch.set_num_threads(1)
-        rates["by hand"].append(images / _seconds(by_hand))
+        seconds, warm = run_by_hand(one, manifest)
+        rates["by hand"].append(images / seconds)
+        warm_seconds.append(warm)
         rates["one actor"].append(images / run_job(one, manifest))
         rates["two actors"].append(images / run_job(two, manifest))
         print({name: round(values[-1], 2) for name, values in rates.items()}, flush=True)
@@ -185,7 +210,7 @@ def measure_speed(*, images: int, steps: int, rounds: int, batch_size: int) -> t
         "ray_vs_hand_batched": middle["one actor"] / middle["by hand"],
         "two_actors_vs_one": middle["two actors"] / middle["one actor"],
     }
-    return ratios, {"images": images, "steps": steps, "images_per_second": rates, **bound}
+    return ratios, {"images": images, "steps": steps, "images_per_second": rates, "warm_seconds": warm_seconds, **bound}
 
 
 def _seconds(way: Callable[[], None]) -> float:
@@ -195,17 +220,22 @@ def _seconds(way: Callable[[], None]) -> float:
 
 
 @contextlib.contextmanager
-def peak_memory() -> Iterator[list[int]]:
-    """Yield a list whose only item becomes the most bytes that this process and Ray's workers hold together."""
-    peak, stop = [0], threading.Event()
+def peak_memory() -> Iterator[dict[str, float]]:
+    """Yield what becomes the gigabytes of each kind of process at the moment when this one and Ray's hold the most."""
+    peak: dict[str, float] = {}
+    stop = threading.Event()
 
     def watch() -> None:
         while not stop.wait(0.25):
-            total = 0
+            held: dict[str, float] = {}
             for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
                 with contextlib.suppress(psutil.Error):
-                    total += process.memory_full_info().pss
-            peak[0] = max(peak[0], total)
+                    kind = process.name().split("(")[0]
+                    held[kind] = held.get(kind, 0.0) + process.memory_full_info().pss / 1e9
+                    held[f"{kind}, number"] = held.get(f"{kind}, number", 0) + 1
+            if _gigabytes(held) > _gigabytes(peak):
+                peak.clear()
+                peak.update(held)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -216,6 +246,10 @@ def peak_memory() -> Iterator[list[int]]:
         thread.join()
 
 
+def _gigabytes(held: dict[str, float]) -> float:
+    return sum(value for kind, value in held.items() if not kind.endswith(", number"))
+
+
 def measure_memory(*, batch_size: int) -> tuple[dict[str, float], dict[str, Any]]:
     """Draw 1,000 and then 10,000 pictures of two steps; return the ratio of the peaks.
 
@@ -223,14 +257,18 @@ def measure_memory(*, batch_size: int) -> tuple[dict[str, float], dict[str, Any]
     """
     run = Run(config_of(steps=2, dtype="bfloat16", workers=2, batch_size=batch_size))
     peaks: dict[int, float] = {}
+    kinds: dict[int, dict[str, float]] = {}
     run_job(run, manifest_of(run, 200))
     for count in (1_000, 10_000):
         manifest = manifest_of(run, count)
         with peak_memory() as peak:
             run_job(run, manifest)
-        peaks[count] = peak[0] / 1e9
-        print(f"{count} rows: {peaks[count]:.3f} GB at most", flush=True)
-    return {"memory_10k_vs_1k_rows": peaks[10_000] / peaks[1_000]}, {"peak_gigabytes": peaks}
+        peaks[count], kinds[count] = _gigabytes(peak), {kind: round(value, 3) for kind, value in peak.items()}
+        print(f"{count} rows: {peaks[count]:.3f} GB at most: {kinds[count]}", flush=True)
+    return {"memory_10k_vs_1k_rows": peaks[10_000] / peaks[1_000]}, {
+        "peak_gigabytes": peaks,
+        "by_kind": kinds,
+    }
 
 
 def measure_manifest() -> tuple[dict[str, float], dict[str, Any]]:

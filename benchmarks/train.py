@@ -1,0 +1,183 @@
+"""Training in numbers: DPO pairs per second and memory, against two public ways to write the same step.
+
+Usage: python -m benchmarks.train [--parts speed best memory] [--dtype float32 bfloat16] [--rounds 5]
+
+Speed is measured on a U-Net and an autoencoder with random weights that share the work as SD1.5's do (encoder : U-Net
+forward = 1.12 : 0.80 operations). All ways train a rank-4 LoRA on the same pictures and captions, equal batches, same
+dtype, AdamW and clipping, alternating:
+
+- `public`: the released trainer's way: a second U-Net, autoencoder and text encoder in every step.
+- `script`: the way of diffusers' example: the adapter is switched off for the reference.
+- `live`: ours; latents and text features were made once, the reference is the same U-Net with the adapter off.
+- `cached`: ours with reference errors that were made once too.
+- `floor`: a bare forward and backward pass of the same batch (and a forward pass without gradients for `live`).
+
+The bounds count operations only: with one encoder pass 1.12 and one forward or backward pass 0.80, `public` costs
+2 x (1.12 + 3 x 0.80) a pair, `live` 2 x 3 x 0.80, `cached` 2 x 2 x 0.80.
+
+`best` adds one thing at a time to `live`: channels-last, a compiled U-Net, the fused optimizer, four experts in one
+batch over the shared base. `memory` runs one step of one pair at 512 x 512 on an SD1.5 of full size, each way in a
+process of its own; counted is the peak above what the process held after its imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import alternate, print_result, ratio_of_medians
+from benchmarks.public_trainers import public_step
+from benchmarks.sd15_models import SD15_PROPORTION, SMALL_PICTURE, TOKENS, build_small_sd15, operations
+from benchmarks.train_memory import measure_memory
+from benchmarks.train_ways import DPO, LORA, OurTraining, bare_passes, encode_once, make_pairs, stacked_experts
+from safetydpo.config.schema import BaseModelConfig
+from safetydpo.diffusion.build import DTYPES, load_backbone
+from tests.tiny import build_tokenizer
+
+STACKED = 4
+
+
+def operation_bounds(backbone: Any, vae: Any) -> dict[str, float]:
+    """Return the proportion of work of the small model, and the bounds that follow from SD1.5's."""
+    latents = torch.randn(1, 4, SMALL_PICTURE // 8, SMALL_PICTURE // 8)
+    unet = operations(backbone.network, latents, torch.zeros(1), torch.randn(1, TOKENS, 64))
+    encoder = operations(vae.encoder, torch.randn(1, 3, SMALL_PICTURE, SMALL_PICTURE))
+    public = SD15_PROPORTION + 3
+    return {
+        "encoder_vs_unet_operations": encoder / unet,
+        "encoder_vs_unet_operations_of_sd15": SD15_PROPORTION,
+        "bound_live": public / 3,
+        "bound_cached": public / 2,
+    }
+
+
+def repeat(step: Callable[[], None], times: int) -> Callable[[], None]:
+    """Return `step` done several times."""
+
+    def run() -> None:
+        for _ in range(times):
+            step()
+
+    return run
+
+
+def measure_speed(folder: Path, *, dtype: str, rounds: int, steps: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """Run all ways alternately in one dtype; return ratios of median seconds and what they were made of."""
+    torch.manual_seed(0)
+    base = BaseModelConfig(model=str(folder), dtype=dtype)  # type: ignore[arg-type]
+    pairs = make_pairs(SMALL_PICTURE)
+    data = encode_once(load_backbone(base), pairs)
+    bounds = operation_bounds(load_backbone(BaseModelConfig(model=str(folder))), _vae(folder))
+    live, cached = OurTraining(load_backbone(base), data), OurTraining(load_backbone(base), data, cached=True)
+    public, script = (
+        public_step(
+            folder,
+            kind,  # type: ignore[arg-type]
+            pairs,
+            rank=LORA.rank,
+            targets=LORA.targets,
+            pairs_per_step=DPO.pairs_per_step,
+            beta=DPO.beta,
+            learning_rate=DPO.learning_rate,
+            max_grad_norm=DPO.max_grad_norm,
+            dtype=DTYPES[dtype],
+        )
+        for kind in ("public", "script")
+    )
+    ways = {
+        "public": public,
+        "script": script,
+        "live": live.step,
+        "cached": cached.step,
+        "floor of live": bare_passes(live, with_reference=True),
+        "floor of cached": bare_passes(cached, with_reference=False),
+    }
+    times = alternate({name: repeat(step, steps) for name, step in ways.items()}, rounds=rounds)
+    wall = {name: [one.wall_seconds for one in rows] for name, rows in times.items()}
+    ratios = {
+        "pairs_per_second_vs_public_live": ratio_of_medians(wall["public"], wall["live"]),
+        "pairs_per_second_vs_public_cached": ratio_of_medians(wall["public"], wall["cached"]),
+        "pairs_per_second_vs_script_live": ratio_of_medians(wall["script"], wall["live"]),
+        "pairs_per_second_vs_script_cached": ratio_of_medians(wall["script"], wall["cached"]),
+        "share_of_floor": ratio_of_medians(wall["floor of live"], wall["live"]),
+        "share_of_floor_cached": ratio_of_medians(wall["floor of cached"], wall["cached"]),
+    }
+    per_second = {name: round(DPO.pairs_per_step * steps / statistics.median(rows), 3) for name, rows in wall.items()}
+    raw = {"pairs_per_second": per_second, "wall_seconds_per_round": wall, "pairs_per_step": DPO.pairs_per_step}
+    return ratios, raw | bounds
+
+
+def _vae(folder: Path) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_pretrained(folder, subfolder="vae")
+
+
+def measure_best(folder: Path, *, rounds: int, steps: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """Try each acceleration alone against `live` in float32; return its ratio of pairs per second."""
+    base = BaseModelConfig(model=str(folder))
+    data = encode_once(load_backbone(base), make_pairs(SMALL_PICTURE))
+
+    def training(**options: Any) -> OurTraining:
+        return OurTraining(load_backbone(base), data, **options)
+
+    low = OurTraining(load_backbone(BaseModelConfig(model=str(folder), dtype="bfloat16")), data)
+    ways = {
+        "live": training().step,
+        "channels-last": training(channels_last=True).step,
+        "compiled": training(compiled=True).step,
+        "fused optimizer": training(fused=True).step,
+        "bfloat16": low.step,
+        f"{STACKED} experts in one batch": stacked_experts(load_backbone(base), data, experts=STACKED),
+    }
+    times = alternate({name: repeat(step, steps) for name, step in ways.items()}, rounds=rounds, warmup_rounds=2)
+    wall = {name: [one.wall_seconds for one in rows] for name, rows in times.items()}
+    work = {name: STACKED if "experts" in name else 1 for name in wall}
+    ratios = {
+        f"{name} vs live": ratio_of_medians(wall["live"], wall[name]) * work[name] for name in wall if name != "live"
+    }
+    return ratios, {"wall_seconds_per_round": wall}
+
+
+def main() -> None:
+    """Read the arguments, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="*", default=["speed", "best", "memory"], choices=["speed", "best", "memory"])
+    parser.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps-per-round", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    ratios: dict[str, float] = {}
+    raw: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer = build_tokenizer()
+        tokenizer.model_max_length = TOKENS
+        build_small_sd15(folder, tokenizer)
+        if "speed" in arguments.parts:
+            for dtype in arguments.dtype:
+                found, raw[dtype] = measure_speed(
+                    folder, dtype=dtype, rounds=arguments.rounds, steps=arguments.steps_per_round
+                )
+                print(dtype, {key: round(value, 3) for key, value in found.items()}, flush=True)
+                ratios |= {key if dtype == "float32" else f"{key}_{dtype}": value for key, value in found.items()}
+        if "best" in arguments.parts:
+            found, raw["best"] = measure_best(folder, rounds=arguments.rounds, steps=arguments.steps_per_round)
+            print({key: round(value, 3) for key, value in found.items()}, flush=True)
+            ratios |= found
+    if "memory" in arguments.parts:
+        found, raw["memory"] = measure_memory()
+        ratios |= found
+    print_result("train", ratios=ratios, raw=raw)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.harness import alternate, ratio_of_medians
+from benchmarks.public_trainers import public_step
+from benchmarks.sd15_models import SD15_PROPORTION, operations, sd15_unet, sd15_vae
+from benchmarks.train_ways import DPO, LORA, OurTraining, bare_passes, encode_once, make_pairs, stacked_experts
+from safetydpo.config.schema import BaseModelConfig
+from safetydpo.diffusion.build import load_backbone
+
+
+def test_ratio_by_hand() -> None:
+    """Medians 4 and 2: twice as fast; one slow round of ours does not matter."""
+    assert ratio_of_medians([4.0, 3.0, 9.0], [2.0, 1.0, 50.0]) == 2.0
+
+
+def test_ways_alternate_and_the_warm_up_does_not_count() -> None:
+    calls: list[str] = []
+    times = alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2)
+    assert calls == ["b", "a", "a", "b", "b", "a"]
+    assert {name: len(rows) for name, rows in times.items()} == {"a": 2, "b": 2}
+    assert all(one.wall_seconds >= 0 for rows in times.values() for one in rows)
+
+
+def test_the_proportion_of_work_is_that_of_sd15() -> None:
+    """Counted on the meta device, where nothing is computed: 1.12 and 0.80 TFLOP."""
+    with torch.device("meta"):
+        unet = operations(sd15_unet(), torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768))
+        encoder = operations(sd15_vae().encoder, torch.empty(1, 3, 512, 512))
+    assert unet / 1e12 == pytest.approx(0.80, abs=0.01)
+    assert encoder / unet == pytest.approx(SD15_PROPORTION, rel=0.02)
+
+
+def test_every_way_takes_steps_on_a_real_model(tiny_folder: Path) -> None:
+    base = BaseModelConfig(model=str(tiny_folder))
+    pairs = make_pairs(32)
+    data = encode_once(load_backbone(base), pairs)
+    live, cached = OurTraining(load_backbone(base), data), OurTraining(load_backbone(base), data, cached=True)
+    settings = {"rank": LORA.rank, "targets": LORA.targets, "pairs_per_step": DPO.pairs_per_step, "beta": DPO.beta}
+    settings |= {"learning_rate": DPO.learning_rate, "max_grad_norm": DPO.max_grad_norm, "dtype": torch.float32}
+    live.step()
+    cached.step()
+    for one, other in zip(live.backbone.adapter_parameters(), cached.backbone.adapter_parameters(), strict=True):
+        assert torch.allclose(one[1], other[1], atol=1e-6)
+    ways = [
+        bare_passes(live, with_reference=True),
+        stacked_experts(load_backbone(base), data, experts=2),
+        *(public_step(tiny_folder, kind, pairs, **settings) for kind in ("public", "script")),  # type: ignore[arg-type]
+    ]
+    for take_step in ways:
+        take_step()
