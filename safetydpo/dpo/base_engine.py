@@ -125,10 +125,12 @@ def check_names(state: EngineState, parameters: Mapping[str, Tensor]) -> None:
     Raises:
         SafetyDPOError: naming the first difference.
     """
-    shaped = [state.parameters, *([state.average] if state.average else [])]
-    for tensors in [*shaped, *state.optimizer.tensors.values()]:
-        different = sorted(set(tensors) ^ set(parameters))
-        if not different and any(tensors is one for one in shaped):
+    of_all = [state.parameters, *([state.average] if state.average else [])]
+    for tensors in [*of_all, *state.optimizer.tensors.values()]:
+        # An optimizer may keep some things of some parameters only (8-bit moments of large ones).
+        is_of_all = any(tensors is one for one in of_all)
+        different = sorted(set(tensors) ^ set(parameters) if is_of_all else set(tensors) - set(parameters))
+        if is_of_all and not different:
             different = sorted(name for name in parameters if tensors[name].shape != parameters[name].shape)
         if different:
             raise SafetyDPOError(

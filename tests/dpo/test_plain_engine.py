@@ -107,9 +107,9 @@ def test_state_of_other_parameters_is_refused() -> None:
     without = dataclasses.replace(state, average={"down": state.parameters["down"]})
     with pytest.raises(SafetyDPOError, match=r"found 1 and a first difference at 'up'"):
         engine.load_state(without)
-    partial = dataclasses.replace(state, optimizer=OptimizerState({"exp_avg": {"down": state.parameters["down"]}}))
-    with pytest.raises(SafetyDPOError, match=r"found 1 and a first difference at 'up'"):
-        engine.load_state(partial)
+    unknown = dataclasses.replace(state, optimizer=OptimizerState({"exp_avg": {"left": state.parameters["down"]}}))
+    with pytest.raises(SafetyDPOError, match=r"found 1 and a first difference at 'left'"):
+        engine.load_state(unknown)
 
 
 def test_a_scaled_loss_gives_the_same_steps() -> None:

@@ -8,8 +8,11 @@ import torch
 
 from safetydpo.config.training import DpoConfig, LoraConfig
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
-from safetydpo.dpo.batch import PreferenceData
-from safetydpo.dpo.engine import open_engine
+from safetydpo.dpo.batch import PreferenceData, step_batch
+from safetydpo.dpo.engine import fresh_state, open_engine
+from safetydpo.dpo.micro_batches import micro_batches
+from safetydpo.dpo.step import policy_loss
+from tests.dpo.lessons import random_layers
 from tests.dpo.runs import disturb, largest_difference, train
 
 Make = Callable[..., PreferenceData]
@@ -51,7 +54,11 @@ def test_it_trains_as_the_plain_loop_and_gives_the_network_back(
 def test_everything_together(
     offload: str, backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig
 ) -> None:
-    """Parts, a running mean, activations computed again, and an overflow under a loss scale: the expert to 1e-6."""
+    """Parts, a running mean, activations computed again, and an overflow under a loss scale: the expert to 1e-5.
+
+    Gradients agree to 2e-6 of the largest (see below), but AdamW divides each by its own size: of one that is all
+    rounding it makes a step of any size up to the learning rate, 2e-3. After three steps 3e-6 was seen.
+    """
     config = config.model_copy(update={"steps": 3, "ema_decay": 0.9, "redirection_weight": 1.0})
     single = train(backbone, make_data(), config, lora)
     changes: dict[str, Any] = {
@@ -69,7 +76,7 @@ def test_everything_together(
     assert engine.loss_scale is not None
     assert engine.loss_scale.skipped == 1
     engine.close()
-    assert largest_difference(single.layers, found.layers) < 1e-6
+    assert largest_difference(single.layers, found.layers) < 1e-5
 
 
 @pytest.mark.slow
@@ -81,3 +88,35 @@ def test_the_next_engine_trains_as_the_first(
     first = train(backbone, make_data(), config, lora)
     second = train(backbone, make_data(), config, lora)
     assert largest_difference(first.layers, second.layers) == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", [None, 2])
+@pytest.mark.usefixtures("process_group")
+def test_gradients_are_those_of_the_plain_loop(
+    at_once: int | None, backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig
+) -> None:
+    """Of an adapter that is no longer 0, with all terms: within 2e-6 of the largest; DeepSpeed's hooks change sums."""
+    from deepspeed.utils import safe_get_full_grad
+
+    config = config.model_copy(update={"redirection_weight": 1.0, "pairs_per_forward": at_once})
+    found: dict[str, list[torch.Tensor]] = {}
+    for strategy in ("single", "deepspeed"):
+        engine = open_engine(
+            backbone, config=config.model_copy(update={"strategy": strategy, "zero_stage": 3}), lora=lora
+        )
+        backbone.load_adapter(random_layers(backbone, seed=3, size=0.02))
+        engine.load_state(fresh_state(dict(backbone.adapter_parameters())))
+        batch = step_batch(make_data(), 0, config=config, run_seed=5, expert="hate", num_timesteps=1000)
+        *others, last = micro_batches(batch, pairs_per_forward=at_once)
+        for part in others:
+            engine.accumulate(policy_loss(backbone, part, config=config)[0] / (len(others) + 1))
+        engine.backward(policy_loss(backbone, last, config=config)[0] / (len(others) + 1))
+        found[strategy] = [
+            (parameter.grad if strategy == "single" else safe_get_full_grad(parameter)).detach().clone()
+            for _, parameter in backbone.adapter_parameters()
+        ]
+        engine.close()
+    largest = max(float(one.abs().max()) for one in found["single"])
+    for one, other in zip(found["single"], found["deepspeed"], strict=True):
+        assert float((one - other).abs().max()) < 2e-6 * largest

@@ -44,6 +44,8 @@ def test_two_processes_equal_one(
 
     The mean over 4 rows is then the mean of two means, so float32 sums have another order; 2.6e-7 was seen.
 
+    With stage 3 to 1e-5: its hooks change sums inside the network too (see `test_sharded_engine.py`); 6.3e-7 was seen.
+
     Those that end after 2 of 4 steps go on here, in one process and in the plain loop.
     """
     config = config.model_copy(update=BENIGN)
@@ -52,7 +54,7 @@ def test_two_processes_equal_one(
     launch(tiny_folder, place, stop_after=stop_after, settings={**BENIGN, **settings})
     rest = train(backbone, make_data(), config, lora, checkpoint=open_location(str(place)))
     assert rest.resumed_at == stop_after
-    assert largest_difference(one, rest.layers) < 1e-6
+    assert largest_difference(one, rest.layers) < (1e-5 if settings.get("zero_stage") == 3 else 1e-6)
 
 
 @pytest.mark.slow
