@@ -14,7 +14,14 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from safetydpo.config.fields import CATEGORIES, Category, Distinct, Frozen
 from safetydpo.config.pairs import PairsConfig
 from safetydpo.config.search import SearchConfig
-from safetydpo.config.training import DistillConfig, DpoConfig, ExpertsConfig, LoraConfig, TrainingConfig
+from safetydpo.config.training import (
+    DistillConfig,
+    DpoConfig,
+    ExpertsConfig,
+    LoraConfig,
+    TrainingConfig,
+    check_training,
+)
 
 
 class BaseModelConfig(Frozen):
@@ -201,9 +208,5 @@ class Config(Frozen):
     def _step_counts_fit(self) -> Self:
         trainings: dict[str, TrainingConfig] = {"dpo": self.identity.dpo, "merge.distill": self.identity.merge.distill}
         for name, training in trainings.items():
-            if training.warmup_steps >= training.steps:
-                raise ValueError(
-                    f"identity.{name}.warmup_steps ({training.warmup_steps}) must be below identity.{name}.steps "
-                    f"({training.steps})"
-                )
+            check_training(f"identity.{name}", training)
         return self

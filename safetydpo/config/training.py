@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from safetydpo.config.fields import Distinct, Frozen, Rate
+from safetydpo.config.fields import Distinct, Frozen, Rate, added_field
 
 
 class LoraConfig(Frozen):
@@ -25,10 +25,15 @@ class LoraConfig(Frozen):
 class TrainingConfig(Frozen):
     """How an adapter is optimised, whatever its loss."""
 
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "prodigy"] = added_field("adamw")
+    """`adamw` = torch's; `adamw_8bit` = that of bitsandbytes, moments of tensors from 4096 numbers on in 8 bits;
+    `adafactor` = transformers', without its own learning rate, as the released SDXL launcher uses it; `prodigy` finds
+    the step size itself, `learning_rate` is a factor of it (usually 1). The last and the second need
+    `pip install 'safetydpo[optimizers]'`. With strategy `deepspeed` only `adamw`."""
     learning_rate: float = Field(2e-3, gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     weight_decay: float = Field(1e-2, ge=0)
-    """AdamW weight decay."""
+    """Decoupled weight decay of the optimizer."""
     warmup_steps: int = Field(10, ge=0)
     """Optimizer steps of linear warm-up."""
     decay: Literal["constant", "cosine"] = "constant"
@@ -42,10 +47,68 @@ class TrainingConfig(Frozen):
     an epsilon network learns at high noise too, where a picture's layout is decided."""
     checkpoint_every: int = Field(40, ge=1)
     """Optimizer steps between checkpoints."""
-    strategy: Literal["single", "deepspeed"] = "deepspeed"
-    """`deepspeed` = ZeRO through Ray Train; `single` = the plain loop, for tests and tiny runs."""
-    zero_stage: int = Field(1, ge=1, le=2)
-    """ZeRO stage when strategy is `deepspeed`."""
+    strategy: Literal["single", "ddp", "deepspeed"] = "deepspeed"
+    """`deepspeed` = ZeRO through Ray Train; `ddp` = gradients averaged over the processes of an expert; `single` = the
+    plain loop in one process."""
+    zero_stage: int = Field(1, ge=1, le=3)
+    """ZeRO stage when strategy is `deepspeed`: 1 and 2 share out the adapter's optimizer state (and gradients) and keep
+    the whole frozen denoiser in every process; 3 shares out the denoiser's weights too."""
+    base_offload: Literal["none", "cpu"] = added_field("none")
+    """`cpu` = the frozen denoiser's weights stay in the host's memory and come to the device layer by layer; needs
+    `zero_stage` 3."""
+    activation_checkpointing: bool = added_field(False)
+    """Keep the activations of few layers and compute the others again on the way back: less memory, about a third
+    more time, equal gradients."""
+    loss_scaling: Literal["auto", "none", "dynamic"] = added_field("auto")
+    """`dynamic` = the loss is multiplied before the way back and gradients divided after it, by a power of two that
+    halves when they overflow and doubles after 2000 steps without; `auto` = that for a float16 base, else none."""
+    ema_decay: float | None = added_field(None, ge=0, lt=1)
+    """Decay of the running mean of the adapter's parameters over steps, which is then what is published; None = the
+    parameters of the last step."""
+
+
+def check_training(name: str, training: TrainingConfig) -> None:
+    """Check the rules between settings of one training; `name` is the path of its group.
+
+    Raises:
+        ValueError: naming the settings that do not go together.
+    """
+    if training.warmup_steps >= training.steps:
+        raise ValueError(f"{name}.warmup_steps ({training.warmup_steps}) must be below {name}.steps ({training.steps})")
+    if training.strategy == "deepspeed" and training.optimizer != "adamw":
+        raise ValueError(
+            f"{name}.strategy 'deepspeed' trains with {name}.optimizer 'adamw' only, found {training.optimizer!r}: "
+            "use strategy 'single' or 'ddp' with it"
+        )
+    if training.base_offload == "cpu" and (training.strategy, training.zero_stage) != ("deepspeed", 3):
+        raise ValueError(
+            f"{name}.base_offload 'cpu' needs {name}.strategy 'deepspeed' and {name}.zero_stage 3, found "
+            f"{training.strategy!r} and {training.zero_stage}"
+        )
+    if training.optimizer == "prodigy" and training.learning_rate < MIN_PRODIGY_RATE:
+        raise ValueError(
+            f"{name}.optimizer 'prodigy' finds the step size itself and takes {name}.learning_rate as a factor of it, "
+            f"usually 1; expected at least {MIN_PRODIGY_RATE}, found {training.learning_rate}"
+        )
+    if isinstance(training, DpoConfig):
+        _check_parts(name, training)
+
+
+MIN_PRODIGY_RATE = 0.01
+
+
+def _check_parts(name: str, dpo: DpoConfig) -> None:
+    pairs, at_once = dpo.pairs_per_step, dpo.pairs_per_forward
+    if at_once is None:
+        return
+    if pairs % at_once:
+        raise ValueError(f"{name}.pairs_per_step ({pairs}) must be a multiple of {name}.pairs_per_forward ({at_once})")
+    if dpo.retention_weight > 0 and dpo.retention_per_step * at_once % pairs:
+        raise ValueError(
+            f"{name}.retention_per_step ({dpo.retention_per_step}) must be a multiple of the {pairs // at_once} parts "
+            f"into which {name}.pairs_per_forward ({at_once}) splits {name}.pairs_per_step ({pairs}), so that the mean "
+            "over parts is the mean over rows"
+        )
 
 
 class DpoConfig(TrainingConfig):
@@ -55,6 +118,9 @@ class DpoConfig(TrainingConfig):
     """Strength of the implicit reward (the loss uses beta / 2)."""
     pairs_per_step: int = Field(16, ge=1)
     """Pairs in one optimizer step over all processes."""
+    pairs_per_forward: int | None = added_field(None, ge=1)
+    """Pairs that a process takes through the denoiser at once (with their share of the step's benign pictures); the
+    gradients of a step's parts are added up. None = all of them."""
     captions: Literal["unsafe", "safe", "both"] = "both"
     """Caption of a preference row: the unsafe prompt, the safe prompt, or either with equal chance."""
     empty_caption_rate: Rate = 0.2

@@ -66,7 +66,7 @@ def test_every_setting_says_what_it_means(group: type[BaseModel]):
         ("pairs", {"unsafe_score_min": 1.5}, "less than or equal to 1"),
         ("dpo", {"learning_rate": float("nan")}, "finite number"),
         ("dpo", {"beta": 0}, "greater than 0"),
-        ("dpo", {"strategy": "horovod"}, "'single' or 'deepspeed'"),
+        ("dpo", {"strategy": "horovod"}, "'single', 'ddp' or 'deepspeed'"),
         ("prompts", {"categories": ["Hate"]}, "Input should be 'hate'"),
     ],
 )
