@@ -29,6 +29,14 @@ class AdaptedNetwork:
         network: nn.Module = self._denoiser
         return network
 
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Keep few activations in passes with a gradient and compute the others again, or keep all of them."""
+        # diffusers does so in each block, and only where a gradient is wanted: a reference pass stays as it is.
+        if enabled:
+            self._denoiser.enable_gradient_checkpointing()
+        else:
+            self._denoiser.disable_gradient_checkpointing()
+
     def install_adapter(self, signature: LoraSignature) -> None:
         """Put the adapter slot in, with all tensors zero."""
         self._slot.install(signature)

@@ -278,6 +278,10 @@ class Backbone(Protocol):
         """
         ...
 
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Keep few activations of the denoiser in passes with a gradient and compute the others again, or keep all."""
+        ...
+
     def install_adapter(self, signature: LoraSignature) -> None:
         """Put the adapter slot in, with all tensors zero; draw start values with `adapter.initial_adapter`."""
         ...

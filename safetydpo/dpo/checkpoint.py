@@ -1,8 +1,9 @@
 """Training state of an expert as one safetensors file, independent of strategy and number of processes.
 
-Tensors: `parameter/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>` (float32) and `history` (float64, one row per
-step done). Metadata: one JSON string `training` with the format version, the identity, the step and the count of
-the spike guard. Nothing else is needed to go on, because the rows and draws of a step follow from its number.
+Tensors: `parameter/<name>` and `average/<name>` (float32), `optimizer/<key>/<name>` (whatever the optimizer keeps, such
+as `exp_avg`, in its own type) and `history` (float64, one row per step done). Metadata: one JSON string `training` with
+the format version, the identity, the step, the optimizer's plain numbers, the loss scale and the count of the spike
+guard. Nothing else is needed to go on, because the rows and draws of a step follow from its number.
 """
 
 from __future__ import annotations
@@ -20,11 +21,20 @@ from torch import Tensor
 from safetydpo.artifacts.schemas import canonical_json
 from safetydpo.config.training import LoraConfig, TrainingConfig
 from safetydpo.dpo.engine import EngineState
+from safetydpo.dpo.loss_scale import LossScale
+from safetydpo.dpo.optimizers import OptimizerState
 from safetydpo.errors import SafetyDPOError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # These change how the work is done, not what comes out of it, so a run may go on under other values.
-FREE_SETTINGS = ("strategy", "zero_stage", "checkpoint_every")
+FREE_SETTINGS = (
+    "strategy",
+    "zero_stage",
+    "base_offload",
+    "activation_checkpointing",
+    "pairs_per_forward",
+    "checkpoint_every",
+)
 
 
 @dataclass(frozen=True)
@@ -68,13 +78,14 @@ def training_identity(
 
 def encode_checkpoint(state: TrainingState, identity: TrainingIdentity) -> bytes:
     """Return the content of a checkpoint file; equal states give equal bytes."""
+    engine = state.engine
     groups = {
-        "parameter": state.engine.parameters,
-        "exp_avg": state.engine.exp_avg,
-        "exp_avg_sq": state.engine.exp_avg_sq,
+        "parameter": engine.parameters,
+        "average": engine.average,
+        **{f"optimizer/{key}": named for key, named in engine.optimizer.tensors.items()},
     }
     tensors = {
-        f"{group}/{name}": tensor.detach().float().contiguous()
+        f"{group}/{name}": tensor.detach().contiguous()
         for group, named in groups.items()
         for name, tensor in named.items()
     }
@@ -82,7 +93,10 @@ def encode_checkpoint(state: TrainingState, identity: TrainingIdentity) -> bytes
     training = {
         "format_version": FORMAT_VERSION,
         "identity": asdict(identity),
-        "step": state.engine.step,
+        "step": engine.step,
+        "optimizer_numbers": engine.optimizer.numbers,
+        "optimizer_shared": engine.optimizer.shared,
+        "loss_scale": None if engine.loss_scale is None else asdict(engine.loss_scale),
         "spike_steps": state.spike_steps,
     }
     # A single metadata key: the order of several is not fixed by the format's writer.
@@ -112,16 +126,32 @@ def decode_checkpoint(data: bytes, *, expected: TrainingIdentity, where: str) ->
         )
     _check_identity(training["identity"], asdict(expected), where)
 
-    def group(prefix: str) -> dict[str, Tensor]:
-        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-    engine = EngineState(training["step"], group("parameter/"), group("exp_avg/"), group("exp_avg_sq/"))
+    engine = _engine_state(tensors, training)
     if tensors["history"].shape[0] != engine.step:
         raise SafetyDPOError(
             f"expected a history of {engine.step} steps in the checkpoint at {where}, found "
             f"{tensors['history'].shape[0]}: delete the file to start this expert anew"
         )
     return TrainingState(engine, training["spike_steps"], tensors["history"])
+
+
+def _engine_state(tensors: dict[str, Tensor], training: dict[str, Any]) -> EngineState:
+    def group(prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+    by_key: dict[str, dict[str, Tensor]] = {}
+    for path, value in group("optimizer/").items():
+        # No key of an optimizer and no name of a parameter holds a slash.
+        key, _, name = path.partition("/")
+        by_key.setdefault(key, {})[name] = value
+    scale = training["loss_scale"]
+    return EngineState(
+        training["step"],
+        group("parameter/"),
+        OptimizerState(by_key, training["optimizer_numbers"], training["optimizer_shared"]),
+        group("average/"),
+        None if scale is None else LossScale(**scale),
+    )
 
 
 def _read_metadata(data: bytes) -> dict[str, str]:

@@ -8,33 +8,25 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from safetydpo.config.training import TrainingConfig
-from safetydpo.dpo.engine import EngineState, check_names, make_optimizer
-from safetydpo.errors import SafetyDPOError
+from safetydpo.dpo.base_engine import AdapterModule, BaseEngine, require_process_group
+from safetydpo.dpo.engine import EngineState
+from safetydpo.dpo.loss_scale import LossScale
+from safetydpo.dpo.optimizers import OptimizerState, make_optimizer
+from safetydpo.errors import UsageError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class _AdapterModule(torch.nn.Module):
-    """The adapter's parameters as a module of their own, so that ZeRO never sees the frozen network."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.adapter = torch.nn.ParameterList(parameters)
-
-    def forward(self, loss: Tensor) -> Tensor:
-        # The network has run already; DeepSpeed only needs to see the loss pass by to prepare its hooks.
-        return loss
-
-
-def _import_deepspeed(device: torch.device) -> Any:
+def import_deepspeed(device: torch.device) -> Any:
+    """Return the library, told on which device it works."""
     # DeepSpeed reads its accelerator from the environment, once, at import.
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -50,99 +42,114 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(BaseEngine):
     """ZeRO with a client AdamW, so that no fused optimizer is compiled either."""
 
-    def __init__(self, parameters: Sequence[tuple[str, Tensor]], *, config: TrainingConfig) -> None:
+    def __init__(
+        self, parameters: Sequence[tuple[str, Tensor]], *, config: TrainingConfig, loss_scale: LossScale | None = None
+    ) -> None:
         """Take over the named parameters of an installed adapter; every process must call it.
 
         Raises:
             SafetyDPOError: if there is no process group.
+            UsageError: if another optimizer than AdamW is asked for.
         """
-        if not dist.is_initialized():
-            raise SafetyDPOError(
-                "expected an initialised torch.distributed process group for dpo.strategy 'deepspeed', found none: "
-                "train through Ray Train, or set dpo.strategy to 'single'"
+        super().__init__(parameters, config=config, loss_scale=loss_scale)
+        if config.optimizer != "adamw":
+            raise UsageError(
+                f"expected dpo.optimizer 'adamw' for dpo.strategy 'deepspeed', found {config.optimizer!r}: "
+                "use strategy 'single' or 'ddp' with it"
             )
-        self._parameters = dict(parameters)
+        require_process_group("deepspeed")
         tensors = list(self._parameters.values())
-        deepspeed = _import_deepspeed(tensors[0].device)
+        self._deepspeed = import_deepspeed(tensors[0].device)
         self._optimizer = make_optimizer(tensors, config=config)
-        self._engine, *_ = deepspeed.initialize(
-            model=_AdapterModule(tensors),
-            optimizer=self._optimizer,
-            config=_zero_config(config, sum(tensor.numel() for tensor in tensors)),
+        settings = zero_config(config, num_parameters=sum(tensor.numel() for tensor in tensors))
+        settings["zero_optimization"] |= self._zero_settings()
+        self._engine, *_ = self._deepspeed.initialize(
+            model=self._module(settings), optimizer=self._optimizer, config=settings
         )
         self.world_size = dist.get_world_size()
-        self._step = 0
+        self._apply_loss_scale()
         self._make_moments()
+
+    def _zero_settings(self) -> dict[str, Any]:
+        """Return what this engine adds to the settings of ZeRO."""
+        return {}
+
+    def _module(self, settings: Mapping[str, Any]) -> nn.Module:  # noqa: ARG002
+        """Return what DeepSpeed takes for the model."""
+        return AdapterModule(list(self._parameters.values()))
 
     def _make_moments(self) -> None:
         # ZeRO makes and links AdamW's moments in the first step only; one step with zero gradients at learning
         # rate 0 makes them without moving anything, so that `load_state` can set them.
         self.backward(torch.stack([(parameter * 0.0).sum() for parameter in self._parameters.values()]).sum())
-        self.step(learning_rate=0.0)
+        self._descend(0.0)
         self._set_adam_step(0)
-        self._step = 0
 
     def _set_adam_step(self, step: int) -> None:
         # The getters and setters of DeepSpeed leave out AdamW's own step.
         for state in self._optimizer.state.values():
             state["step"].fill_(step)
 
-    def backward(self, loss: Tensor) -> None:
-        """Compute gradients of the mean of `loss` over processes."""
+    def _apply_loss_scale(self) -> None:
+        # DeepSpeed's own dynamic scale is for parameters in float16; the adapter's are float32.
+        if self.loss_scale is not None:
+            self._engine.optimizer.override_loss_scale(self.loss_scale.value)
+
+    def accumulate(self, loss: Tensor) -> None:
+        """Add the gradients of a part of the loss."""
+        self._engine.set_gradient_accumulation_boundary(False)
         self._engine.backward(self._engine(loss))
 
-    def step(self, *, learning_rate: float) -> float:
-        """Clip, update, forget the gradients; return their norm before clipping."""
+    def backward(self, loss: Tensor) -> None:
+        """Compute gradients of the mean of `loss` over processes."""
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.backward(self._engine(loss))
+
+    def _descend(self, learning_rate: float) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
+        # With gradients that are not finite, ZeRO forgets them and says that their norm is infinite.
         self._engine.step()
-        self._step += 1
         return float(self._engine.get_global_grad_norm())
 
-    def mean_over_processes(self, values: Tensor) -> Tensor:
-        """Return the mean of `values` over processes, equal on all of them."""
-        total = values.clone()
-        dist.all_reduce(total)
-        return total / self.world_size
+    def _values(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
 
-    def state(self) -> EngineState:
-        """Return the full state; every process must call it."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        def moment(key: str) -> dict[str, Tensor]:
-            return {
-                name: safe_get_full_optimizer_state(parameter, key).detach().cpu().clone()
-                for name, parameter in self._parameters.items()
-            }
-
-        parameters = {
-            name: safe_get_full_fp32_param(parameter).detach().cpu().clone()
+        return {
+            name: safe_get_full_fp32_param(parameter).detach().cpu().clone().view(shape_of(parameter))
             for name, parameter in self._parameters.items()
         }
-        return EngineState(self._step, parameters, *(moment(key) for key in MOMENTS))
 
-    def load_state(self, state: EngineState) -> None:
-        """Replace parameters and moments; every process must call it.
+    def _optimizer_state(self) -> OptimizerState:
+        from deepspeed.utils import safe_get_full_optimizer_state
 
-        Raises:
-            SafetyDPOError: if the state belongs to other parameters.
-        """
+        tensors = {
+            key: {
+                name: safe_get_full_optimizer_state(parameter, key).detach().cpu().clone().view(shape_of(parameter))
+                for name, parameter in self._parameters.items()
+            }
+            for key in MOMENTS
+        }
+        # As AdamW itself keeps it, so that the state is the same as that of a plain loop.
+        tensors["step"] = {name: torch.tensor(float(self._step)) for name in self._parameters}
+        return OptimizerState(tensors)
+
+    def _load(self, state: EngineState) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        check_names(state, self._parameters)
         for name, parameter in self._parameters.items():
             value = state.parameters[name].to(parameter.device)
             safe_set_full_fp32_param(parameter, value)
-            # ZeRO trains a copy; the network itself reads the parameter.
-            with torch.no_grad():
-                parameter.copy_(value)
-            safe_set_full_optimizer_state(parameter, state.exp_avg[name].to(parameter.device), "exp_avg")
-            safe_set_full_optimizer_state(parameter, state.exp_avg_sq[name].to(parameter.device), "exp_avg_sq")
+            for key in MOMENTS:
+                # A fresh state has no moments.
+                moment = state.optimizer.tensors[key][name] if state.step else torch.zeros_like(value)
+                safe_set_full_optimizer_state(parameter, moment.to(parameter.device), key)
+        # ZeRO trains a copy; the network itself reads the parameters.
+        self._overwrite(state.parameters)
         self._set_adam_step(state.step)
-        self._step = state.step
 
     def close(self) -> None:
         """Destroy the DeepSpeed engine; engines that are only dropped leak their buffers."""
@@ -152,7 +159,14 @@ class DeepSpeedEngine:
             parameter.data = parameter.data.clone()
 
 
-def _zero_config(config: TrainingConfig, num_parameters: int) -> dict[str, Any]:
+def shape_of(parameter: Tensor) -> torch.Size:
+    """Return the shape of a parameter, also of one that is shared out (then its own is empty)."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def zero_config(config: TrainingConfig, *, num_parameters: int) -> dict[str, Any]:
+    """Return DeepSpeed's settings for an adapter of `num_parameters` numbers."""
     # The default buckets hold 500 million numbers, allocated up front; the whole adapter fits in one of its size.
     bucket = 2 * ((num_parameters + 1) // 2)
     return {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -15,7 +17,10 @@ from safetydpo.config.training import TrainingConfig
 from safetydpo.diffusion.backbone import Backbone
 from safetydpo.dpo.checkpoint import TrainingIdentity, TrainingState, decode_checkpoint, empty_history
 from safetydpo.dpo.engine import Engine, fresh_state, learning_rate_at
+from safetydpo.dpo.loss_scale import MINIMUM
 from safetydpo.errors import SafetyDPOError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,33 +34,53 @@ class Descent:
     learning_rate: float
 
 
+Part = Callable[[], tuple[Float[Tensor, ""], Float[Tensor, " metric"]]]
+"""Computes the loss of an equal share of a step's rows and its numbers: the loss first, then what is to be watched."""
+
+
 def descend(
-    engine: Engine,
-    loss: Float[Tensor, ""],
-    numbers: Float[Tensor, " metric"],
-    *,
-    config: TrainingConfig,
-    step: int,
-    who: str,
-    advice: str,
+    engine: Engine, parts: Sequence[Part], *, config: TrainingConfig, step: int, who: str, advice: str
 ) -> Descent:
-    """Take optimizer step `step` (from 0) down `loss`; `numbers` holds the loss first and whatever is to be watched.
+    """Take optimizer step `step` (from 0) down the mean of the parts' losses, each computed when its turn comes.
+
+    If gradients overflow under a loss scale, the attempt is logged and counted (`LossScale.skipped`), nothing is
+    updated, and the step is computed again with half the scale: no step and no row goes missing.
 
     Raises:
-        SafetyDPOError: if loss or gradient is not finite; on every process and before a checkpoint could hold it, a
-            loss before the weights are touched.
+        SafetyDPOError: if loss or gradient is not finite; on every process, and before the weights are touched.
     """
-    measured = tuple(engine.mean_over_processes(numbers).tolist())
-    if not math.isfinite(measured[0]):
-        raise SafetyDPOError(f"{who}: expected a finite loss at step {step}, found {measured[0]}: {advice}")
-    engine.backward(loss)
     learning_rate = learning_rate_at(
         step, peak=config.learning_rate, warmup_steps=config.warmup_steps, steps=config.steps, decay=config.decay
     )
-    norm = engine.step(learning_rate=learning_rate)
-    if not math.isfinite(norm):
-        raise SafetyDPOError(f"{who}: expected a finite gradient norm at step {step}, found {norm}: {advice}")
-    return Descent(measured, norm, learning_rate)
+    while True:
+        measured = tuple(engine.mean_over_processes(_compute_gradients(engine, parts)).tolist())
+        if not math.isfinite(measured[0]):
+            raise SafetyDPOError(f"{who}: expected a finite loss at step {step}, found {measured[0]}: {advice}")
+        norm = engine.step(learning_rate=learning_rate)
+        if math.isfinite(norm):
+            return Descent(measured, norm, learning_rate)
+        scale = engine.loss_scale
+        if scale is None or scale.value < MINIMUM:
+            raise SafetyDPOError(f"{who}: expected a finite gradient norm at step {step}, found {norm}: {advice}")
+        logger.warning(
+            "%s: gradients of step %d overflowed; computed again with the loss scale %g (%d attempts skipped so far)",
+            who,
+            step,
+            scale.value,
+            scale.skipped,
+        )
+
+
+def _compute_gradients(engine: Engine, parts: Sequence[Part]) -> Float[Tensor, " metric"]:
+    *others, last = parts
+    numbers = []
+    for part in others:
+        loss, measured = part()
+        engine.accumulate(loss / len(parts))
+        numbers.append(measured)
+    loss, measured = last()
+    engine.backward(loss / len(parts) if others else loss)
+    return torch.stack([*numbers, measured]).mean(dim=0) if others else measured
 
 
 def load_start(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -75,8 +76,8 @@ def distill(
     history, resumed_at = list(state.history), state.engine.step
     for step in range(resumed_at, config.steps):
         uses = step_uses(data, step, config=config, run_seed=run_seed, rank=rank, world_size=engine.world_size)
-        loss, numbers = distillation_loss(backbone, data, answers, uses, config=config, run_seed=run_seed)
-        done = descend(engine, loss, numbers, config=config, step=step, who="distilled adapter", advice=ADVICE)
+        part = partial(distillation_loss, backbone, data, answers, uses, config=config, run_seed=run_seed)
+        done = descend(engine, [part], config=config, step=step, who="distilled adapter", advice=ADVICE)
         row = (step, *done.measured, done.gradient_norm, done.learning_rate)
         history.append(torch.tensor(row, dtype=torch.float64))
         if checkpoint is not None and is_checkpoint_due(step, config):
@@ -84,7 +85,9 @@ def distill(
             if rank == 0:
                 checkpoint.write_bytes(encode_checkpoint(now, identity))
         report(step)
-    return Distilled(backbone.export_adapter(), torch.stack(history), resumed_at)
+    with engine.published():
+        layers = backbone.export_adapter()
+    return Distilled(layers, torch.stack(history), resumed_at)
 
 
 ADVICE = "lower merge.distill.learning_rate"

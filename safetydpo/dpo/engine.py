@@ -1,46 +1,43 @@
-"""What turns a loss into an update: one small interface, so that both strategies share one loop and one loss."""
+"""What turns a loss into an update: one small interface, so that all strategies share one loop and one loss."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from safetydpo.artifacts.adapters import LoraSignature
 from safetydpo.config.training import LoraConfig, TrainingConfig
 from safetydpo.diffusion.backbone import Backbone
-from safetydpo.errors import SafetyDPOError, UsageError
+from safetydpo.dpo.loss_scale import LossScale, initial_loss_scale
+from safetydpo.dpo.optimizers import OptimizerState
+from safetydpo.errors import UsageError
 
 
 @dataclass(frozen=True)
 class EngineState:
     """Everything an optimizer step depends on, independent of strategy and number of processes.
 
-    Keys are the names of the adapter's parameters; all tensors are float32 on the CPU.
+    Names are those of the adapter's parameters; all tensors are on the CPU.
     """
 
     step: int
-    """Optimizer steps done; also AdamW's own step."""
+    """Optimizer steps done."""
     parameters: dict[str, Tensor]
-    exp_avg: dict[str, Tensor]
-    """AdamW's running mean of gradients."""
-    exp_avg_sq: dict[str, Tensor]
-    """AdamW's running mean of squared gradients."""
+    """float32."""
+    optimizer: OptimizerState = field(default_factory=OptimizerState)
+    average: dict[str, Tensor] = field(default_factory=dict)
+    """Running mean of the parameters, float32; empty if none is kept."""
+    loss_scale: LossScale | None = None
+    """None if the loss is not scaled."""
 
 
 def fresh_state(parameters: dict[str, Tensor]) -> EngineState:
     """Return the state before the first step: these parameters, no memory of gradients."""
-    copies = {name: tensor.detach().float().cpu().clone() for name, tensor in parameters.items()}
-    return EngineState(
-        step=0,
-        parameters=copies,
-        exp_avg={name: torch.zeros_like(tensor) for name, tensor in copies.items()},
-        exp_avg_sq={name: torch.zeros_like(tensor) for name, tensor in copies.items()},
-    )
+    return EngineState(0, {name: tensor.detach().float().cpu().clone() for name, tensor in parameters.items()})
 
 
 class Engine(Protocol):
@@ -51,12 +48,24 @@ class Engine(Protocol):
         """Return the number of processes that train one expert together."""
         ...
 
+    @property
+    def loss_scale(self) -> LossScale | None:
+        """Return by what the loss is multiplied, None if by nothing."""
+        ...
+
+    def accumulate(self, loss: Tensor) -> None:
+        """Add the gradients of a part of the step's loss to those of its other parts; `backward` takes the last."""
+        ...
+
     def backward(self, loss: Tensor) -> None:
-        """Compute gradients of the mean of `loss` over processes."""
+        """Compute gradients of the mean of `loss` over processes, and add those of its accumulated parts."""
         ...
 
     def step(self, *, learning_rate: float) -> float:
-        """Clip, update, forget the gradients; return their norm before clipping."""
+        """Clip, update, forget the gradients; return their norm before clipping.
+
+        If the norm is not finite, nothing is updated, and the loss scale, if there is one, is halved.
+        """
         ...
 
     def mean_over_processes(self, values: Tensor) -> Tensor:
@@ -71,6 +80,10 @@ class Engine(Protocol):
         """Replace the full state; every process must call it."""
         ...
 
+    def published(self) -> AbstractContextManager[None]:
+        """Hold in the adapter, inside this context, what is to be published: the running mean, if one is kept."""
+        ...
+
     def close(self) -> None:
         """Release what the engine holds; the parameters keep their values."""
         ...
@@ -82,20 +95,32 @@ def open_engine(backbone: Backbone, *, config: TrainingConfig, lora: LoraConfig,
     One engine serves a whole list of experts: `train_expert` loads each expert's own state first.
 
     Raises:
-        UsageError: if the plain loop is asked for with several processes.
+        UsageError: if the plain loop is asked for with several processes, or the optimizer's package is missing.
+        SafetyDPOError: if the strategy needs a process group and there is none.
     """
     backbone.install_adapter(lora_signature(lora))
+    backbone.set_activation_checkpointing(config.activation_checkpointing)
     parameters = backbone.adapter_parameters()
+    frozen = next(parameter for parameter in backbone.network.parameters() if not parameter.requires_grad)
+    loss_scale = initial_loss_scale(config.loss_scaling, frozen.dtype)
     if config.strategy == "deepspeed":
-        # DeepSpeed takes a second to import and is not needed by the plain loop.
+        # DeepSpeed takes a second to import and is not needed by the others.
+        if config.zero_stage == 3:
+            from safetydpo.dpo.sharded_engine import ShardedEngine
+
+            return ShardedEngine(backbone.network, parameters, config=config, loss_scale=loss_scale)
         from safetydpo.dpo.deepspeed_engine import DeepSpeedEngine
 
-        return DeepSpeedEngine(parameters, config=config)
+        return DeepSpeedEngine(parameters, config=config, loss_scale=loss_scale)
+    from safetydpo.dpo.plain_engine import DdpEngine, SingleEngine
+
+    if config.strategy == "ddp":
+        return DdpEngine(parameters, config=config, loss_scale=loss_scale)
     if world_size != 1:
         raise UsageError(
-            f"expected 1 process per expert for dpo.strategy 'single', found {world_size}: use 'deepspeed'"
+            f"expected 1 process per expert for dpo.strategy 'single', found {world_size}: use 'ddp' or 'deepspeed'"
         )
-    return SingleEngine(parameters, config=config)
+    return SingleEngine(parameters, config=config, loss_scale=loss_scale)
 
 
 def lora_signature(lora: LoraConfig) -> LoraSignature:
@@ -116,111 +141,3 @@ def learning_rate_at(step: int, *, peak: float, warmup_steps: int, steps: int, d
         return peak * min(1.0, (step + 1) / max(1, warmup_steps))
     progress = (step - warmup_steps) / (steps - warmup_steps)
     return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def make_optimizer(parameters: Sequence[Tensor], *, config: TrainingConfig) -> torch.optim.AdamW:
-    """Return AdamW (betas 0.9 and 0.999) over the adapter's parameters; both strategies use this one."""
-    return torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay
-    )
-
-
-def clip_gradients(gradients: Sequence[Tensor], *, max_norm: float) -> Tensor:
-    """Scale gradients in place to a joint 2-norm of at most `max_norm`; return the norm before.
-
-    `g <- g / max(1, (norm + 1e-6) / max_norm)`, with the norm summed in float64: the arithmetic of DeepSpeed's
-    ZeRO, so that both strategies give equal bits.
-    """
-    norms = torch.stack([torch.linalg.vector_norm(gradient.double()) for gradient in gradients])
-    norm = norms.square().sum().float().sqrt()
-    divisor = ((norm + 1e-6) / max_norm).clamp(min=1.0)
-    for gradient in gradients:
-        gradient.mul_(1.0 / divisor)
-    return norm
-
-
-class SingleEngine:
-    """The plain loop on one process."""
-
-    world_size = 1
-
-    def __init__(self, parameters: Sequence[tuple[str, Tensor]], *, config: TrainingConfig) -> None:
-        """Take over the named parameters of an installed adapter."""
-        self._parameters = dict(parameters)
-        self._max_grad_norm = config.max_grad_norm
-        self._optimizer = make_optimizer(list(self._parameters.values()), config=config)
-        self._step = 0
-
-    def backward(self, loss: Tensor) -> None:
-        """Compute gradients of `loss`."""
-        torch.autograd.backward(loss)
-
-    def step(self, *, learning_rate: float) -> float:
-        """Clip, update, forget the gradients; return their norm before clipping."""
-        gradients = [
-            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            for parameter in self._parameters.values()
-        ]
-        norm = clip_gradients(gradients, max_norm=self._max_grad_norm)
-        self._optimizer.param_groups[0]["lr"] = learning_rate
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        self._step += 1
-        return float(norm)
-
-    def mean_over_processes(self, values: Tensor) -> Tensor:
-        """Return `values`: there is one process."""
-        return values
-
-    def state(self) -> EngineState:
-        """Return a copy of the full state."""
-
-        def moment(key: str) -> dict[str, Tensor]:
-            return {
-                name: self._optimizer.state[parameter][key].detach().cpu().clone()
-                if parameter in self._optimizer.state
-                else torch.zeros_like(parameter, device="cpu").detach()
-                for name, parameter in self._parameters.items()
-            }
-
-        parameters = {name: tensor.detach().cpu().clone() for name, tensor in self._parameters.items()}
-        return EngineState(self._step, parameters, moment("exp_avg"), moment("exp_avg_sq"))
-
-    def load_state(self, state: EngineState) -> None:
-        """Replace parameters and moments.
-
-        Raises:
-            SafetyDPOError: if the state belongs to other parameters.
-        """
-        check_names(state, self._parameters)
-        for name, parameter in self._parameters.items():
-            with torch.no_grad():
-                parameter.copy_(state.parameters[name])
-            self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(state.step)),
-                "exp_avg": state.exp_avg[name].to(parameter.device, copy=True),
-                "exp_avg_sq": state.exp_avg_sq[name].to(parameter.device, copy=True),
-            }
-        self._optimizer.zero_grad(set_to_none=True)
-        self._step = state.step
-
-    def close(self) -> None:
-        """Forget the optimizer's state."""
-        self._optimizer.state.clear()
-
-
-def check_names(state: EngineState, parameters: dict[str, Tensor]) -> None:
-    """Refuse a state whose parameters are not exactly these, with these shapes.
-
-    Raises:
-        SafetyDPOError: naming the first difference.
-    """
-    for tensors in (state.parameters, state.exp_avg, state.exp_avg_sq):
-        different = sorted(set(tensors) ^ set(parameters)) or sorted(
-            name for name in parameters if tensors[name].shape != parameters[name].shape
-        )
-        if different:
-            raise SafetyDPOError(
-                f"expected a training state of the {len(parameters)} installed adapter parameters, found "
-                f"{len(tensors)} and a first difference at {different[0]!r}: delete the checkpoint to start anew"
-            )

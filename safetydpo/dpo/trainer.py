@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from safetydpo.dpo.batch import PreferenceData, step_batch
 from safetydpo.dpo.checkpoint import TrainingIdentity, TrainingState, encode_checkpoint, training_identity
 from safetydpo.dpo.descent import descend, is_checkpoint_due, load_start
 from safetydpo.dpo.engine import Engine, lora_signature
+from safetydpo.dpo.micro_batches import micro_batches
 from safetydpo.dpo.step import METRICS, policy_loss
 from safetydpo.errors import SafetyDPOError, UsageError
 
@@ -117,7 +119,9 @@ def train_expert(
             if rank == 0:
                 checkpoint.write_bytes(encode_checkpoint(now, identity))
         report(metrics)
-    return TrainedExpert(expert_name, backbone.export_adapter(), tuple(_metrics_of(row) for row in history), resumed_at)
+    with engine.published():
+        layers = backbone.export_adapter()
+    return TrainedExpert(expert_name, layers, tuple(_metrics_of(row) for row in history), resumed_at)
 
 
 def _start_layers(backbone: Backbone, lora: LoraConfig, identity: TrainingIdentity) -> dict[str, LoraLayer]:
@@ -153,8 +157,11 @@ def _train_step(
         world_size=engine.world_size,
         device=backbone.device,
     )
-    loss, local = policy_loss(backbone, batch, config=config)
-    done = descend(engine, loss, local, config=config, step=step, who=f"expert {expert!r}", advice=ADVICE)
+    parts = [
+        partial(policy_loss, backbone, part, config=config)
+        for part in micro_batches(batch, pairs_per_forward=config.pairs_per_forward)
+    ]
+    done = descend(engine, parts, config=config, step=step, who=f"expert {expert!r}", advice=ADVICE)
     values = dict(zip(METRICS, done.measured, strict=True))
     return StepMetrics(step=step, gradient_norm=done.gradient_norm, learning_rate=done.learning_rate, **values)
 

@@ -17,6 +17,8 @@ from safetydpo.dpo.checkpoint import (
     training_identity,
 )
 from safetydpo.dpo.engine import EngineState, fresh_state
+from safetydpo.dpo.loss_scale import LossScale
+from safetydpo.dpo.optimizers import OptimizerState
 from safetydpo.errors import SafetyDPOError
 
 
@@ -36,19 +38,40 @@ def identity(**changes: object) -> TrainingIdentity:
 def state(step: int = 2) -> TrainingState:
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(2, 3, generator=generator) for name in ("block.lora_A.weight", "block.lora_B.weight")}
-    engine = EngineState(step, tensors, {k: v + 1 for k, v in tensors.items()}, {k: v * v for k, v in tensors.items()})
+    optimizer = OptimizerState(
+        {
+            "exp_avg": {name: tensor + 1 for name, tensor in tensors.items()},
+            "state1": {name: torch.arange(6, dtype=torch.uint8) for name in tensors},
+            "step": {name: torch.tensor(2.0) for name in tensors},
+        },
+        {"step_count": dict.fromkeys(tensors, 2)},
+        {"d": 0.1 + 0.2, "k": 2},
+    )
+    average = {name: 2 * tensor for name, tensor in tensors.items()}
+    engine = EngineState(step, tensors, optimizer, average, LossScale(2.0**14, 7, 3))
     return TrainingState(engine, spike_steps=1, history=torch.rand(step, 4, dtype=torch.float64, generator=generator))
 
 
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one
+    )
+
+
 def test_round_trip_is_exact() -> None:
+    """Tensors in their own types, numbers to the last bit and with their types."""
     before = state()
     after = decode_checkpoint(encode_checkpoint(before, identity()), expected=identity(), where="x")
     assert (after.engine.step, after.spike_steps) == (2, 1)
     assert torch.equal(after.history, before.history)
-    for group in ("parameters", "exp_avg", "exp_avg_sq"):
-        found, expected = getattr(after.engine, group), getattr(before.engine, group)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert same(after.engine.parameters, before.engine.parameters)
+    assert same(after.engine.average, before.engine.average)
+    found, expected = after.engine.optimizer, before.engine.optimizer
+    assert found.tensors.keys() == expected.tensors.keys()
+    assert all(same(found.tensors[key], expected.tensors[key]) for key in expected.tensors)
+    assert (found.numbers, found.shared) == (expected.numbers, expected.shared)
+    assert isinstance(found.shared["k"], int)
+    assert after.engine.loss_scale == before.engine.loss_scale
 
 
 def test_equal_states_give_equal_bytes() -> None:
@@ -59,12 +82,21 @@ def test_step_zero_is_a_state_too() -> None:
     fresh = TrainingState(fresh_state({"a": torch.ones(2)}), 0, empty_history(4))
     after = decode_checkpoint(encode_checkpoint(fresh, identity()), expected=identity(), where="x")
     assert after.history.shape == (0, 4)
-    assert float(after.engine.exp_avg["a"].sum()) == 0.0
+    assert after.engine.optimizer == OptimizerState()
+    assert after.engine.average == {}
+    assert after.engine.loss_scale is None
 
 
-@pytest.mark.parametrize("strategy", ["single", "deepspeed"])
-def test_settings_that_cannot_change_the_result_may_change(strategy: str) -> None:
-    other = identity(dpo=DpoConfig(strategy=strategy, zero_stage=2, checkpoint_every=7))  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strategy": "single", "checkpoint_every": 7},
+        {"strategy": "ddp", "pairs_per_forward": 4},
+        {"strategy": "deepspeed", "zero_stage": 3, "base_offload": "cpu", "activation_checkpointing": True},
+    ],
+)
+def test_settings_that_cannot_change_the_result_may_change(changes: dict[str, object]) -> None:
+    other = identity(dpo=DpoConfig.model_validate(changes))
     decode_checkpoint(encode_checkpoint(state(), identity()), expected=other, where="x")
 
 
@@ -79,6 +111,8 @@ def test_settings_that_cannot_change_the_result_may_change(strategy: str) -> Non
         ({"lora": LoraConfig(rank=2, targets=("to_q",))}, "lora.targets"),
         ({"dpo": DpoConfig(beta=7.0)}, "dpo.beta = 7.0 at runs/x, found 100.0"),
         ({"dpo": DpoConfig(steps=240)}, "dpo.steps = 240 at runs/x, found"),
+        ({"dpo": DpoConfig(optimizer="adafactor")}, "dpo.optimizer = 'adafactor' at runs/x, found 'nothing'"),
+        ({"dpo": DpoConfig(ema_decay=0.99)}, "dpo.ema_decay = 0.99 at runs/x, found 'nothing'"),
     ],
 )
 def test_checkpoint_of_something_else_is_refused_by_name(changes: dict[str, object], field: str) -> None:
@@ -103,7 +137,7 @@ def test_truncated_file_is_refused_at_any_length(keep: int) -> None:
         save({"a": torch.ones(1)}, metadata={"training": "[]"}),
         save(
             {"a": torch.ones(1)},
-            metadata={"training": json.dumps({"format_version": 1, "identity": {}, "step": 0})},
+            metadata={"training": json.dumps({"format_version": 2, "identity": {}, "step": 0})},
         ),
     ],
 )
@@ -113,9 +147,11 @@ def test_other_files_are_refused(data: bytes) -> None:
 
 
 def test_other_format_version_is_refused() -> None:
-    data = save({"history": torch.ones(1)}, metadata={"training": canonical_json({"format_version": 9}).decode()})
-    with pytest.raises(SafetyDPOError, match="expected a checkpoint of format 1 at runs/x, found format 9"):
-        decode_checkpoint(data, expected=identity(), where="runs/x")
+    for version in (1, 9):
+        content = canonical_json({"format_version": version}).decode()
+        data = save({"history": torch.ones(1)}, metadata={"training": content})
+        with pytest.raises(SafetyDPOError, match=f"a checkpoint of format 2 at runs/x, found format {version}: delete"):
+            decode_checkpoint(data, expected=identity(), where="runs/x")
 
 
 def test_missing_tensors_are_refused() -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import dataclasses
+import copy
 
 import pytest
 import torch
@@ -9,26 +9,9 @@ from hypothesis import strategies as st
 
 from safetydpo.config.training import DpoConfig, LoraConfig
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
-from safetydpo.dpo.engine import (
-    SingleEngine,
-    clip_gradients,
-    fresh_state,
-    learning_rate_at,
-    lora_signature,
-    open_engine,
-)
-from safetydpo.errors import SafetyDPOError, UsageError
-
-
-def parameters() -> list[tuple[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"down": (2, 5), "up": (3, 2)}
-    return [(name, torch.nn.Parameter(torch.randn(shape, generator=generator))) for name, shape in shapes.items()]
-
-
-def loss_of(named: list[tuple[str, torch.Tensor]], step: int) -> torch.Tensor:
-    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
-    return ((x @ named[0][1].T @ named[1][1].T - 1.0) ** 2).mean()
+from safetydpo.dpo.engine import learning_rate_at, lora_signature, open_engine
+from safetydpo.dpo.plain_engine import SingleEngine
+from safetydpo.errors import UsageError
 
 
 def test_learning_rate_by_hand() -> None:
@@ -61,87 +44,6 @@ def test_learning_rate_never_exceeds_the_peak_nor_falls(step: int, warmup: int) 
     assert 0 < now <= then <= 1e-3
 
 
-def test_clipping_by_hand() -> None:
-    """Norm of (3, 0) and (0, 4) is 5; clipped to 1 both shrink by 5 (+ 1e-6 in the divisor)."""
-    gradients = [torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])]
-    assert float(clip_gradients(gradients, max_norm=1.0)) == 5.0
-    assert torch.allclose(torch.cat(gradients), torch.tensor([0.6, 0.0, 0.0, 0.8]), rtol=1e-6)
-
-
-def test_clipping_agrees_with_torch_and_leaves_small_gradients() -> None:
-    generator = torch.Generator().manual_seed(0)
-    for max_norm in (0.5, 1e6):
-        ours = [torch.randn(7, 3, generator=generator), torch.randn(4, generator=generator)]
-        theirs = [torch.nn.Parameter(torch.zeros_like(one)) for one in ours]
-        for parameter, gradient in zip(theirs, ours, strict=True):
-            parameter.grad = gradient.clone()
-        norm = torch.nn.utils.clip_grad_norm_(theirs, max_norm)
-        before = [one.clone() for one in ours]
-        assert torch.allclose(clip_gradients(ours, max_norm=max_norm), norm, rtol=1e-6)
-        for mine, parameter, old in zip(ours, theirs, before, strict=True):
-            assert parameter.grad is not None
-            assert torch.allclose(mine, parameter.grad, rtol=1e-6)
-            assert torch.equal(mine, old) == (max_norm > 1)
-
-
-def test_step_agrees_with_torch_used_the_plain_way() -> None:
-    """AdamW after `clip_grad_norm_`, five steps with a rising learning rate."""
-    config = DpoConfig(max_grad_norm=0.1, weight_decay=0.1)
-    ours, theirs = parameters(), parameters()
-    engine = SingleEngine(ours, config=config)
-    optimizer = torch.optim.AdamW([p for _, p in theirs], lr=1.0, weight_decay=0.1)
-    for step in range(5):
-        engine.backward(loss_of(ours, step))
-        engine.step(learning_rate=1e-2 * (step + 1))
-        loss_of(theirs, step).backward()
-        torch.nn.utils.clip_grad_norm_([p for _, p in theirs], 0.1)
-        optimizer.param_groups[0]["lr"] = 1e-2 * (step + 1)
-        optimizer.step()
-        optimizer.zero_grad()
-    for (_, mine), (_, other) in zip(ours, theirs, strict=True):
-        assert torch.allclose(mine, other, rtol=1e-5, atol=1e-7)
-
-
-def test_state_round_trip_continues_with_equal_bits() -> None:
-    config = DpoConfig()
-    through, resumed = parameters(), parameters()
-    engine = SingleEngine(through, config=config)
-    for step in range(3):
-        engine.backward(loss_of(through, step))
-        engine.step(learning_rate=1e-2)
-    saved = engine.state()
-    assert saved.step == 3
-    other = SingleEngine(resumed, config=config)
-    other.load_state(saved)
-    for step in range(3, 6):
-        for one, named in ((engine, through), (other, resumed)):
-            one.backward(loss_of(named, step))
-            one.step(learning_rate=1e-2)
-    for (_, mine), (_, other_one) in zip(through, resumed, strict=True):
-        assert torch.equal(mine, other_one)
-
-
-def test_state_is_a_copy() -> None:
-    named = parameters()
-    engine = SingleEngine(named, config=DpoConfig())
-    before = engine.state()
-    assert all(float(one.abs().max()) == 0 for one in before.exp_avg.values())
-    engine.backward(loss_of(named, 0))
-    engine.step(learning_rate=1.0)
-    assert not torch.equal(before.parameters["up"], named[1][1])
-
-
-def test_state_of_other_parameters_is_refused() -> None:
-    engine = SingleEngine(parameters(), config=DpoConfig())
-    state = fresh_state(dict(parameters()))
-    renamed = dataclasses.replace(state, parameters={"down": state.parameters["down"], "left": state.parameters["up"]})
-    with pytest.raises(SafetyDPOError, match=r"state of the 2 installed adapter parameters, found 2 .* at 'left'"):
-        engine.load_state(renamed)
-    reshaped = dataclasses.replace(state, exp_avg={**state.exp_avg, "up": torch.zeros(9)})
-    with pytest.raises(SafetyDPOError, match="a first difference at 'up'"):
-        engine.load_state(reshaped)
-
-
 def test_signature_of_a_lora_config() -> None:
     assert lora_signature(LoraConfig(rank=4)).alpha == 4.0
     assert lora_signature(LoraConfig(rank=4, alpha=8.0)).alpha == 8.0
@@ -158,3 +60,22 @@ def test_plain_loop_with_several_processes_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=r"expected 1 process per expert for dpo\.strategy 'single', found 2"):
         open_engine(backbone, config=config, lora=lora, world_size=2)
+
+
+def test_a_float16_base_is_trained_with_a_loss_scale(
+    shared_backbone: StableDiffusion, config: DpoConfig, lora: LoraConfig
+) -> None:
+    for dtype, expected in ((torch.float32, None), (torch.bfloat16, None), (torch.float16, 65536.0)):
+        backbone = copy.deepcopy(shared_backbone)
+        backbone.network.to(dtype)
+        engine = open_engine(backbone, config=config, lora=lora)
+        assert isinstance(engine, SingleEngine)
+        assert (engine.loss_scale and engine.loss_scale.value) == expected
+
+
+def test_activation_checkpointing_is_set_by_each_opening(
+    backbone: StableDiffusion, config: DpoConfig, lora: LoraConfig
+) -> None:
+    for wanted in (True, False):
+        open_engine(backbone, config=config.model_copy(update={"activation_checkpointing": wanted}), lora=lora)
+        assert backbone.network.is_gradient_checkpointing is wanted

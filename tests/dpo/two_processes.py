@@ -1,9 +1,13 @@
-"""One process of a small DeepSpeed training over gloo; run by `test_deepspeed_engine.py` as a module."""
+"""One process of a small training over gloo, run as a module, and the start of two of them."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,12 +24,33 @@ class StopError(Exception):
     """Ends the process after a step, as a kill would."""
 
 
-def main(model: str, checkpoint: str, store: str, rank: int, world_size: int, stop_after: int, stage: int) -> None:
+def launch(model: Path, checkpoint: Path, *, stop_after: int, settings: dict[str, Any]) -> None:
+    """Train with `settings` in two processes up to the checkpoint after `stop_after` steps."""
+    command = [sys.executable, "-m", "tests.dpo.two_processes", str(model), str(checkpoint), f"{checkpoint}.store"]
+    workers = [
+        subprocess.Popen(
+            [*command, json.dumps(settings), str(rank), "2", str(stop_after)],
+            env={**os.environ, "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [worker.communicate(timeout=800)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert all(worker.returncode == 0 for worker in workers), "\n".join(outputs)[-4000:]
+
+
+def main(model: str, checkpoint: str, store: str, settings: str, rank: int, world_size: int, stop_after: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     backbone = StableDiffusion.from_folder(Path(model))
     lora = LoraConfig(rank=2)
-    config = small_config().model_copy(update={"strategy": "deepspeed", "zero_stage": stage})
+    config = small_config().model_copy(update=json.loads(settings))
     engine = open_engine(backbone, config=config, lora=lora, world_size=world_size)
 
     def report(metrics: StepMetrics) -> None:
@@ -54,4 +79,4 @@ def main(model: str, checkpoint: str, store: str, rank: int, world_size: int, st
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], *(int(argument) for argument in sys.argv[4:]))  # type: ignore[arg-type, misc]
+    main(*sys.argv[1:5], *(int(argument) for argument in sys.argv[5:]))  # type: ignore[arg-type, misc]
