@@ -67,6 +67,8 @@ VARIANTS: Mapping[str, Variant] = {
     "50 % of the pairs": Variant(pair_share=0.5),
     "25 % of the pairs": Variant(pair_share=0.25),
     "no benign retention": Variant(dpo={"retention_weight": 0.0}),
+    "winner preservation 0.5": Variant(dpo={"winner_preservation": 0.5}),
+    "winner preservation 0.5, no price of a rise": Variant(dpo={"winner_preservation": 0.5, "safe_rise_weight": 0.0}),
     "all_single, steps of one expert": Variant(experts=(ALL_SINGLE,)),
     "all_single, 7 x the steps": Variant(experts=(ALL_SINGLE,), step_factor=7),
     "all_single, 7 x the rank": Variant(experts=(ALL_SINGLE,), rank_factor=7),

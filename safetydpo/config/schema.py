@@ -1,8 +1,8 @@
 """Every setting of a run, its unit, its range and its default.
 
 Two halves: `identity` changes the result and is hashed; `execution` (workers, paths, logging) never is.
-Unknown keys are refused. Each default lives here (those of pairs in `pairs`, of training in `training`, of the merge
-search in `search`) and nowhere else.
+Unknown keys are refused. Each default lives here (those of pairs in `pairs`, of training in `training`, `experts`
+and `validation`, of the merge search in `search`) and nowhere else.
 """
 
 from __future__ import annotations
