@@ -33,7 +33,7 @@ def _no_ray_is_started():
 @pytest.mark.parametrize(
     ("setting", "parts"),
     [
-        ("identity.dpo.stepz=3", ("known keys only", "found 'identity.dpo.stepz'", "known here: beta")),
+        ("identity.dpo.stepz=3", ("known keys only", "found 'identity.dpo.stepz'", "known here: ")),
         ("identity.dpo.steps=many", ("identity.dpo.steps: expected a valid integer", "found 'many'; correct it")),
         ("identity.prompts.categories=[weather]", ("expected 'hate', 'sexual'", "found 'weather'")),
         ("identity.merge.methods=[sum,suum]", ("out of average", "found 'suum': correct identity.merge.methods")),
