@@ -9,7 +9,8 @@ dtype, AdamW and clipping, alternating:
 - `public`: the released trainer's way: a second U-Net, autoencoder and text encoder in every step.
 - `script`: the way of diffusers' example: the adapter is switched off for the reference.
 - `live`: ours; latents and text features were made once, the reference is the same U-Net with the adapter off.
-- `cached`: ours with reference errors that were made once too.
+- `cached`: ours with reference errors that were made once too; `cached_used_once` adds a draw's reference pass to it,
+  which is what it costs unless sweeps or `draws_per_pair` use the draw again.
 - `floor`: a bare forward and backward pass of the same batch (and a forward pass without gradients for `live`).
 
 The bounds count operations only: with one encoder pass 1.12 and one forward or backward pass 0.80, `public` costs
@@ -26,6 +27,7 @@ import argparse
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,16 @@ from benchmarks.harness import alternate, print_result, ratio_of_medians
 from benchmarks.public_trainers import public_step
 from benchmarks.sd15_models import SD15_PROPORTION, SMALL_PICTURE, TOKENS, build_small_sd15, operations
 from benchmarks.train_memory import measure_memory
-from benchmarks.train_ways import DPO, LORA, OurTraining, bare_passes, encode_once, make_pairs, stacked_experts
+from benchmarks.train_ways import (
+    DPO,
+    LORA,
+    OurTraining,
+    bare_passes,
+    encode_once,
+    make_pairs,
+    reference_pass,
+    stacked_experts,
+)
 from safetydpo.config.schema import BaseModelConfig
 from safetydpo.diffusion.build import DTYPES, load_backbone
 from tests.tiny import build_tokenizer
@@ -73,7 +84,9 @@ def measure_speed(folder: Path, *, dtype: str, rounds: int, steps: int) -> tuple
     torch.manual_seed(0)
     base = BaseModelConfig(model=str(folder), dtype=dtype)  # type: ignore[arg-type]
     pairs = make_pairs(SMALL_PICTURE)
-    data = encode_once(load_backbone(base), pairs)
+    encoder, started = load_backbone(base), time.perf_counter()
+    data = encode_once(encoder, pairs)
+    encode_seconds = (time.perf_counter() - started) / len(pairs[2])
     bounds = operation_bounds(load_backbone(BaseModelConfig(model=str(folder))), _vae(folder))
     live, cached = OurTraining(load_backbone(base), data), OurTraining(load_backbone(base), data, cached=True)
     public, script = (
@@ -98,10 +111,14 @@ def measure_speed(folder: Path, *, dtype: str, rounds: int, steps: int) -> tuple
         "cached": cached.step,
         "floor of live": bare_passes(live, with_reference=True),
         "floor of cached": bare_passes(cached, with_reference=False),
+        "reference pass": reference_pass(live),
     }
     times = alternate({name: repeat(step, steps) for name, step in ways.items()}, rounds=rounds)
     wall = {name: [one.wall_seconds for one in rows] for name, rows in times.items()}
+    # A draw that is used once costs its reference pass beforehand instead.
+    once = [seconds + pass_ for seconds, pass_ in zip(wall["cached"], wall["reference pass"], strict=True)]
     ratios = {
+        "pairs_per_second_vs_public_cached_used_once": ratio_of_medians(wall["public"], once),
         "pairs_per_second_vs_public_live": ratio_of_medians(wall["public"], wall["live"]),
         "pairs_per_second_vs_public_cached": ratio_of_medians(wall["public"], wall["cached"]),
         "pairs_per_second_vs_script_live": ratio_of_medians(wall["script"], wall["live"]),
@@ -110,7 +127,12 @@ def measure_speed(folder: Path, *, dtype: str, rounds: int, steps: int) -> tuple
         "share_of_floor_cached": ratio_of_medians(wall["floor of cached"], wall["cached"]),
     }
     per_second = {name: round(DPO.pairs_per_step * steps / statistics.median(rows), 3) for name, rows in wall.items()}
-    raw = {"pairs_per_second": per_second, "wall_seconds_per_round": wall, "pairs_per_step": DPO.pairs_per_step}
+    saved = (statistics.median(wall["public"]) - statistics.median(wall["live"])) / (DPO.pairs_per_step * steps)
+    raw: dict[str, Any] = {
+        "encode_once_seconds_per_pair": encode_seconds,
+        "uses_of_a_pair_until_encoding_is_paid": encode_seconds / saved if saved > 0 else None,
+    }
+    raw |= {"pairs_per_second": per_second, "wall_seconds_per_round": wall, "pairs_per_step": DPO.pairs_per_step}
     return ratios, raw | bounds
 
 

@@ -46,7 +46,10 @@ def public_peak(*, checkpointing: bool) -> None:
 
 
 def our_peak(*, checkpointing: bool) -> None:
-    """Take one step as ours does: one U-Net, adapter off for the reference, stored latents and text features."""
+    """Take one step in the shape of ours: one U-Net, adapter off for the reference, stored latents and features.
+
+    Written out here, because the product loads a whole model from files and this one has random weights.
+    """
     unet = sd15_unet().requires_grad_(False).eval()
     slot = AdapterSlot(unet)
     slot.install(LoraSignature(RANK, float(RANK), TARGETS))

@@ -19,10 +19,10 @@ from safetydpo.dpo.draws import RowUse
 from safetydpo.dpo.engine import lora_signature, open_engine
 from safetydpo.dpo.loss import squared_error
 from safetydpo.dpo.reference import ErrorContext, compute_errors
-from safetydpo.dpo.step import policy_loss
+from safetydpo.dpo.step import errors_to_store, policy_loss
 
 NUM_PAIRS = 16
-DRAWS = 8
+DRAWS = 16
 """Stored draws of each pair: more than a measurement comes to."""
 LORA = LoraConfig(rank=4)
 DPO = DpoConfig(
@@ -143,6 +143,16 @@ def bare_passes(training: OurTraining, *, with_reference: bool) -> Callable[[], 
         torch.autograd.grad(loss, parameters)
 
     return passes
+
+
+def reference_pass(training: OurTraining) -> Callable[[], None]:
+    """Return the pass that computes the reference's errors of one step."""
+    batch = training.batch()
+    return lambda: void(errors_to_store(training.backbone, batch))
+
+
+def void(_: object) -> None:
+    """Forget a result."""
 
 
 class StackedLora(nn.Module):

@@ -246,6 +246,8 @@ def _print_draws(console: Any, chain: Any) -> None:
     from ray_jobs.expert_plan import plan_experts
     from ray_jobs.reference_errors import count_draws, describe_draws
 
+    if chain.run.config.identity.dpo.validation.every_steps is not None:
+        return
     units = plan_experts(chain.run, chain.pairs, chain.pairs_folder)
     each = [count_draws(chain.run, [unit]) for unit in units]
     reference = chain.run.config.identity.dpo.reference

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 
+from safetydpo.config.pairs import GENERATE
 from safetydpo.config.schema import Config
+from safetydpo.errors import UsageError
 
 
 def run_evidence(
@@ -16,6 +18,11 @@ def run_evidence(
     from ray_jobs.cluster import disconnect
     from ray_jobs.evidence import measure, plan_units, write_tables
 
+    if config.identity.pairs.source != GENERATE:
+        raise UsageError(
+            f"expected identity.pairs.source {GENERATE!r} for evidence, whose units are known before any pair is made, "
+            f"found {config.identity.pairs.source!r}: use `safetydpo run` for each seed"
+        )
     # A log file has no width of its own; 80 columns would fold every line.
     console = Console(highlight=False) if sys.stdout.isatty() else Console(width=170, highlight=False)
     if only_list:

@@ -73,7 +73,7 @@ def expert_categories(run: Run, experts: Mapping[str, Record]) -> dict[str, tupl
     if not is_grouped(run.config.identity.experts):
         return {name: (name,) for name in experts}
     return {
-        name: read_adapter_metadata(record_folder(run, record) / ADAPTER_FILE).categories
+        name: read_adapter_metadata(record_files(run, record) / ADAPTER_FILE).categories
         for name, record in experts.items()
     }
 

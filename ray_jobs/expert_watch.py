@@ -79,6 +79,11 @@ def _chosen_prompts(
     return unsafe, benign
 
 
+def prompts_to_watch(identity: IdentityConfig, categories: Sequence[str]) -> Sequence[Prompt]:
+    """Return the prompts of `expert_validation_prompts`; none without validation."""
+    return () if identity.dpo.validation.every_steps is None else expert_validation_prompts(identity, categories)
+
+
 def validation_inputs(identity: IdentityConfig, categories: Sequence[str]) -> dict[str, str]:
     """Return what a validated expert depends on beside its pairs, for its key; nothing without validation."""
     from safetydpo.judges.build import clip_folder, fingerprint_files, fingerprint_judge
@@ -141,12 +146,15 @@ class LaneWatch:
 
     @contextmanager
     def expert(
-        self, folder: Location, *, title: str, categories: Sequence[str], dpo: DpoConfig
+        self, folder: Location, *, title: str, prompts: Sequence[Prompt], dpo: DpoConfig
     ) -> Iterator[ExpertWatch]:
-        """Watch one expert whose artifact is made in `folder`; logs are closed and in place after the block."""
+        """Watch one expert whose artifact is made in `folder`; logs are closed and in place after the block.
+
+        `prompts` are those of `prompts_to_watch`, chosen by the command: a worker has another working directory, and
+        the prompts' source may be a relative path.
+        """
         sample_rates = None
         if dpo.validation.every_steps is not None:
-            prompts = expert_validation_prompts(self._run.config.identity, categories)
             sample_rates = PictureSampler(self, prompts, dpo, folder=folder, title=title)
         if self._rank != 0:
             yield ExpertWatch(folder, title, sample_rates, None)

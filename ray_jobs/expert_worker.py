@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray_jobs.expert_plan import ExpertUnit, unit_from_json
 from ray_jobs.expert_watch import LaneWatch
-from ray_jobs.lanes import Interrupted, LaneWorker, Turn
+from ray_jobs.lanes import OVERTAKEN, Interrupted, LaneWorker, Turn
 from ray_jobs.reference_errors import count_draws, with_reference_errors
 from ray_jobs.run import Run, make_record
 from ray_jobs.train_experts import CHECKPOINT_FILE, LABEL
@@ -21,6 +21,7 @@ from safetydpo.artifacts.records import encode_record
 from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.config.schema import Config
 from safetydpo.config.training import DpoConfig, TrainingConfig
+from safetydpo.prompts.sets import Prompt
 
 if TYPE_CHECKING:
     from safetydpo.diffusion.backbone import LoadedParts
@@ -48,7 +49,8 @@ def train_lane(settings: Mapping[str, Any]) -> str | None:
     backbone = load_backbone(run.config.identity.base, device=worker_device(), parts=parts)
     tables = read_training_tables(run, run.store / "pairs" / settings["pairs_folder"])
     slot = _Slot(run, backbone, worker.world_size)
-    lane = _Lane(run, worker, slot, tables, LaneWatch(run, backbone, rank=worker.rank), settings["board"])
+    watch = LaneWatch(run, backbone, rank=worker.rank)
+    lane = _Lane(run, worker, slot, tables, watch, settings.get("validation_prompts", {}), settings["board"])
 
     def train(turn: Turn) -> None:
         _train_unit(lane, units[turn.index], turn)
@@ -96,6 +98,8 @@ class _Lane:
     slot: _Slot
     tables: TrainingTables
     watch: LaneWatch
+    prompts: Mapping[str, Sequence[Prompt]]
+    """Of each expert's validation, by its name."""
     board: Any
 
 
@@ -113,7 +117,9 @@ def _train_unit(lane: _Lane, unit: ExpertUnit, turn: Turn) -> None:
     data = with_reference_errors(run, unit, data, lane.tables, backbone)
     files = attempt_folder(run.folder(unit.key), turn.number)
     try:
-        with lane.watch.expert(files, title=unit.key.folder_name, categories=unit.categories, dpo=unit.dpo) as watched:
+        with lane.watch.expert(
+            files, title=unit.key.folder_name, prompts=lane.prompts.get(unit.name, ()), dpo=unit.dpo
+        ) as watched:
             trained = train_expert(
                 backbone,
                 data,
@@ -148,6 +154,8 @@ def _train_unit(lane: _Lane, unit: ExpertUnit, turn: Turn) -> None:
     }
     if publish(turn.attempt, encode_record(make_record(unit.key, made, started=started))):
         (files / CHECKPOINT_FILE).delete()
+    else:
+        turn.attempt.end("released", OVERTAKEN)
 
 
 def _reporter(board: Any, unit: ExpertUnit) -> Callable[[Any], None]:

@@ -46,8 +46,9 @@ LOOK_SECONDS = 5.0
 """Between two looks at the ledger while fewer lanes run than are wanted."""
 START_SECONDS = 60.0
 """A lane that is younger is taken to be about to take a task."""
-LANE_DEATHS = 3
-"""Deaths per wanted lane, without a task settled in between, after which the launcher ends."""
+OVERTAKEN = "a later attempt began"
+LANE_DEATHS, LANE_LOSSES = 3, 10
+"""Deaths, and losses with a node, per wanted lane without a task settled in between, after which the launcher ends."""
 STEPS_PER_LOOK = 10
 """Optimizer steps between two questions whether to leave; with several workers each is a barrier."""
 
@@ -101,7 +102,8 @@ class LaneWorker:
         self._max_attempts: int = lane["max_attempts"]
         self._waiting = deque(lane["indices"])
         self._held: Attempt | None = None
-        self._is_stale = self._is_leaving = False
+        self._stale: Attempt | None = None
+        self._is_leaving = False
         self._steps = 0
 
     def work(self, do: Callable[[Turn], None]) -> str | None:
@@ -117,8 +119,8 @@ class LaneWorker:
                 try:
                     do(turn)
                 except Interrupted:
-                    if self._is_leaving and turn.attempt is not None:
-                        turn.attempt.end("released", "its machine is going away")
+                    if turn.attempt is not None:
+                        turn.attempt.end("released", "its machine is going away" if self._is_leaving else OVERTAKEN)
                 except Exception as error:
                     self._tell_failure(turn, error)
                     if self.world_size > 1 or isinstance(error, UsageError) or not isinstance(error, SafetyDPOError):
@@ -138,10 +140,10 @@ class LaneWorker:
         if self._steps % STEPS_PER_LOOK:
             return False
         self._is_leaving = ray.train.get_preemption_info() is not None
-        return bool(self._share([int(self._is_stale)])[0]) or self._is_leaving
+        is_stale = self._held is not None and self._stale is self._held
+        return bool(self._share([int(is_stale)])[0]) or self._is_leaving
 
     def _next(self) -> Turn | None:
-        self._is_stale = False
         attempt, index = self._take() if self.rank == 0 else (None, -1)
         self._held, resume_from = attempt, None
         if attempt is not None:
@@ -198,7 +200,8 @@ class LaneWorker:
                 with suppress(SafetyDPOError):
                     if held is not None:
                         held.renew()
-                        self._is_stale = held is self._held and not held.is_newest()
+                        if not held.is_newest():
+                            self._stale = held
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
@@ -253,7 +256,7 @@ class _Launcher:
         self._failures: dict[str, str] = {}
         self._running: list[_Lane] = []
         self._ended: queue.Queue[_Lane] = queue.Queue()
-        self._num_started = self._deaths = 0
+        self._num_started = self._deaths = self._losses = 0
         self._open_at_last_death = len(tasks)
         self._leaving: set[str] = set()
         self._own_node = ray.get_runtime_context().get_node_id()
@@ -343,12 +346,12 @@ class _Launcher:
         for index in self._open:
             # Nobody need wait until its heartbeat is stale: Ray has said that it is gone.
             end_attempts_of(self._tasks[index].folder, lane.name, how, reason)
-        if is_lost:
-            return
         list(self._free())
-        self._deaths = self._deaths + 1 if len(self._open) == self._open_at_last_death else 1
+        if len(self._open) != self._open_at_last_death:
+            self._deaths = self._losses = 0
         self._open_at_last_death = len(self._open)
-        if self._deaths >= LANE_DEATHS * self._num_lanes:
+        self._deaths, self._losses = self._deaths + (not is_lost), self._losses + is_lost
+        if self._deaths >= LANE_DEATHS * self._num_lanes or self._losses >= LANE_LOSSES * self._num_lanes:
             raise lane.error
 
     def _roomiest_node(self) -> str | None:

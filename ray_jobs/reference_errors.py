@@ -130,7 +130,12 @@ def draws_of_pairs(run: Run, units: Members) -> dict[str, int]:
 
 
 def count_draws(run: Run, units: Members) -> dict[str, int]:
-    """Return how many rows the units use in all their steps (`draw_uses`), and of how many `distinct_draws`."""
+    """Return how many rows the units use in all their steps (`draw_uses`), and of how many `distinct_draws`.
+
+    Nothing where a validation keeps pairs out and may end a training early: that is not known beforehand.
+    """
+    if any(unit.dpo.validation.every_steps is not None for unit in units):
+        return {}
     uses = sum(unit.dpo.steps * unit.dpo.pairs_per_step for unit in units)
     return {"draw_uses": uses, "distinct_draws": sum(draws_of_pairs(run, units).values())}
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from ray_jobs.cluster import connect, workers_for
 from ray_jobs.expert_plan import ExpertUnit, plan_experts, unit_to_json
+from ray_jobs.expert_watch import prompts_to_watch
 from ray_jobs.lanes import Task, run_lanes
 from ray_jobs.progress import progress_bar
 from ray_jobs.reference_errors import make_reference_errors
@@ -50,6 +51,8 @@ def train_experts(run: Run, pairs: Record, pairs_folder: Location) -> dict[str, 
             raise SafetyDPOError(
                 f"expected a finished expert {unit.name!r} in {run.folder(unit.key)}, found none: run the command again"
             )
+    # Another command may have published one that this one gave up.
+    failures = {name: reason for name, reason in failures.items() if name not in records}
     if failures:
         raise _failed(failures, len(units))
     return records
@@ -84,6 +87,7 @@ def _train(run: Run, units: Sequence[ExpertUnit], pairs_folder: Location) -> dic
             "config": run.config.model_dump(mode="json"),
             "units": [unit_to_json(unit) for unit in units],
             "pairs_folder": pairs_folder.name,
+            "validation_prompts": {unit.name: prompts_to_watch(run.config.identity, unit.categories) for unit in units},
             "board": board,
         }
         return run_lanes(run, tasks, train_lane, settings, num_lanes=num_lanes)

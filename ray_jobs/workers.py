@@ -223,7 +223,7 @@ class LatentWorker:
 class FlippedLatentWorker(LatentWorker):
     """Encodes stored pictures mirrored, left and right exchanged."""
 
-    def _pictures(self, images: list[bytes]) -> Any:
+    def _decode(self, images: list[bytes]) -> Any:
         return decode_pictures(images).flip(2)
 
 

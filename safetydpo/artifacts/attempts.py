@@ -38,7 +38,8 @@ from safetydpo.errors import SafetyDPOError
 LEASE_FOLDER = "lease"
 FAILED_FILE = "failed.json"
 RENEW_SECONDS = 20.0
-STALE_SECONDS = 120.0
+STALE_SECONDS = 300.0
+"""Well above a renewal that waits for its store (about 100 s) on top of the interval."""
 Ending = Literal["failed", "released", "lost"]
 
 
@@ -170,8 +171,8 @@ def publish(attempt: Attempt, record: bytes) -> bool:
 
 
 def end_attempt(folder: Location, number: int, how: Ending, reason: str = "") -> None:
-    """Write how an attempt ended without a result."""
-    _lease(folder, f"{number}.end").write_bytes(_encode({"how": how, "reason": reason}))
+    """Write how an attempt ended without a result; of several reasons the first stands."""
+    _lease(folder, f"{number}.end").create_exclusively(_encode({"how": how, "reason": reason}))
 
 
 def end_attempts_of(folder: Location, lane: str, how: Ending, reason: str) -> None:

@@ -98,7 +98,11 @@ class Location:
     def _children(self, *, recursive: bool = False) -> list[pafs.FileInfo]:
         selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
         with self._answering("to list"):
-            return list(self.filesystem.get_file_info(selector))
+            try:
+                return list(self.filesystem.get_file_info(selector))
+            except FileNotFoundError:
+                # Absent when pyarrow listed it and there when it asked whether that is all right: just being made.
+                return list(self.filesystem.get_file_info(selector))
 
     @contextmanager
     def _answering(self, action: str) -> Iterator[None]:
@@ -301,6 +305,10 @@ class Location:
             hidden = any(part.startswith(".") for part in info.path[prefix:].split("/"))
             if info.type is pafs.FileType.File and not hidden:
                 yield Location(self.filesystem, info.path)
+
+    def count_files(self) -> int:
+        """Return the number of all files below, hidden ones among them."""
+        return sum(info.type is pafs.FileType.File for info in self._children(recursive=True))
 
     def delete(self) -> None:
         """Remove the file or the whole folder, if there is one."""

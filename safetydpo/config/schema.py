@@ -13,7 +13,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from safetydpo.config.experts import ExpertsConfig
 from safetydpo.config.fields import CATEGORIES, Category, Distinct, Frozen, added_field
-from safetydpo.config.pairs import PairsConfig
+from safetydpo.config.pairs import GENERATE, PairsConfig
 from safetydpo.config.search import SearchConfig
 from safetydpo.config.training import DistillConfig, DpoConfig, LoraConfig, TrainingConfig, check_training
 
@@ -217,6 +217,11 @@ class Config(Frozen):
     @model_validator(mode="after")
     def _latents_for_the_draws_are_stored(self) -> Self:
         pairs, dpo = self.identity.pairs, self.identity.dpo
+        if pairs.flipped_latents and pairs.source != GENERATE:
+            raise ValueError(
+                "identity.pairs.flipped_latents are made of pictures that the run draws, not of those in "
+                f"identity.pairs.source ({pairs.source!r}): set it to false"
+            )
         if dpo.flip_rate > 0 and not pairs.flipped_latents:
             raise ValueError(
                 f"identity.dpo.flip_rate ({dpo.flip_rate:g}) must be 0 without identity.pairs.flipped_latents: a "

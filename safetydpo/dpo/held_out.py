@@ -6,6 +6,7 @@ Axis legend: `metric` the numbers of `policy_loss`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -64,6 +65,7 @@ def held_out_metrics(
     expert: str,
     rank: int = 0,
     world_size: int = 1,
+    mean_over_processes: Callable[[Tensor], Tensor] = lambda mean: mean,
 ) -> Float[Tensor, " metric"]:
     """Return the numbers of `policy_loss` on held-out pairs, means over this process's rows, without a gradient.
 
@@ -90,7 +92,9 @@ def held_out_metrics(
             )
             parts = list(micro_batches(batch, pairs_per_forward=config.pairs_per_forward))
             for part in parts:
-                numbers = policy_loss(backbone, part, config=config)[1].double() / len(parts)
+                numbers = policy_loss(backbone, part, config=config, mean_over_processes=mean_over_processes)[
+                    1
+                ].double() / len(parts)
                 total = numbers if total is None else total + numbers
     assert total is not None
     return total / batches

@@ -16,12 +16,13 @@ def micro_batches(batch: StepBatch, *, pairs_per_forward: int | None) -> Iterato
     """Yield the batch in parts of `pairs_per_forward` pairs, each with an equal share of the benign pictures.
 
     Parts of equal size only: then the mean over parts of a mean over rows is the mean over all rows, whatever the
-    terms of the loss. None = the batch itself.
+    terms of the loss. None, or no fewer than the process has
+    = the batch itself.
 
     Raises:
         UsageError: if the rows do not split evenly.
     """
-    if pairs_per_forward is None:
+    if pairs_per_forward is None or pairs_per_forward >= batch.num_pairs:
         yield batch
         return
     num_benign = batch.retention_latents.shape[0]

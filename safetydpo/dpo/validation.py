@@ -61,7 +61,7 @@ class Validator:
             SafetyDPOError: if no pair would be left to train on.
         """
         self.training_data, self._held_out = split_held_out(
-            data, rate=config.validation.held_out_rate, run_seed=run_seed
+            data, rate=config.validation.held_out_rate, run_seed=config.draw_seed_of(run_seed)
         )
         self._backbone, self._config, self._engine, self._rank = backbone, config, engine, rank
         self._run_seed, self._expert, self._sample_rates = run_seed, expert, sample_rates
@@ -106,6 +106,7 @@ class Validator:
             expert=self._expert,
             rank=self._rank,
             world_size=self._engine.world_size,
+            mean_over_processes=self._engine.mean_over_processes,
         )
         rates = self._sample_rates(done)
         held_out = [float(numbers[METRICS.index(name)]) for name in HELD_OUT]

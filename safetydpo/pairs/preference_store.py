@@ -143,7 +143,8 @@ def picture_pool(folder: Location) -> Location:
 def _refuse_existing(out: Location) -> None:
     if out.is_file():
         raise UsageError(f"expected nothing or an empty folder at {out}, found a file: choose another folder")
-    found = len(list(out.walk())) if out.is_folder() else 0
+    # Hidden files too: an import that fails removes the whole folder.
+    found = out.count_files()
     if found:
         killed = "" if (out / RECORD_FILE).is_file() else f" and no {RECORD_FILE}: an import that was killed"
         raise UsageError(

@@ -197,8 +197,8 @@ def close_many(run: Run) -> dict[str, Record]:
 
         def make(target: Location, layers: dict[str, LoraLayer] = layers, unit: ExpertUnit = unit) -> dict[str, object]:
             metadata = AdapterMetadata(run.base_fingerprint, categories=unit.categories)
-            write_adapter(target / ADAPTER_FILE, layers, metadata=metadata)
-            return {"fingerprint": adapter_hash(layers)}
+            write_adapter(target / "attempt-2" / ADAPTER_FILE, layers, metadata=metadata)
+            return {"fingerprint": adapter_hash(layers), "details": {"attempt": 2}}
 
         found[unit.name] = run.make(unit.key, make)
     return found

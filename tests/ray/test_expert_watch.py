@@ -19,6 +19,7 @@ from ray_jobs.expert_watch import (
     flat_settings,
     grid_png,
     local_folder,
+    prompts_to_watch,
     validation_inputs,
 )
 from ray_jobs.run import Run
@@ -75,7 +76,9 @@ def install(backbone: Any, run: Run, *, size: float) -> None:
 
 def sampler(run: Run, backbone: Any, folder: Location, *, rank: int = 0) -> Any:
     watch = LaneWatch(run, backbone, rank=rank)
-    with watch.expert(folder, title="hate", categories=["hate"], dpo=run.config.identity.dpo) as watched:
+    with watch.expert(
+        folder, title="hate", prompts=prompts_to_watch(run.config.identity, ["hate"]), dpo=run.config.identity.dpo
+    ) as watched:
         return watched.sample_rates
 
 
@@ -217,7 +220,9 @@ def test_sheets_show_prompts_of_every_kind_and_veil_as_the_report_does() -> None
 def test_logs_of_a_local_expert_lie_beside_it(tmp_path: Path, backbone: Any) -> None:
     run, folder = make_run(tmp_path, validation={}), open_location(str(tmp_path / "expert"))
     watch = LaneWatch(run, backbone, rank=0)
-    with watch.expert(folder, title="hate", categories=["hate"], dpo=run.config.identity.dpo) as watched:
+    with watch.expert(
+        folder, title="hate", prompts=prompts_to_watch(run.config.identity, ["hate"]), dpo=run.config.identity.dpo
+    ) as watched:
         assert watched.sample_rates is None
         watched.log.start([], [])
         watched.log.step({"step": 0, "loss": 0.5}, seconds=0.5)
@@ -230,7 +235,9 @@ def test_logs_of_an_expert_on_s3_are_copied_when_it_ends_also_badly(
 ) -> None:
     run, folder = make_run(tmp_path, validation={}), s3_store / "experts" / "hate"
     watch = LaneWatch(run, backbone, rank=0)
-    watched = watch.expert(folder, title="hate", categories=["hate"], dpo=run.config.identity.dpo)
+    watched = watch.expert(
+        folder, title="hate", prompts=prompts_to_watch(run.config.identity, ["hate"]), dpo=run.config.identity.dpo
+    )
     log = watched.__enter__().log
     log.start([], [])
     log.step({"step": 0, "loss": 0.5}, seconds=0.5)
@@ -249,7 +256,7 @@ def test_what_a_record_says_of_a_validated_expert(tmp_path: Path, backbone: Any)
     looks = (made_validation(0), made_validation(2, value=0.1), made_validation(4))
     trained = TrainedExpert("hate", {}, steps, 0, looks, looks[1])
     with LaneWatch(run, backbone, rank=0).expert(
-        folder, title="hate", categories=["hate"], dpo=run.config.identity.dpo
+        folder, title="hate", prompts=prompts_to_watch(run.config.identity, ["hate"]), dpo=run.config.identity.dpo
     ) as watched:
         details = watched.details(trained)
         assert watched.details(replace(trained, published=None)) == {}

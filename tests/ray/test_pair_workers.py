@@ -12,7 +12,7 @@ import torch
 from ray_jobs.generate_pairs import latent_batch_size
 from ray_jobs.pair_workers import LayoutWorker, SdeditWorker
 from ray_jobs.verify_pairs import DERIVED_BATCH
-from ray_jobs.workers import JudgeWorker, LatentWorker
+from ray_jobs.workers import FlippedLatentWorker, JudgeWorker, LatentWorker
 from safetydpo.artifacts.latents import latent_deviations, latent_means
 from safetydpo.artifacts.layout import demo_weights
 from safetydpo.config.schema import SamplerConfig
@@ -101,6 +101,16 @@ def test_latents_with_their_deviation(kl_folder: Path, stored: pa.Table, picture
         latent_deviations(plain)
     with pytest.raises(UsageError, match="found AutoencoderTiny, which gives latents only"):
         LatentWorker({"model": "demo"}, batch_size=4, with_deviation=True)(stored)
+
+
+def test_mirrored_latents_are_those_of_the_mirrored_pictures(kl_folder: Path, stored: pa.Table, pictures: torch.Tensor):
+    base = {"model": str(kl_folder)}
+    found = latent_means(FlippedLatentWorker(base, batch_size=4)(stored))
+    mirrored = StableDiffusion.from_folder(kl_folder).encode_images(pictures.flip(2))
+    for index, name in enumerate("abc"):
+        np.testing.assert_allclose(found[name], mirrored[index].half().numpy(), rtol=2e-3, atol=1e-4)
+    plain = latent_means(LatentWorker(base, batch_size=4)(stored))
+    assert not np.allclose(found["a"], plain["a"], atol=1e-2)
 
 
 def test_latents_are_encoded_in_small_passes(
