@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ray_jobs.expert_plan import plan_experts
 from ray_jobs.run import Run
-from ray_jobs.train_experts import plan_experts, preference_data, read_training_tables
+from ray_jobs.training_tables import preference_data, read_training_tables
 from safetydpo.artifacts.adapters import adapter_hash
 from safetydpo.artifacts.records import Record
 from safetydpo.artifacts.storage import Location
