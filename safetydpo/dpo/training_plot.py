@@ -112,8 +112,10 @@ def _errors(axes: Axes, history: Sequence[Row], validations: Sequence[Validation
     # Relative to the reference, because the error itself follows the drawn timesteps up and down.
     for side, colour in (("safe", SAFE), ("unsafe", UNSAFE)):
         # Without a reference (MaPO) its errors are 0; the first step's stand for them.
-        first_step = history[0][f"error_policy_{side}"]
-        ratios = [row[f"error_policy_{side}"] / (row[f"error_reference_{side}"] or first_step) for row in history]
+        errors = [row[f"error_policy_{side}"] for row in history]
+        ratios = [
+            error / (row[f"error_reference_{side}"] or errors[0]) for error, row in zip(errors, history, strict=True)
+        ]
         axes.plot([row["step"] for row in history], ratios, linewidth=1.1, color=colour, label=f"{side} picture")
         if validations:
             first = getattr(validations[0], f"held_out_error_{side}")

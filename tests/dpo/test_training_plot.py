@@ -34,3 +34,8 @@ def test_a_training_without_validation_is_drawn_too() -> None:
 
 def test_an_interrupted_training_without_a_step_is_drawn_too() -> None:
     assert pixels(plot_training([], [validation(0)], title="hate")).size == (1210, 660)
+
+
+def test_a_training_without_a_reference_is_drawn_too() -> None:
+    rows = [row | {"error_reference_safe": 0.0, "error_reference_unsafe": 0.0} for row in history()]
+    assert pixels(plot_training(rows, [validation(0)], title="mapo")).size == (1210, 660)
