@@ -94,8 +94,10 @@ class OurTraining:
             backbone.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compiled:
             backbone.network.forward = torch.compile(backbone.network.forward)  # type: ignore[method-assign]
+        self._fused: torch.optim.AdamW | None = None
         if fused:
-            self._engine._optimizer.param_groups[0]["fused"] = True  # type: ignore[attr-defined]
+            tensors = [tensor for _, tensor in backbone.adapter_parameters()]
+            self._fused = torch.optim.AdamW(tensors, lr=self.config.learning_rate, fused=True)
         self._done = 0
 
     def batch(self) -> StepBatch:
@@ -114,7 +116,12 @@ class OurTraining:
         """Take one optimizer step."""
         loss, _ = policy_loss(self.backbone, self.batch(), config=self.config)
         self._engine.backward(loss)
-        self._engine.step(learning_rate=self.config.learning_rate)
+        if self._fused is None:
+            self._engine.step(learning_rate=self.config.learning_rate)
+            return
+        torch.nn.utils.clip_grad_norm_(self._fused.param_groups[0]["params"], self.config.max_grad_norm)
+        self._fused.step()
+        self._fused.zero_grad()
 
 
 def with_stored_errors(backbone: Backbone, data: PreferenceData, config: DpoConfig) -> PreferenceData:

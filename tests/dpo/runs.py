@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from safetydpo.artifacts.adapters import LoraLayer
-from safetydpo.artifacts.storage import Location
 from safetydpo.config.training import DpoConfig, LoraConfig
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
 from safetydpo.dpo.batch import PreferenceData
@@ -33,11 +34,12 @@ def train(
     config: DpoConfig,
     lora: LoraConfig,
     *,
-    checkpoint: Location | None = None,
-    report: Callable[[StepMetrics], None] = lambda _: None,
     engine: Engine | None = None,
     expert: str = "hate",
+    run_seed: int = 5,
+    **options: Any,
 ) -> TrainedExpert:
+    """Train with an engine of its own unless one is given; `options` are those of `train_expert`."""
     own = engine or open_engine(backbone, config=config, lora=lora)
     try:
         return train_expert(
@@ -45,15 +47,21 @@ def train(
             data,
             config=config,
             lora=lora,
-            run_seed=5,
+            run_seed=run_seed,
             expert_name=expert,
             engine=own,
-            checkpoint=checkpoint,
-            report=report,
+            **options,
         )
     finally:
         if engine is None:
             own.close()
+
+
+def same(one: dict[str, LoraLayer], other: dict[str, LoraLayer]) -> bool:
+    assert one.keys() == other.keys()
+    return all(
+        torch.equal(one[name].down, other[name].down) and torch.equal(one[name].up, other[name].up) for name in one
+    )
 
 
 def largest_difference(one: dict[str, LoraLayer], other: dict[str, LoraLayer]) -> float:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from safetydpo.artifacts.adapters import LoraLayer
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.config.training import DpoConfig, LoraConfig
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
@@ -18,59 +17,9 @@ from safetydpo.dpo.step import policy_loss
 from safetydpo.dpo.trainer import StepMetrics, TrainedExpert, TrainingLeft, train_expert
 from safetydpo.errors import SafetyDPOError, UsageError
 from tests.dpo.preferences import small_config
+from tests.dpo.runs import KilledError, kill_after, same, train
 
 Make = Callable[..., PreferenceData]
-
-
-class KilledError(Exception):
-    """Stands in for SIGKILL."""
-
-
-def kill_after(step: int) -> Callable[[StepMetrics], None]:
-    def report(metrics: StepMetrics) -> None:
-        if metrics.step == step:
-            raise KilledError
-
-    return report
-
-
-def train(
-    backbone: StableDiffusion,
-    data: PreferenceData,
-    config: DpoConfig,
-    lora: LoraConfig,
-    *,
-    expert: str = "hate",
-    checkpoint: Location | None = None,
-    report: Callable[[StepMetrics], None] = lambda _: None,
-    run_seed: int = 5,
-    resume_from: Location | None = None,
-    should_leave: Callable[[], bool] = lambda: False,
-) -> TrainedExpert:
-    engine = open_engine(backbone, config=config, lora=lora)
-    try:
-        return train_expert(
-            backbone,
-            data,
-            config=config,
-            lora=lora,
-            run_seed=run_seed,
-            expert_name=expert,
-            engine=engine,
-            checkpoint=checkpoint,
-            resume_from=resume_from,
-            should_leave=should_leave,
-            report=report,
-        )
-    finally:
-        engine.close()
-
-
-def same(one: dict[str, LoraLayer], other: dict[str, LoraLayer]) -> bool:
-    assert one.keys() == other.keys()
-    return all(
-        torch.equal(one[name].down, other[name].down) and torch.equal(one[name].up, other[name].up) for name in one
-    )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from safetydpo.artifacts.adapters import LoraLayer
 from safetydpo.artifacts.storage import Location, open_location
@@ -16,11 +15,12 @@ from safetydpo.config.training import DpoConfig, LoraConfig
 from safetydpo.config.validation import ValidationConfig
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
 from safetydpo.dpo.batch import PreferenceData
-from safetydpo.dpo.engine import open_engine
 from safetydpo.dpo.held_out import split_held_out
-from safetydpo.dpo.trainer import StepMetrics, TrainedExpert, train_expert
+from safetydpo.dpo.trainer import StepMetrics, TrainedExpert
 from safetydpo.errors import SafetyDPOError, UsageError
 from tests.dpo.preferences import small_config
+from tests.dpo.runs import KilledError, same
+from tests.dpo.runs import train as train_once
 from tests.dpo.validations import ScriptedRates, rates
 
 Make = Callable[..., PreferenceData]
@@ -28,10 +28,6 @@ LORA = LoraConfig(rank=2)
 STEPS = 6
 # The best state is that after 2 steps: 4 misses a floor, 6 is less safe.
 BY_STEP = {0: rates(0.9), 2: rates(0.3), 4: rates(0.1, violation=0.05), 6: rates(0.4)}
-
-
-class KilledError(Exception):
-    """Stands in for SIGKILL."""
 
 
 def validated(**changes: object) -> DpoConfig:
@@ -55,29 +51,7 @@ def train(
         if metrics.step == kill_after:
             raise KilledError
 
-    engine = open_engine(backbone, config=config, lora=LORA)
-    try:
-        return train_expert(
-            backbone,
-            data,
-            config=config,
-            lora=LORA,
-            run_seed=5,
-            expert_name="hate",
-            engine=engine,
-            checkpoint=checkpoint,
-            report=report,
-            sample_rates=script,
-        )
-    finally:
-        engine.close()
-
-
-def same(one: dict[str, LoraLayer], other: dict[str, LoraLayer]) -> bool:
-    assert one.keys() == other.keys()
-    return all(
-        torch.equal(one[name].down, other[name].down) and torch.equal(one[name].up, other[name].up) for name in one
-    )
+    return train_once(backbone, data, config, LORA, checkpoint=checkpoint, report=report, sample_rates=script)
 
 
 def test_the_best_validated_state_is_published(backbone: StableDiffusion, make_data: Make) -> None:
