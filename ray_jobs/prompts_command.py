@@ -195,9 +195,11 @@ def _list_leaks(console: Any, name: str, report: LeakReport, show: int) -> None:
         rows = ", ".join(map(str, leak.rows[:3])) + (" …" if len(leak.rows) > 3 else "")
         kind = leak.likeness if leak.likeness != "near" else f"near {leak.jaccard:.2f}"
         partner = "" if leak.likeness == "exact" else f" ~ {_short(leak.other_text)}"
-        console.print(f"{kind:<10}  row {rows}: {_short(leak.text)}{partner}  ({name} row {leak.other_row})")
+        console.print(
+            f"{kind:<10}  row {rows}: {_short(leak.text)}{partner}  ({name} row {leak.other_row})", soft_wrap=True
+        )
     if show and len(report.leaks) > show:
-        console.print(f"… and {len(report.leaks) - show:,} more in {name} (--show, --out)")
+        console.print(f"… and {len(report.leaks) - show:,} more in {name} (--show, --out)", soft_wrap=True)
 
 
 def _short(text: str) -> str:

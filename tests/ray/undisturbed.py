@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ray_jobs.expert_plan import plan_experts
 from ray_jobs.run import Run
 from ray_jobs.training_tables import preference_data, read_training_tables
@@ -14,7 +16,8 @@ from safetydpo.dpo.trainer import train_expert
 
 
 def undisturbed_experts(run: Run, pairs: Record, folder: Location) -> dict[str, str]:
-    """Return {expert name: hash of its adapter's bytes}."""
+    """Return {expert name: hash of its adapter's bytes}, trained on as many threads as a lane's worker has."""
+    torch.set_num_threads(max(1, int(run.config.execution.cpus_per_worker)))
     identity = run.config.identity
     backbone = load_backbone(identity.base)
     tables = read_training_tables(run, folder)
