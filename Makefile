@@ -3,6 +3,9 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Test processes at a time; a file's tests stay in one of them.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 export RAY_USAGE_STATS_ENABLED=0
 export HF_HUB_OFFLINE=1
 
@@ -29,10 +32,10 @@ types: setup
 	$(BIN)/mypy
 
 test: lint types
-	$(BIN)/python -m pytest --durations=10
+	$(PYTEST) --durations=10
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow --timeout=900 --durations=20
+	$(PYTEST) -m slow --timeout=900 --durations=20
 
 demo: setup
 	$(BIN)/safetydpo demo

@@ -239,7 +239,13 @@ def _execute(
         **options,
     )
     dataset.write_parquet(
-        data.path, filesystem=data.filesystem, mode="append", row_group_size=ROWS_PER_GROUP, try_create_dir=False
+        data.path,
+        filesystem=data.filesystem,
+        mode="append",
+        row_group_size=ROWS_PER_GROUP,
+        try_create_dir=False,
+        # One writer per worker keeps up with it, and Ray keeps a process of 0.1 GB for each.
+        concurrency=workers,
     )
 
 

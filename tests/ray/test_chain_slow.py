@@ -1,13 +1,15 @@
-"""The whole chain on the smoke config: end to end, again, killed in every stage, and as a submitted job."""
+"""The whole chain on the smoke config: end to end as a submitted job, again, and killed in every stage."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -16,6 +18,7 @@ import pytest
 from tests.ray.smoke_place import PATIENCE, ROOT, STAGE_FOLDERS, Place, free_ports, wait_for
 
 pytestmark = pytest.mark.slow
+RAY = str(Path(sys.executable).parent / "ray")
 TRIGGERS: dict[str, str] = {
     "pairs": "images/pool-*/batch-*/data/*.parquet",
     "train": "experts/*/attempt-*/checkpoint.safetensors",
@@ -26,18 +29,53 @@ TRIGGERS: dict[str, str] = {
 """The file whose appearance says that a stage is in the middle of its work."""
 
 
+@contextlib.contextmanager
+def ray_head(environment: dict[str, str]) -> Iterator[str]:
+    """`ray start --head` on loopback; gives the address of its dashboard."""
+    port, dashboard, agent, client = free_ports(4)
+    start = [RAY, "start", "--head", "--num-cpus=8", f"--port={port}", f"--dashboard-port={dashboard}", "--block"]
+    start += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", "--disable-usage-stats"]
+    start += ["--dashboard-host=127.0.0.1", "--object-store-memory=400000000"]
+    head = subprocess.Popen(
+        start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    address = f"http://127.0.0.1:{dashboard}"
+
+    def answers() -> bool:
+        listed = subprocess.run(
+            [RAY, "job", "list", "--address", address], env=environment, capture_output=True, check=False
+        )
+        return listed.returncode == 0
+
+    try:
+        assert wait_for(lambda: head.poll() is not None or answers(), seconds=90)
+        assert head.poll() is None, f"ray start ended with {head.returncode}"
+        yield address
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(head.pid, signal.SIGTERM)
+        head.wait(timeout=60 * PATIENCE)
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """The smoke chain, run once for all tests; the others copy from it."""
+    """The smoke chain as a submitted job, run once for all tests; the others copy from it and run the command."""
     folder = tmp_path_factory.mktemp("whole")
     place = Place(folder / "store", folder / "run")
-    seconds = place.run("run", seconds=600)
-    print(f"smoke chain: {seconds:.0f} s in all, {place.times()}")
+    environment = {**place.environment, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    with ray_head(environment) as address:
+        submit = [RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--", sys.executable]
+        submit += ["-m", "ray_jobs.pipeline", "configs/smoke.yaml", *place.settings]
+        done = subprocess.run(
+            submit, env=environment, capture_output=True, text=True, timeout=700 * PATIENCE, check=False
+        )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    print(f"smoke chain: {place.times()}")
     assert place.is_left_alone()
     return place
 
 
-def test_the_chain_ends_with_adapter_summary_and_page(finished: Place) -> None:
+def test_ray_job_submit_runs_the_chain_to_adapter_summary_and_page(finished: Place) -> None:
     summary = json.loads((finished.run_dir / "report" / "summary.json").read_text())
     names = [row["name"] for row in summary["rows"]]
     assert names == [
@@ -151,9 +189,10 @@ def test_a_distillation_of_two_processes_killed_and_run_again_gives_equal_bytes(
     finished: Place, tmp_path: Path
 ) -> None:
     """It starts from RegMean, so it needs the layer inputs as well as the experts and the pairs."""
-    undisturbed = finished.before("merge", tmp_path / "undisturbed", changes=DISTIL)
+    undisturbed, place = (finished.before("merge", tmp_path / name, changes=DISTIL) for name in ("calm", "killed"))
+    for one in (undisturbed, place):
+        shutil.copytree(finished.store / "layer_inputs", one.store / "layer_inputs")
     undisturbed.run("merge")
-    place = finished.before("merge", tmp_path / "killed", changes=DISTIL)
     place.kill_when(lambda: any(place.store.glob("distilled/*/checkpoint.safetensors")), "merge")
     place.run("merge")
     assert place.is_left_alone()
@@ -163,38 +202,3 @@ def test_a_distillation_of_two_processes_killed_and_run_again_gives_equal_bytes(
     distilled = next(record for record in place.records("merge") if record["stage"] == "distilled")
     assert distilled["counts"]["resumed_at"] > 0
     assert not list(place.store.glob("distilled/*/checkpoint.safetensors"))
-
-
-def test_ray_job_submit_runs_the_chain(tmp_path: Path) -> None:
-    """`ray start --head` on loopback, then the documented command, on a store of its own."""
-    place = Place(tmp_path / "store", tmp_path / "run")
-    environment = {**place.environment, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    ray = str(Path(sys.executable).parent / "ray")
-    port, dashboard, agent, client = free_ports(4)
-    start = [ray, "start", "--head", "--num-cpus=8", f"--port={port}", f"--dashboard-port={dashboard}", "--block"]
-    start += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", "--disable-usage-stats"]
-    start += ["--dashboard-host=127.0.0.1", "--object-store-memory=400000000"]
-    head = subprocess.Popen(
-        start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    address = ["--address", f"http://127.0.0.1:{dashboard}"]
-
-    def answers() -> bool:
-        listed = subprocess.run([ray, "job", "list", *address], env=environment, capture_output=True, check=False)
-        return listed.returncode == 0
-
-    try:
-        assert wait_for(lambda: head.poll() is not None or answers(), seconds=90)
-        assert head.poll() is None, f"ray start ended with {head.returncode}"
-        submit = [ray, "job", "submit", *address, "--working-dir", str(ROOT), "--", sys.executable]
-        submit += ["-m", "ray_jobs.pipeline", "configs/smoke.yaml", *place.settings]
-        done = subprocess.run(
-            submit, env=environment, capture_output=True, text=True, timeout=700 * PATIENCE, check=False
-        )
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-        assert (place.run_dir / "report" / "summary.json").is_file()
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(head.pid, signal.SIGTERM)
-        head.wait(timeout=60 * PATIENCE)
-        assert wait_for(lambda: not place.processes(), seconds=60)
