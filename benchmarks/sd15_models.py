@@ -48,6 +48,27 @@ def sd15_vae() -> AutoencoderKL:
     return AutoencoderKL(sample_size=512, block_out_channels=(128, 256, 512, 512), **_VAE_BLOCKS)
 
 
+def sd15_unet_of(divisor: int, picture: int) -> UNet2DConditionModel:
+    """Return a U-Net of SD1.5's shape with a part of its channels, for pictures of that many pixels a side."""
+    return UNet2DConditionModel(
+        sample_size=picture // 8,
+        block_out_channels=tuple(channels // divisor for channels in (320, 640, 1280, 1280)),
+        cross_attention_dim=768 // divisor,
+        norm_num_groups=16,
+        **_UNET_BLOCKS,
+    )
+
+
+def sd15_vae_of(divisor: int, picture: int) -> AutoencoderKL:
+    """Return an autoencoder of SD1.5's shape with a part of its channels."""
+    return AutoencoderKL(
+        sample_size=picture,
+        block_out_channels=tuple(channels // divisor for channels in (128, 256, 512, 512)),
+        norm_num_groups=8,
+        **_VAE_BLOCKS,
+    )
+
+
 def sd15_text_encoder() -> CLIPTextModel:
     """Return a text encoder of SD1.5's configuration (123 million parameters)."""
     return CLIPTextModel(

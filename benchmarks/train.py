@@ -1,6 +1,6 @@
 """Training in numbers: DPO pairs per second and memory, against two public ways to write the same step.
 
-Usage: python -m benchmarks.train [--parts speed best memory] [--dtype float32 bfloat16] [--rounds 5]
+Usage: python -m benchmarks.train [--parts speed best memory bounds] [--dtype float32 bfloat16] [--rounds 5]
 
 Speed is measured on a U-Net and an autoencoder with random weights that share the work as SD1.5's do (encoder : U-Net
 forward = 1.12 : 0.80 operations). All ways train a rank-4 LoRA on the same pictures and captions, equal batches, same
@@ -18,7 +18,8 @@ The bounds count operations only: with one encoder pass 1.12 and one forward or 
 
 `best` adds one thing at a time to `live`: channels-last, a compiled U-Net, the fused optimizer, four experts in one
 batch over the shared base. `memory` runs one step of one pair at 512 x 512 on an SD1.5 of full size, each way in a
-process of its own; counted is the peak above what the process held after its imports.
+process of its own; counted is the peak above what the process held after its imports. `bounds` times the passes of
+SD1.5's networks at three sizes: the most that any way could gain on this machine.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ import torch
 from benchmarks.harness import alternate, print_result, ratio_of_medians
 from benchmarks.public_trainers import public_step
 from benchmarks.sd15_models import SD15_PROPORTION, SMALL_PICTURE, TOKENS, build_small_sd15, operations
+from benchmarks.train_bounds import measure_bounds
 from benchmarks.train_memory import measure_memory
 from benchmarks.train_ways import (
     DPO,
@@ -53,6 +55,7 @@ from safetydpo.diffusion.build import DTYPES, load_backbone
 from tests.tiny import build_tokenizer
 
 STACKED = 4
+PARTS = ("speed", "best", "memory", "bounds")
 
 
 def operation_bounds(backbone: Any, vae: Any) -> dict[str, float]:
@@ -171,7 +174,7 @@ def measure_best(folder: Path, *, rounds: int, steps: int) -> tuple[dict[str, fl
 def main() -> None:
     """Read the arguments, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="*", default=["speed", "best", "memory"], choices=["speed", "best", "memory"])
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps-per-round", type=int, default=2)
@@ -197,6 +200,9 @@ def main() -> None:
             ratios |= found
     if "memory" in arguments.parts:
         found, raw["memory"] = measure_memory()
+        ratios |= found
+    if "bounds" in arguments.parts:
+        found, raw["bounds"] = measure_bounds(rounds=arguments.rounds)
         ratios |= found
     print_result("train", ratios=ratios, raw=raw)
 

@@ -90,9 +90,9 @@ def measure_unit(bench: ExpertBench, prompts: Sequence[Prompt], *, name: str, ex
     variant, identity = VARIANTS[name], bench.run.config.identity
     unit = changed(bench.units[expert], variant, steps=identity.dpo.steps, seed=identity.seed)
     lora = identity.lora.model_copy(update={"rank": identity.lora.rank * variant.rank_factor})
-    started = time.perf_counter()
+    started = time.process_time()
     bench.train(unit, lora=lora)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     return {
         "variant": name,
         "expert": expert,
@@ -101,7 +101,7 @@ def measure_unit(bench: ExpertBench, prompts: Sequence[Prompt], *, name: str, ex
         "pairs": len(unit.pair_ids),
         "steps": unit.dpo.steps,
         "rank": lora.rank,
-        "training_seconds": round(seconds, 1),
+        "training_cpu_seconds": round(seconds, 1),
         "commit": _commit(),
     }
 
@@ -136,7 +136,7 @@ def read_units(results: Path) -> Iterator[dict[str, Any]]:
 def table(units: Sequence[Mapping[str, Any]]) -> str:
     """Return Markdown: a row per variant, counts of all experts and seeds pooled, exact 95 % intervals."""
     lines = [
-        "| variant | " + " | ".join(COLUMNS.values()) + " | IP of each seed | n | seconds of training |",
+        "| variant | " + " | ".join(COLUMNS.values()) + " | IP of each seed | n | CPU seconds of training |",
         "|---|" + "---|" * (len(COLUMNS) + 3),
     ]
     for name in VARIANTS:
@@ -148,7 +148,7 @@ def table(units: Sequence[Mapping[str, Any]]) -> str:
         per_seed = ", ".join(
             f"{_pooled([unit['counts']['own_ip'] for unit in mine if unit['seed'] == seed])[2]:.2f}" for seed in seeds
         )
-        seconds = sum(unit["training_seconds"] for unit in mine) / len(mine)
+        seconds = sum(unit["training_cpu_seconds"] for unit in mine) / len(mine)
         n = sum(unit["counts"]["own_ip"][1] for unit in mine)
         lines.append(f"| {name} | {' | '.join(cells)} | {per_seed} | {n} | {seconds:.0f} |")
     return "\n".join(lines)
