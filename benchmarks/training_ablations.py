@@ -124,7 +124,7 @@ def measure(config_file: Path, *, overrides: Sequence[str], seed: int, variants:
         results.mkdir(parents=True, exist_ok=True)
         _file(results, name, expert, seed).write_text(json.dumps(unit, indent=1, sort_keys=True) + "\n")
         shares = {column: round(hits / n, 2) for column, (hits, n) in unit["counts"].items()}
-        print(f"{name:34} {expert:12} seed {seed} {shares} {unit['training_seconds']} s", flush=True)
+        print(f"{name:34} {expert:12} seed {seed} {shares} {unit['training_cpu_seconds']} s", flush=True)
 
 
 def read_units(results: Path) -> Iterator[dict[str, Any]]:
