@@ -44,7 +44,7 @@ def distill_experts(
         connect(run.config)
         distill = run.config.identity.merge.distill
         settings = {
-            "config": run.config.model_dump(mode="json"),
+            "config": config_for_workers(run.config).model_dump(mode="json"),
             "pairs_folder": pairs_folder.name,
             "experts": expert_folders(run, members),
             "taught": {name: list(pair_ids) for name, pair_ids in taught.items()},
