@@ -35,13 +35,13 @@ def check_training(name: str, training: TrainingConfig, *, dtype: str) -> None:
         )
     if training.loss_scaling == "none" and dtype == "float16":
         raise ValueError(
-            f"{name}.loss_scaling 'none' lets small gradients of identity.base.dtype 'float16' become 0: expected "
-            "'auto' or 'dynamic' with it, or a base.dtype of bfloat16 or float32"
+            f"expected {name}.loss_scaling 'auto' or 'dynamic' with identity.base.dtype 'float16', found 'none', under "
+            "which small gradients become 0: change it, or use a base.dtype of bfloat16 or float32"
         )
     if training.error_weighting != "min_snr" and training.min_snr_gamma != _default_gamma():
         raise ValueError(
-            f"{name}.min_snr_gamma ({training.min_snr_gamma:g}) does nothing with {name}.error_weighting "
-            f"{training.error_weighting!r}: set that to 'min_snr', or leave min_snr_gamma out"
+            f"expected {name}.error_weighting 'min_snr' with {name}.min_snr_gamma ({training.min_snr_gamma:g}), found "
+            f"{training.error_weighting!r}, under which it does nothing: set that, or leave min_snr_gamma out"
         )
 
 
@@ -58,21 +58,21 @@ def check_dpo(dpo: DpoConfig, *, retention_prompts: int) -> None:
     _check_parts(dpo)
     if dpo.retention_weight > 0 and dpo.retention_per_step == 0:
         raise ValueError(
-            f"identity.dpo.retention_weight ({dpo.retention_weight:g}) does nothing with "
-            "identity.dpo.retention_per_step 0: expected at least 1 picture per step, or a weight of 0"
+            "expected identity.dpo.retention_per_step of at least 1 with identity.dpo.retention_weight "
+            f"({dpo.retention_weight:g}), found 0, under which it does nothing: raise that, or set the weight to 0"
         )
     if dpo.retention_weight > 0 and dpo.retention_pictures == "neutral" and retention_prompts == 0:
         raise ValueError(
-            f"identity.dpo.retention_weight ({dpo.retention_weight:g}) needs pictures to retain, found "
-            "identity.prompts.retention_prompts 0 and identity.dpo.retention_pictures 'neutral': expected prompts "
-            "above 0, other retention_pictures, or a weight of 0"
+            f"expected pictures to retain for identity.dpo.retention_weight ({dpo.retention_weight:g}), found "
+            "identity.prompts.retention_prompts 0 and identity.dpo.retention_pictures 'neutral': raise the former, "
+            "choose another of the latter, or set the weight to 0"
         )
     if dpo.redirection_weight > 0 and (dpo.captions == "safe" or dpo.empty_caption_rate == 1.0):
         found = "captions 'safe'" if dpo.captions == "safe" else "empty_caption_rate 1"
         raise ValueError(
-            f"identity.dpo.redirection_weight ({dpo.redirection_weight:g}) acts on rows with their unsafe caption, of "
-            f"which identity.dpo.{found} leaves none: use captions 'unsafe' or 'both' and a lower rate of empty ones, "
-            "or a weight of 0"
+            "expected rows with their unsafe caption for identity.dpo.redirection_weight "
+            f"({dpo.redirection_weight:g}), found identity.dpo.{found}, which leaves none: use captions 'unsafe' or "
+            "'both' and a lower rate of empty ones, or a weight of 0"
         )
 
 
@@ -106,15 +106,15 @@ def check_workers(dpo: DpoConfig, *, workers: int) -> None:
     together = f"execution.workers_per_expert ({workers})"
     if dpo.strategy == "single" and workers != 1:
         raise ValueError(
-            f"identity.dpo.strategy 'single' trains an expert in one process, found {together}: use strategy 'ddp' or "
-            "'deepspeed', or set workers_per_expert to 1"
+            "identity.dpo.strategy 'single' trains an expert in one process: expected execution.workers_per_expert 1, "
+            f"found {workers}; use strategy 'ddp' or 'deepspeed', or set it to 1"
         )
     benign = dpo.retention_per_step if dpo.retention_weight > 0 else 0
     for what, count in (("pairs_per_step", dpo.pairs_per_step), ("retention_per_step", benign)):
         if count % workers:
             raise ValueError(
-                f"identity.dpo.{what} ({count}) must be a multiple of {together}, so that every worker has as many "
-                "rows of a step: change either"
+                f"expected identity.dpo.{what} to be a multiple of {together}, so that every worker has as many rows "
+                f"of a step, found {count}: change either"
             )
     own, at_once = dpo.pairs_per_step // workers, dpo.pairs_per_forward
     if at_once is None or at_once >= own:
@@ -122,7 +122,7 @@ def check_workers(dpo: DpoConfig, *, workers: int) -> None:
     parts, left = divmod(own, at_once)
     if left or benign // workers % parts:
         raise ValueError(
-            f"identity.dpo.pairs_per_forward ({at_once}) must split the rows of a step that each of "
+            f"expected identity.dpo.pairs_per_forward ({at_once}) to split the rows of a step that each of "
             f"{together} takes into equal parts, found {own} pairs and {benign // workers} benign pictures: change "
             "pairs_per_forward, pairs_per_step or retention_per_step"
         )

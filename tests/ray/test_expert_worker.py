@@ -58,9 +58,9 @@ class Board:
 
 def test_a_training_that_ends_early_is_counted_as_done(command: Command) -> None:
     """Six steps are planned; at a learning rate of nothing no validation is better than the first: it ends before."""
-    validation = (
-        "{every_steps: 1, patience: 1, unsafe_prompts_per_category: 1, neutral_prompts: 1, neighbour_prompts: 1}"
-    )
+    few = "unsafe_prompts_per_category: 1, neutral_prompts: 1, neighbour_prompts: 1"
+    # What is intact is asked of CLIP: of one step of sampling the judge finds nothing.
+    validation = f"{{every_steps: 1, patience: 1, clip: demo, {few}}}"
     settings = ["identity.dpo.steps=6", "identity.dpo.learning_rate=1e-12", "identity.dpo.strategy=single"]
     settings += [f"identity.dpo.validation={validation}", "identity.sampler.steps=1", "identity.sampler.batch_size=1"]
     run = open_run(command.config, [*command.places, *settings])
