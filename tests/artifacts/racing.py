@@ -9,10 +9,9 @@ import json
 import sys
 import time
 import uuid
-from contextlib import suppress
 
 from safetydpo.artifacts.attempts import Standing, look_at, publish, take_lease, this_process
-from safetydpo.artifacts.leases import LeaseTaken, hold_lease
+from safetydpo.artifacts.leases import hold_lease
 from safetydpo.artifacts.records import ArtifactKey, write_pointer
 from safetydpo.artifacts.storage import Location, open_location
 
@@ -48,11 +47,11 @@ def point(place: Location, name: str, count: int) -> list[int]:
 
 
 def hold(place: Location, name: str, count: int) -> list[int]:
-    """Be the only writer of one folder as often as it is free within `count` tries; return the tries that won."""
+    """Be the only writer of one folder `count` times, waiting for each turn; return the turns."""
     _wait_for_the_other(place, name)
     won = []
     for index in range(count):
-        with suppress(LeaseTaken), hold_lease(place / "folder"):
+        with hold_lease(place / "folder", patience_seconds=60):
             # Whoever finds the other's mark was not alone.
             marks = [file.name for file in (place / "folder").list() if file.name.startswith("mark-")]
             assert not marks, marks
