@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.expert_bench import ExpertBench, validation_prompts
 from benchmarks.harness import print_result
+from ray_jobs.expert_plan import OtherPairs
 from ray_jobs.failures import run_guarded
 from safetydpo.config.load import load_config
 from safetydpo.config.schema import Config
@@ -57,9 +58,9 @@ def measure(config: Config, *, categories: Sequence[str], settings: Sequence[str
         for category in categories:
             unit = bench.units[category]
             dpo = unit.dpo.model_copy(update=changes)
-            others = () if dpo.retention_pictures == "neutral" else unit.other_pair_ids
+            others = OtherPairs() if dpo.retention_pictures == "neutral" else unit.others
             started = time.perf_counter()
-            bench.train(replace(unit, dpo=dpo, other_pair_ids=others), lora=lora)
+            bench.train(replace(unit, dpo=dpo, others=others), lora=lora)
             seconds = time.perf_counter() - started
             rows.append(bench.rates(prompts, category) | {"seconds": seconds})
             print(

@@ -27,10 +27,11 @@ from ray.cluster_utils import Cluster
 
 from benchmarks.harness import print_result
 from benchmarks.lane_overhead import SMOKE, plan
+from ray_jobs.expert_plan import lane_units
 from ray_jobs.expert_worker import train_lane
 from ray_jobs.lanes import Task, run_lanes
 from ray_jobs.progress import progress_bar
-from ray_jobs.train_experts import LABEL, unit_to_json
+from ray_jobs.train_experts import LABEL
 from tests.ray.closed_artifacts import close_training_data, open_run
 
 ENVIRONMENT = {
@@ -92,7 +93,7 @@ def measure(lanes: int, place: str) -> tuple[Cluster, dict[str, Any]]:
     with progress_bar(LABEL, total=1) as board:
         lane_settings = {
             "config": run.config.model_dump(mode="json"),
-            "units": [unit_to_json(unit) for unit in units],
+            "units": lane_units(units),
             "pairs_folder": folder.name,
             "board": board,
         }

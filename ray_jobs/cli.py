@@ -269,6 +269,7 @@ def _shipped(name: str) -> Path:
 
 def main() -> None:
     """Run the command; one clear line and an exit code instead of a traceback, unless --debug."""
+    from ray_jobs.background import end_process
     from ray_jobs.failures import INTERRUPTED, run_guarded, split_debug
 
     arguments, debug = split_debug(sys.argv[1:])
@@ -282,7 +283,7 @@ def main() -> None:
                 raise KeyboardInterrupt from None
             raise
 
-    sys.exit(run_guarded(command, debug=debug))
+    end_process(run_guarded(command, debug=debug))
 
 
 if __name__ == "__main__":

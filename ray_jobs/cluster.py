@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from ray_jobs.background import is_ray_waited_for
 from safetydpo.artifacts.object_store import SECRET_VARIABLES, worker_variables
 from safetydpo.config.schema import Config, ExecutionConfig
 from safetydpo.errors import UsageError
@@ -211,8 +212,11 @@ def keep_credentials_from_trials() -> None:
 
 
 def disconnect() -> None:
-    """End this process's connection; a local Ray that it started ends with it."""
-    if ray.is_initialized():
+    """End this process's connection; a local Ray that it started ends with it.
+
+    While a thread waits for Ray, that is left to the end of the process; see `background`.
+    """
+    if ray.is_initialized() and not is_ray_waited_for():
         ray.shutdown()
 
 

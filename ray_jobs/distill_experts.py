@@ -14,7 +14,7 @@ from ray_jobs.cluster import connect, ray_state_folder
 from ray_jobs.expert_files import MERGE_RECIPE_VERSION, MergeAids, expert_folders, load_experts, read_aids
 from ray_jobs.expert_plan import benign_fingerprint, plan_experts
 from ray_jobs.progress import progress_bar
-from ray_jobs.run import Run
+from ray_jobs.run import Run, config_for_workers
 from ray_jobs.train_experts import CHECKPOINT_FILE
 from ray_jobs.trainers import train_on_workers
 from ray_jobs.training_tables import TrainingTables, read_training_tables
@@ -44,7 +44,7 @@ def distill_experts(
         connect(run.config)
         distill = run.config.identity.merge.distill
         settings = {
-            "config": run.config.model_dump(mode="json"),
+            "config": config_for_workers(run.config).model_dump(mode="json"),
             "pairs_folder": pairs_folder.name,
             "experts": expert_folders(run, members),
             "taught": {name: list(pair_ids) for name, pair_ids in taught.items()},

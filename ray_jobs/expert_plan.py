@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Container, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.compute as pc
@@ -30,15 +30,27 @@ RECIPE_VERSION = 2
 
 
 @dataclass(frozen=True)
-class ExpertUnit:
-    """One expert to be trained: its name, its pairs, and the settings of its training.
+class OtherPairs:
+    """All pairs of a run but some; listed only when asked for, since each of many experts lacks only a few of them."""
 
-    `other_pair_ids` are pairs of other experts whose pictures the retention term keeps as they are.
-    """
+    everything: frozenset[str] = frozenset()
+    own: frozenset[str] = frozenset()
+
+    def ids(self) -> tuple[str, ...]:
+        """Return their ids in order."""
+        return tuple(sorted(self.everything - self.own))
+
+
+@dataclass(frozen=True)
+class ExpertUnit:
+    """One expert to be trained: its name, its pairs, and the settings of its training."""
 
     name: str
+    group: str
+    """Name of its group of pairs; that of the expert."""
     pair_ids: tuple[str, ...]
-    other_pair_ids: tuple[str, ...]
+    others: OtherPairs
+    """Pairs of other experts whose pictures the retention term keeps as they are."""
     categories: tuple[str, ...]
     dpo: DpoConfig
     key: ArtifactKey
@@ -52,6 +64,22 @@ def plan_experts(run: Run, pairs: Record, pairs_folder: Location) -> list[Expert
         SafetyDPOError: if a group has too few pairs.
     """
     identity = run.config.identity
+    grouping, everything = _group_kept(identity, pairs_folder)
+    _warn_of_left_out(grouping.left_out)
+    benign = benign_fingerprint(pairs, pairs_folder)
+    units = [
+        _unit(run, group, _others(identity.dpo, group, everything), identity.dpo, benign=benign)
+        for group in grouping.groups
+    ]
+    if identity.experts.all_single:
+        steps = max(1, round(identity.dpo.steps * identity.experts.all_single_step_factor))
+        dpo = identity.dpo.model_copy(update={"steps": steps})
+        units.append(_unit(run, everything, OtherPairs(), dpo, benign=benign))
+    return units
+
+
+def _group_kept(identity: IdentityConfig, pairs_folder: Location) -> tuple[Grouping, PairGroup]:
+    """Return the groups of a pairs artifact's kept pairs, and the group of all of them."""
     kept = {
         row["pair_id"] for row in read_table(pairs_folder / "selections.parquet", SELECTIONS).to_pylist() if row["kept"]
     }
@@ -64,18 +92,12 @@ def plan_experts(run: Run, pairs: Record, pairs_folder: Location) -> list[Expert
         categories=identity.prompts.categories,
         config=identity.experts,
     )
-    _warn_of_left_out(grouping.left_out)
-    everything = _everything(members, kept, identity)
-    benign = benign_fingerprint(pairs, pairs_folder)
-    units = [
-        _unit(run, group, everything.pair_ids - group.pair_ids, identity.dpo, benign=benign)
-        for group in grouping.groups
-    ]
-    if identity.experts.all_single:
-        steps = max(1, round(identity.dpo.steps * identity.experts.all_single_step_factor))
-        dpo = identity.dpo.model_copy(update={"steps": steps})
-        units.append(_unit(run, everything, frozenset(), dpo, benign=benign))
-    return units
+    return grouping, _everything(members, kept, identity)
+
+
+def _others(dpo: DpoConfig, group: PairGroup, everything: PairGroup) -> OtherPairs:
+    is_used = dpo.retention_weight > 0 and dpo.retention_pictures != "neutral" and group.name != ALL_SINGLE
+    return OtherPairs(everything.pair_ids, group.pair_ids) if is_used else OtherPairs()
 
 
 def planned_names(identity: IdentityConfig) -> list[str]:
@@ -141,9 +163,8 @@ def _everything(members: list[Member], kept: set[str], identity: IdentityConfig)
     return PairGroup(ALL_SINGLE, ids, categories)
 
 
-def _unit(run: Run, group: PairGroup, other_pair_ids: frozenset[str], dpo: DpoConfig, *, benign: str) -> ExpertUnit:
-    identity = run.config.identity
-    others = other_pair_ids if dpo.retention_weight > 0 and dpo.retention_pictures != "neutral" else frozenset()
+def _unit(run: Run, group: PairGroup, others: OtherPairs, dpo: DpoConfig, *, benign: str) -> ExpertUnit:
+    identity, other_ids = run.config.identity, others.ids()
     key = ArtifactKey(
         stage="experts",
         name=group.name,
@@ -157,16 +178,20 @@ def _unit(run: Run, group: PairGroup, other_pair_ids: frozenset[str], dpo: DpoCo
         },
         inputs={
             "base": run.base_fingerprint,
-            "pairs": fingerprint_rows((pair_id, "") for pair_id in group.pair_ids),
+            "pairs": _fingerprint(group.pair_ids),
             # Benign pictures take part with the retention term only; without it they must not change a hash.
             "retention": benign if dpo.retention_weight > 0 else "",
-            "retention_pairs": fingerprint_rows((pair_id, "") for pair_id in others) if others else "",
+            "retention_pairs": _fingerprint(other_ids) if other_ids else "",
             **_safe_pictures(identity),
             **validation_inputs(identity, group.categories),
         },
         recipe_version=RECIPE_VERSION,
     )
-    return ExpertUnit(group.name, tuple(sorted(group.pair_ids)), tuple(sorted(others)), group.categories, dpo, key)
+    return ExpertUnit(group.name, group.name, tuple(sorted(group.pair_ids)), others, group.categories, dpo, key)
+
+
+def _fingerprint(pair_ids: Iterable[str]) -> str:
+    return fingerprint_rows((pair_id, "") for pair_id in pair_ids)
 
 
 def _safe_pictures(identity: IdentityConfig) -> dict[str, str]:
@@ -195,21 +220,58 @@ def benign_fingerprint(pairs: Record, pairs_folder: Location) -> str:
     return fingerprint_rows([(prompts, ""), *((image_id, "failed") for image_id in failed)])
 
 
-def unit_to_json(unit: ExpertUnit) -> dict[str, Any]:
-    """Return a unit as plain values, which is what a train function receives."""
-    content = asdict(unit)
-    content["dpo"] = unit.dpo.model_dump(mode="json")
-    content["key"] = asdict(unit.key)
-    return content
+def lane_units(units: Sequence[ExpertUnit]) -> dict[str, Any]:
+    """Return what a lane is told of its units, as plain values.
+
+    No ids of pairs are among them: the lane finds those as they were found here. Of 500 experts that leave each
+    other's pairs alone, the ids of all others' pairs would be 50 MB and more.
+
+    Raises:
+        ValueError: if two units differ in more settings than their length.
+    """
+    if not units:
+        return {"common": {}, "units": []}
+    common = {name: value for name, value in units[0].key.identity.items() if name != "name"}
+    for unit in units:
+        if _with_steps(common, unit.name, unit.dpo.steps) != dict(unit.key.identity):
+            raise ValueError(f"expected units of one run, found other settings at {unit.name!r} than at the first")
+    return {
+        "common": common,
+        "recipe_version": units[0].key.recipe_version,
+        "units": [
+            {"name": unit.name, "group": unit.group, "steps": unit.dpo.steps, "inputs": dict(unit.key.inputs)}
+            for unit in units
+        ],
+    }
 
 
-def unit_from_json(content: Mapping[str, Any]) -> ExpertUnit:
-    """Return the unit of `unit_to_json`."""
-    return ExpertUnit(
-        name=content["name"],
-        pair_ids=tuple(content["pair_ids"]),
-        other_pair_ids=tuple(content["other_pair_ids"]),
-        categories=tuple(content["categories"]),
-        dpo=DpoConfig(**content["dpo"]),
-        key=ArtifactKey(**content["key"]),
-    )
+def read_lane_units(run: Run, pairs_folder: Location, told: Mapping[str, Any]) -> list[ExpertUnit]:
+    """Return the units of `lane_units`, with their pairs from the closed pairs artifact.
+
+    The settings of a unit are those of the command, even where `run` has other paths of the same models.
+
+    Raises:
+        SafetyDPOError: if the pairs are not those that the command has seen.
+    """
+    grouping, everything = _group_kept(run.config.identity, pairs_folder)
+    groups = {group.name: group for group in (*grouping.groups, everything)}
+    units = []
+    for each in told["units"]:
+        group = groups.get(each["group"])
+        if group is None or _fingerprint(group.pair_ids) != each["inputs"]["pairs"]:
+            raise SafetyDPOError(
+                f"expected the pairs of expert {each['name']!r} in {pairs_folder} as the command planned them, found "
+                f"{'other ones' if group else 'no such group'}: the folder was changed since; run the same command "
+                "again"
+            )
+        identity = _with_steps(told["common"], each["name"], each["steps"])
+        key = ArtifactKey("experts", each["name"], identity, each["inputs"], told["recipe_version"])
+        settings = DpoConfig(**identity["dpo"])
+        others = _others(settings, group, everything)
+        ids = tuple(sorted(group.pair_ids))
+        units.append(ExpertUnit(each["name"], group.name, ids, others, group.categories, settings, key))
+    return units
+
+
+def _with_steps(common: Mapping[str, Any], name: str, steps: int) -> dict[str, Any]:
+    return {"name": name, **common, "dpo": {**common["dpo"], "steps": steps}}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ray_jobs.expert_plan import ExpertUnit, unit_from_json
+from ray_jobs.expert_plan import ExpertUnit, read_lane_units
 from ray_jobs.expert_watch import LaneWatch
 from ray_jobs.lanes import OVERTAKEN, Interrupted, LaneWorker, Turn
 from ray_jobs.reference_errors import count_draws, with_reference_errors
@@ -19,12 +19,12 @@ from safetydpo.artifacts.attempts import publish
 from safetydpo.artifacts.layout import ADAPTER_FILE, attempt_folder
 from safetydpo.artifacts.records import encode_record
 from safetydpo.config.experts import ALL_SINGLE
-from safetydpo.config.schema import Config
+from safetydpo.config.schema import Config, IdentityConfig
 from safetydpo.config.training import DpoConfig, TrainingConfig
 from safetydpo.prompts.sets import Prompt
 
 if TYPE_CHECKING:
-    from safetydpo.diffusion.backbone import LoadedParts
+    from safetydpo.diffusion.backbone import Backbone, LoadedParts
 
 REPORT_SECONDS = 0.5
 NOT_OF_THE_ENGINE = frozenset(
@@ -38,16 +38,14 @@ def train_lane(settings: Mapping[str, Any]) -> str | None:
     import torch
 
     from ray_jobs.workers import worker_device
-    from safetydpo.diffusion.build import load_backbone
 
     run = Run(Config(**settings["config"]))
-    units = [unit_from_json(content) for content in settings["units"]]
+    pairs_folder = run.store / "pairs" / settings["pairs_folder"]
+    units = read_lane_units(run, pairs_folder, settings["units"])
     worker = LaneWorker(settings, [run.folder(unit.key) for unit in units], resumed_file=CHECKPOINT_FILE)
     torch.set_num_threads(max(1, int(run.config.execution.cpus_per_worker)))
-    # Pictures of a validation are decoded and their prompts encoded; nothing else needs more than the denoiser.
-    parts: LoadedParts = "denoiser" if run.config.identity.dpo.validation.every_steps is None else "all"
-    backbone = load_backbone(run.config.identity.base, device=worker_device(), parts=parts)
-    tables = read_training_tables(run, run.store / "pairs" / settings["pairs_folder"])
+    backbone = load_training_base(run.config.identity, device=worker_device())
+    tables = read_training_tables(run, pairs_folder)
     slot = _Slot(run, backbone, worker.world_size)
     watch = LaneWatch(run, backbone, rank=worker.rank)
     lane = _Lane(run, worker, slot, tables, watch, settings.get("validation_prompts", {}), settings["board"])
@@ -59,6 +57,16 @@ def train_lane(settings: Mapping[str, Any]) -> str | None:
         return worker.work(train)
     finally:
         slot.close()
+
+
+def load_training_base(identity: IdentityConfig, *, device: str) -> Backbone:
+    """Load what experts are trained on: a base that is offloaded waits in the host's memory from the start."""
+    from safetydpo.diffusion.build import load_backbone
+
+    # Pictures of a validation are decoded and their prompts encoded; nothing else needs more than the denoiser.
+    parts: LoadedParts = "denoiser" if identity.dpo.validation.every_steps is None else "all"
+    host = "cpu" if identity.dpo.base_offload == "cpu" else None
+    return load_backbone(identity.base, device=device, parts=parts, denoiser_device=host)
 
 
 class _Slot:
@@ -141,6 +149,8 @@ def _train_unit(lane: _Lane, unit: ExpertUnit, turn: Turn) -> None:
         raise Interrupted from left
     if turn.attempt is None:
         return
+    # Also of a training that ended early: the steps that it did without are no longer waited for.
+    lane.board.put.remote(LABEL, unit.name, unit.dpo.steps)
     write_adapter(files / ADAPTER_FILE, trained.layers, metadata=_metadata(run, unit, backbone))
     made = {
         "fingerprint": adapter_hash(trained.layers),
@@ -165,7 +175,7 @@ def _reporter(board: Any, unit: ExpertUnit) -> Callable[[Any], None]:
         nonlocal told
         now = time.monotonic()
         # A call for each step would cost as much as a small step.
-        if now - told >= REPORT_SECONDS or metrics.step + 1 == unit.dpo.steps:
+        if now - told >= REPORT_SECONDS:
             board.put.remote(LABEL, unit.name, metrics.step + 1)
             told = now
 

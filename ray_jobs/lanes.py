@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from ray_jobs.background import in_background
 from ray_jobs.cluster import ray_state_folder
 from ray_jobs.run import Run
 from ray_jobs.trainers import train_on_workers
@@ -281,9 +282,9 @@ class _Launcher:
             look = look_at(task.folder, run=self._id, max_attempts=self._execution.expert_attempts)
             if look.standing in (Standing.CLOSED, Standing.FAILED):
                 self._open.remove(index)
-                failure = read_failure(task.folder) if look.standing is Standing.FAILED else None
+                failure = read_failure(task.folder, run=self._id) if look.standing is Standing.FAILED else None
                 if failure is not None:
-                    self._failures[task.name] = failure["reason"]
+                    self._failures[task.name] = failure
             elif look.standing is Standing.FREE and index not in taken:
                 yield index
 
@@ -305,8 +306,7 @@ class _Launcher:
         lane = _Lane(f"{self._id}-{self._num_started}", node, indices)
         self._num_started += 1
         self._running.append(lane)
-        # A daemon: Ctrl-C reaches the main thread alone, which must not wait for lanes that lost their Ray.
-        threading.Thread(target=self._drive, args=(lane,), daemon=True).start()
+        in_background(self._drive, lane)
 
     def _drive(self, lane: _Lane) -> None:
         import ray

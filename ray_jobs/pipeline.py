@@ -227,4 +227,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from ray_jobs.background import end_process
+
+    end_process(main(sys.argv[1:]))

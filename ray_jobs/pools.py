@@ -4,7 +4,8 @@ A pool is a folder of closed batches (`pool_index`), each named by a hash of its
 closed batch holds are never made again; a batch that was interrupted has the same wanted ids next time, hence the same
 folder, and Ray Data's checkpoint resumes it. Rows that failed are wanted again by a new batch with a higher attempt,
 because Ray's checkpoint counts an error row as done; the closed batches say how often a row has failed, so that a later
-command tries it again too. This process reads ids and states only: pictures go from file to worker to file.
+command tries it again too. Rows that another command is just making are waited for, not made twice. This process reads
+ids and states only: pictures go from file to worker to file.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ import ray.data
 from ray.data.checkpoint import CheckpointConfig
 
 from ray_jobs.cluster import NETWORK_PASSES_PER_WORKER, workers_for
-from ray_jobs.leases import hold_lease
 from ray_jobs.progress import progress_bar
 from ray_jobs.salvage import BATCH_PREFIX, CHECKPOINT_FOLDER, salvage_open_batches
 from safetydpo.artifacts.layout import RECORD_FILE
+from safetydpo.artifacts.leases import LeaseTaken, hold_lease, live_holder
 from safetydpo.artifacts.manifest import verify_rows
 from safetydpo.artifacts.pool_index import DATA_FOLDER, FILE_COLUMN, close_index, good_rows, read_index, read_rows
 from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.artifacts.storage import Location
-from safetydpo.artifacts.tables import ROWS_PER_GROUP, write_table
+from safetydpo.artifacts.tables import ROWS_PER_GROUP, read_table, write_table
 from safetydpo.config.schema import ExecutionConfig
 from safetydpo.errors import SafetyDPOError
 
@@ -41,6 +42,9 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 3
 BLOCKS_PER_WORKER = 4
 NO_PROGRESS_SECONDS = 6 * 3600
+MANIFEST_FILE = "manifest.parquet"
+LOOK_SECONDS = 1.0
+"""Between two looks at whether another command has finished its batch."""
 
 
 @dataclass(frozen=True)
@@ -80,21 +84,36 @@ class PoolStage:
 def fill_pool(pool: Location, manifest: pa.Table, stage: PoolStage, *, execution: ExecutionConfig) -> pa.Table:
     """Make every row of `manifest` that the pool lacks; return the index of all wanted rows, in id order.
 
-    Rows whose status is `error` are tried up to three times by one command and then returned as they are.
+    Rows whose status is `error` are tried up to three times by one command and then returned as they are. Rows that
+    other commands are making are left to them and waited for, once everything else is made.
 
     Raises:
         SafetyDPOError: if rows are missing or doubled afterwards.
     """
     ids = manifest.column(stage.id_column).combine_chunks()
-    for _ in range(ATTEMPTS):
-        plan = _plan_batch(pool, manifest, stage)
-        if plan is not None and not plan.folder.exists():
-            salvage_open_batches(pool, stage.output, id_column=stage.id_column, leave=plan.folder)
-            plan = _plan_batch(pool, manifest, stage)
-        if plan is None:
+    tries, refused = 0, None
+    while tries < ATTEMPTS:
+        lacking = plan_missing(pool, manifest, stage)
+        if not lacking.num_rows:
             break
-        with hold_lease(plan.folder):
-            _run_batch(plan, stage, execution=execution)
+        others = _batches_of_others(pool, lacking, stage.id_column)
+        plan = _plan_batch(pool, others.leave(lacking, stage.id_column), stage)
+        if plan is not None:
+            is_new = not plan.folder.exists()
+            if is_new and salvage_open_batches(pool, stage.output, id_column=stage.id_column, leave=plan.folder):
+                continue
+            try:
+                with hold_lease(plan.folder):
+                    tries += 1
+                    _run_batch(plan, stage, execution=execution)
+            except LeaseTaken:
+                # Somebody else has begun the same batch, or even finished it, since it was planned; not twice.
+                if plan.folder == refused and (plan.folder / RECORD_FILE).is_file():
+                    raise
+                refused = plan.folder
+                time.sleep(LOOK_SECONDS)
+            others = _batches_of_others(pool, lacking, stage.id_column)
+        _wait_for(others, stage)
     rows = read_index(pool, stage.output, wanted=ids, id_column=stage.id_column)
     verification = verify_rows(ids, rows.column(stage.id_column))
     if not verification.is_exact:
@@ -140,8 +159,48 @@ class _Batch:
     attempts: Sequence[int]
 
 
-def _plan_batch(pool: Location, manifest: pa.Table, stage: PoolStage) -> _Batch | None:
-    lacking = plan_missing(pool, manifest, stage)
+@dataclass(frozen=True)
+class _Others:
+    """Batches that other commands are making, and the rows of them that are wanted here."""
+
+    batches: Sequence[Location]
+    ids: pa.Array
+
+    def leave(self, rows: pa.Table, id_column: str) -> pa.Table:
+        """Return the rows that nobody is making."""
+        return rows.filter(pc.invert(pc.is_in(rows.column(id_column), value_set=self.ids)))
+
+
+def _batches_of_others(pool: Location, lacking: pa.Table, id_column: str) -> _Others:
+    schema = pa.schema([pa.field(id_column, pa.string())])
+    wanted = lacking.column(id_column).combine_chunks()
+    batches, ids = [], [pa.array([], type=pa.string())]
+    for batch in pool.list():
+        is_open = batch.name.startswith(BATCH_PREFIX) and not (batch / RECORD_FILE).is_file()
+        # One that has just been begun may have no manifest yet; its rows are then made twice, and read once.
+        if not is_open or live_holder(batch) is None or not (batch / MANIFEST_FILE).is_file():
+            continue
+        theirs = read_table(batch / MANIFEST_FILE, schema, columns=[id_column]).column(id_column)
+        ours = theirs.filter(pc.is_in(theirs, value_set=wanted)).combine_chunks()
+        if len(ours):
+            batches.append(batch)
+            ids.append(ours)
+    return _Others(batches, pa.concat_arrays(ids))
+
+
+def _wait_for(others: _Others, stage: PoolStage) -> None:
+    """Return when each of these batches is closed, or its maker is gone."""
+    for batch in others.batches:
+        is_told = False
+        while (holder := live_holder(batch)) is not None and not (batch / RECORD_FILE).is_file():
+            if not is_told:
+                who = f"process {holder['pid']} on {holder['host']}"
+                logger.warning("%s: waiting for rows that %s is making", stage.label, who)
+                is_told = True
+            time.sleep(LOOK_SECONDS)
+
+
+def _plan_batch(pool: Location, lacking: pa.Table, stage: PoolStage) -> _Batch | None:
     if not lacking.num_rows:
         return None
     if stage.attach is not None:
@@ -168,11 +227,11 @@ def _count_failures(pool: Location) -> Counter[str]:
 def _run_batch(batch: _Batch, stage: PoolStage, *, execution: ExecutionConfig) -> None:
     folder, manifest = batch.folder, batch.manifest
     started = time.time()
-    write_table(folder / "manifest.parquet", manifest)
+    write_table(folder / MANIFEST_FILE, manifest)
     # The checkpoint deletes the data of commits that were under way, hence one writer at a time per folder.
     data = (folder / DATA_FOLDER).make_folder()
     with progress_bar(stage.label, total=manifest.num_rows) as board, _checkpointing(folder, stage.id_column):
-        _execute(folder / "manifest.parquet", data, stage, execution=execution, board=board, rows=manifest.num_rows)
+        _execute(folder / MANIFEST_FILE, data, stage, execution=execution, board=board, rows=manifest.num_rows)
     found = close_index(folder, stage.output, id_column=stage.id_column)
     made = found.column(stage.id_column)
     verification = verify_rows(manifest.column(stage.id_column), made)

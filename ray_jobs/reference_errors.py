@@ -17,7 +17,7 @@ from ray_jobs.cluster import connect
 from ray_jobs.generate_pairs import derived_pool
 from ray_jobs.places import variant
 from ray_jobs.pools import PoolStage, fill_pool
-from ray_jobs.run import Run
+from ray_jobs.run import Run, config_for_workers
 from ray_jobs.training_tables import (
     PairTables,
     pair_data,
@@ -74,7 +74,7 @@ def make_reference_errors(run: Run, units: Members, pairs_folder: Location) -> N
             id_column="error_id",
             worker=ReferenceWorker,
             arguments={
-                "config": run.config.model_dump(mode="json"),
+                "config": config_for_workers(run.config).model_dump(mode="json"),
                 "dpo": members[0].dpo.model_dump(mode="json"),
                 "pairs_folder": pairs_folder.name,
             },
@@ -159,12 +159,20 @@ def _context(run: Run, dpo: DpoConfig, backbone: Backbone | None = None) -> Erro
     return ErrorContext(
         base_fingerprint=run.base_fingerprint if backbone is None else backbone.fingerprint,
         dtype=identity.base.dtype,
-        # Passes of a step's own size fit into memory, and on one kind of processor they have a step's very bits.
-        batch_size=dpo.pairs_per_forward or dpo.pairs_per_step,
+        batch_size=_pairs_per_pass(dpo, workers=run.config.execution.workers_per_expert),
         num_timesteps=num_train_timesteps(identity.base) if backbone is None else backbone.num_train_timesteps,
         draw_seed=dpo.draw_seed_of(identity.seed),
         config=dpo,
     )
+
+
+def _pairs_per_pass(dpo: DpoConfig, *, workers: int) -> int:
+    """Return the pairs in one pass of a training step: its worker's share, or less of it at once.
+
+    Passes of that size fit into memory, and on one kind of processor they have a step's very bits.
+    """
+    own = dpo.pairs_per_step // workers
+    return own if dpo.pairs_per_forward is None else min(own, dpo.pairs_per_forward)
 
 
 def _pool(run: Run, context: ErrorContext) -> Location:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache, cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from safetydpo.artifacts.layout import scratch_folder
@@ -109,6 +110,29 @@ def with_absolute_paths(config: Config) -> Config:
         "run_dir": str(open_location(execution.run_dir)) if "://" not in execution.run_dir else execution.run_dir,
     }
     return config.model_copy(update={"execution": execution.model_copy(update=paths)})
+
+
+def config_for_workers(config: Config) -> Config:
+    """Return the config with absolute paths of local models.
+
+    Workers of Ray Train have working directories of their own. For reading files only: these paths are part of the
+    identity, which must stay as it was written.
+    """
+    base, dpo = config.identity.base, config.identity.dpo
+    paths = {name: _absolute(getattr(base, name)) for name in ("model", "vae", "config")}
+    validation = dpo.validation.model_copy(update={"clip": _absolute(dpo.validation.clip)})
+    changes = {
+        "base": base.model_copy(update=paths),
+        "dpo": dpo.model_copy(update={"validation": validation}),
+    }
+    return config.model_copy(update={"identity": config.identity.model_copy(update=changes)})
+
+
+def _absolute(path: str | None) -> str | None:
+    """Return the absolute path of what stands on this machine; a hub id or the name of a shipped model stays."""
+    if path is None or path == "demo" or not Path(path).expanduser().exists():
+        return path
+    return str(Path(path).expanduser().absolute())
 
 
 @cache

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ray_jobs.leases import hold_lease, live_holder
 from safetydpo.artifacts.layout import RECORD_FILE
+from safetydpo.artifacts.leases import LeaseTaken, hold_lease, live_holder
 from safetydpo.artifacts.pool_index import DATA_FOLDER, READERS, close_index, good_rows
 from safetydpo.artifacts.storage import Location
 
@@ -29,8 +30,8 @@ def salvage_open_batches(pool: Location, schema: pa.Schema, *, id_column: str, l
         closed = (batch / RECORD_FILE).is_file()
         if closed or not batch.name.startswith(BATCH_PREFIX) or batch.path == leave.path or live_holder(batch):
             continue
-        # Its own command may come back to it while it is being closed.
-        with hold_lease(batch):
+        # Its own command may come back to it while it is being closed, or a third one may close it first.
+        with suppress(LeaseTaken), hold_lease(batch):
             found += _close(batch, schema, id_column=id_column)
     return found
 

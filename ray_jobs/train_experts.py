@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ray_jobs.cluster import connect, workers_for
-from ray_jobs.expert_plan import ExpertUnit, plan_experts, unit_to_json
-from ray_jobs.expert_watch import prompts_to_watch
+from ray_jobs.expert_plan import ExpertUnit, lane_units, plan_experts
+from ray_jobs.expert_watch import GRIDS_FOLDER, prompts_to_watch
 from ray_jobs.lanes import Task, run_lanes
 from ray_jobs.progress import progress_bar
 from ray_jobs.reference_errors import make_reference_errors
-from ray_jobs.run import Run
+from ray_jobs.run import Run, config_for_workers
 from safetydpo.artifacts.attempts import clear_attempts
-from safetydpo.artifacts.records import Record, find_closed
+from safetydpo.artifacts.records import Record, find_closed, write_pointers
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError
 
@@ -46,11 +46,13 @@ def train_experts(run: Run, pairs: Record, pairs_folder: Location) -> dict[str, 
                 run.made.append(unit.key.folder_name)
             # Killed between the record and this, a command leaves it behind, and nothing else would ever look.
             _clear(run.folder(unit.key), record)
-            records[unit.name] = run.build(f"expert:{unit.name}", unit.key, lambda _folder: {})
+            records[unit.name] = record
         elif unit.name not in failures:
             raise SafetyDPOError(
                 f"expected a finished expert {unit.name!r} in {run.folder(unit.key)}, found none: run the command again"
             )
+    # All at once: on an object store each writing of the file costs several round trips.
+    write_pointers(run.run_dir, {f"expert:{unit.name}": unit.key for unit in units if unit.name in records})
     # Another command may have published one that this one gave up.
     failures = {name: reason for name, reason in failures.items() if name not in records}
     if failures:
@@ -62,7 +64,7 @@ def _clear(folder: Location, record: Record) -> None:
     # Before experts had attempts, the checkpoint lay beside the record.
     (folder / CHECKPOINT_FILE).delete()
     if "attempt" in record.details:
-        clear_attempts(folder, keep=record.details["attempt"], without=CHECKPOINT_FILE)
+        clear_attempts(folder, keep=record.details["attempt"], without=CHECKPOINT_FILE, gather=GRIDS_FOLDER)
 
 
 def _failed(failures: Mapping[str, str], total: int) -> SafetyDPOError:
@@ -84,8 +86,8 @@ def _train(run: Run, units: Sequence[ExpertUnit], pairs_folder: Location) -> dic
     tasks = [Task(unit.name, run.folder(unit.key), unit.dpo.steps) for unit in units]
     with progress_bar(LABEL, total=sum(unit.dpo.steps for unit in units)) as board:
         settings = {
-            "config": run.config.model_dump(mode="json"),
-            "units": [unit_to_json(unit) for unit in units],
+            "config": config_for_workers(run.config).model_dump(mode="json"),
+            "units": lane_units(units),
             "pairs_folder": pairs_folder.name,
             "validation_prompts": {unit.name: prompts_to_watch(run.config.identity, unit.categories) for unit in units},
             "board": board,

@@ -142,7 +142,7 @@ def preference_data(tables: TrainingTables, unit: ExpertUnit, backbone: Any, con
 
     kept_pictures = [picture for (_owner, side), picture in tables.images.items() if side == "benign"]
     sides = ("safe", "unsafe") if unit.dpo.retention_pictures == "others" else ("safe",)
-    kept_pictures += [tables.images[pair_id, side] for pair_id in unit.other_pair_ids for side in sides]
+    kept_pictures += [tables.images[pair_id, side] for pair_id in unit.others.ids() for side in sides]
     # Two pairs may share a picture; it is kept once.
     benign = [RetentionRow(image_id, caption_sha256(prompt)) for image_id, prompt in dict(kept_pictures).items()]
     retention = benign if unit.dpo.retention_weight > 0 else []

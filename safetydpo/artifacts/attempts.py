@@ -8,7 +8,7 @@ Below the artifact's folder:
 - `lease/attempt-N.alive`: the owner's heartbeat, a time.
 - `lease/attempt-N.end`: how the attempt ended without a result: `failed`, `released` by its owner, or `lost` with the
   machine it ran on.
-- `failed.json`: the run that gave up on this artifact, and why.
+- `failed/RUN.json`: why the command RUN gave up on this artifact; each command has a file of its own.
 - `record.json`: the result, created exclusively; it names its attempt.
 
 Whoever finds the newest attempt ended or dead may create the next one. Clocks only decide how soon that is: two owners
@@ -36,7 +36,9 @@ from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError
 
 LEASE_FOLDER = "lease"
-FAILED_FILE = "failed.json"
+FAILED_FOLDER = "failed"
+OLD_FAILED_FILE = "failed.json"
+"""One for all runs, of an earlier version."""
 RENEW_SECONDS = 20.0
 STALE_SECONDS = 300.0
 """Well above a renewal that waits for its store (about 100 s) on top of the interval."""
@@ -101,7 +103,7 @@ class Attempt:
 
     def renew(self) -> None:
         """Tell that the owner lives."""
-        _lease(self.folder, f"{self.number}.alive").write_bytes(_encode({"renewed": time.time()}))
+        lease_file(self.folder, f"{self.number}.alive").write_bytes(_encode({"renewed": time.time()}))
 
     def end(self, how: Ending, reason: str = "") -> None:
         """Let go of the lease without a result."""
@@ -140,8 +142,7 @@ def look_at(folder: Location, *, run: str, lane: str = "", max_attempts: int) ->
         return Look(Standing.CLOSED)
     numbers = _numbers(folder)
     newest = numbers[-1] if numbers else 0
-    failed = read_failure(folder)
-    if failed is not None and failed["run"] == run:
+    if read_failure(folder, run=run) is not None:
         return Look(Standing.FAILED, newest)
     if newest and _is_held(folder, newest, lane):
         return Look(Standing.HELD, newest)
@@ -158,7 +159,7 @@ def take_lease(folder: Location, owner: Owner, *, newest: int) -> Attempt | None
     Raises:
         SafetyDPOError: if storage fails.
     """
-    if not _lease(folder, str(newest + 1)).create_exclusively(_encode({**asdict(owner), "renewed": time.time()})):
+    if not lease_file(folder, str(newest + 1)).create_exclusively(_encode({**asdict(owner), "renewed": time.time()})):
         return None
     attempt = Attempt(folder, newest + 1, owner)
     # Published between the look and the lease, by an attempt whose lease is gone already.
@@ -172,27 +173,31 @@ def publish(attempt: Attempt, record: bytes) -> bool:
 
 def end_attempt(folder: Location, number: int, how: Ending, reason: str = "") -> None:
     """Write how an attempt ended without a result; of several reasons the first stands."""
-    _lease(folder, f"{number}.end").create_exclusively(_encode({"how": how, "reason": reason}))
+    lease_file(folder, f"{number}.end").create_exclusively(_encode({"how": how, "reason": reason}))
 
 
 def end_attempts_of(folder: Location, lane: str, how: Ending, reason: str) -> None:
     """End the newest attempt if it belongs to a lane that is known to be gone."""
     numbers = _numbers(folder)
-    if numbers and not _lease(folder, f"{numbers[-1]}.end").is_file():
-        lease = _read(_lease(folder, str(numbers[-1])))
+    if numbers and not lease_file(folder, f"{numbers[-1]}.end").is_file():
+        lease = _read(lease_file(folder, str(numbers[-1])))
         if lease["lane"] == lane:
             end_attempt(folder, numbers[-1], how, reason)
 
 
 def give_up(folder: Location, *, run: str, reason: str) -> None:
     """Mark the artifact as failed for this run; a later one tries again."""
-    (folder / FAILED_FILE).write_bytes(_encode({"run": run, "reason": reason}))
+    _failure_file(folder, run).write_bytes(_encode({"run": run, "reason": reason}))
 
 
-def read_failure(folder: Location) -> dict[str, Any] | None:
-    """Return run and reason of the latest giving up, None if there was none."""
-    location = folder / FAILED_FILE
-    return _read(location) if location.is_file() else None
+def read_failure(folder: Location, *, run: str) -> str | None:
+    """Return why this run gave up on the artifact, None if it did not."""
+    location = _failure_file(folder, run)
+    return str(_read(location)["reason"]) if location.is_file() else None
+
+
+def _failure_file(folder: Location, run: str) -> Location:
+    return folder / FAILED_FOLDER / f"{run}.json"
 
 
 def newest_file(folder: Location, name: str, *, before: int) -> Location | None:
@@ -204,21 +209,66 @@ def newest_file(folder: Location, name: str, *, before: int) -> Location | None:
     return next((place / name for place in places if (place / name).is_file()), None)
 
 
-def clear_attempts(folder: Location, *, keep: int, without: str) -> None:
+def clear_attempts(folder: Location, *, keep: int, without: str, gather: str) -> None:
     """Remove what a closed artifact no longer needs: heartbeats, and of every attempt but `keep` the files.
 
-    `without` is a file of the published attempt that goes too. Leases stay: they say how often it was tried.
+    `without` is a file of the published attempt that goes too. `gather` is a folder of attempts that is kept whole:
+    what earlier ones have there and the published one lacks, because it went on from their state, goes to it. Leases
+    stay: they say how often it was tried.
     """
-    for child in folder.list():
-        if child.name == FAILED_FILE or (child.name.startswith("attempt-") and child.name != f"attempt-{keep}"):
-            child.delete()
+    kept = attempt_folder(folder, keep)
+    numbers = [int(child.name.removeprefix("attempt-")) for child in folder.list() if _is_attempt(child)]
+    for number in sorted(numbers, reverse=True):
+        if number != keep:
+            other = attempt_folder(folder, number)
+            # A later attempt was overtaken by the published one: nothing of it is part of the result.
+            if number < keep:
+                _move_missing(other / gather, kept / gather)
+            other.delete()
+    for name in (FAILED_FOLDER, OLD_FAILED_FILE):
+        (folder / name).delete()
     for lease in (folder / LEASE_FOLDER).list():
         if lease.name.endswith(".alive"):
             lease.delete()
-    (attempt_folder(folder, keep) / without).delete()
+    (kept / without).delete()
 
 
-def _lease(folder: Location, what: str) -> Location:
+def _is_attempt(child: Location) -> bool:
+    return child.name.startswith("attempt-") and child.name.removeprefix("attempt-").isdecimal()
+
+
+def _move_missing(source: Location, target: Location) -> None:
+    there = {file.name for file in target.list()}
+    for file in source.list():
+        if file.name not in there:
+            (target / file.name).write_bytes(file.read_bytes())
+
+
+def newest_owner(folder: Location) -> tuple[int, dict[str, Any] | None]:
+    """Return the number of the newest attempt (0 = none), and its lease if its owner still works on it."""
+    while True:
+        numbers = _numbers(folder)
+        newest = numbers[-1] if numbers else 0
+        try:
+            if not newest or not _is_held(folder, newest, lane=""):
+                return newest, None
+            return newest, _read(lease_file(folder, str(newest)))
+        except SafetyDPOError:
+            # Its owner let go of it, or a later one cleared it away, between the listing and the reading.
+            if _numbers(folder) == numbers:
+                raise
+
+
+def forget_before(attempt: Attempt) -> None:
+    """Remove the leases before this one, of owners that have ended or were given up for dead."""
+    for file in (attempt.folder / LEASE_FOLDER).list():
+        number = file.name.removeprefix("attempt-").partition(".")[0]
+        if number.isdecimal() and int(number) < attempt.number:
+            file.delete()
+
+
+def lease_file(folder: Location, what: str) -> Location:
+    """Return the file of an attempt's lease: `what` is its number, or that with `.alive` or `.end`."""
     return folder / LEASE_FOLDER / f"attempt-{what}"
 
 
@@ -228,23 +278,23 @@ def _numbers(folder: Location) -> list[int]:
 
 
 def _is_held(folder: Location, number: int, lane: str) -> bool:
-    if _lease(folder, f"{number}.end").is_file():
+    if lease_file(folder, f"{number}.end").is_file():
         return False
-    lease = _read(_lease(folder, str(number)))
+    lease = _read(lease_file(folder, str(number)))
     if lease["lane"] == lane:
         return False
     if lease["host"] == machine() and not is_alive(lease["pid"], lease["started"]):
         return False
-    heartbeat = _lease(folder, f"{number}.alive")
+    heartbeat = lease_file(folder, f"{number}.alive")
     renewed = _read(heartbeat)["renewed"] if heartbeat.is_file() else lease["renewed"]
     return bool(time.time() - renewed <= STALE_SECONDS)
 
 
 def _failure_of(folder: Location, number: int, run: str) -> str | None:
     """Return why an attempt of this run failed; None if it did not, or is another run's."""
-    if _read(_lease(folder, str(number)))["run"] != run:
+    if _read(lease_file(folder, str(number)))["run"] != run:
         return None
-    end = _lease(folder, f"{number}.end")
+    end = lease_file(folder, f"{number}.end")
     if not end.is_file():
         return "its worker ended without a word (killed, or out of memory)"
     ending = _read(end)

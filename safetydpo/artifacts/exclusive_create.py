@@ -22,6 +22,10 @@ _REFUSING: set[tuple[Place, str]] = set()
 """Buckets of servers that have shown to this process that they refuse to write over an object."""
 
 
+class NoExclusiveCreation(SafetyDPOError):  # noqa: N818 (says what is missing)
+    """The store cannot create an object only if none stands there."""
+
+
 def create_object(filesystem: PatientS3, path: str, data: bytes) -> bool:
     """Write the object `bucket/key` if none stands there; return whether it is ours.
 
@@ -30,7 +34,8 @@ def create_object(filesystem: PatientS3, path: str, data: bytes) -> bool:
 
     Raises:
         OSError: if the store cannot be reached or refuses; its text is that of pyarrow's errors.
-        SafetyDPOError: if the server writes over an object that it was asked not to touch.
+        NoExclusiveCreation: if the server says that it does not know conditional writes, or writes over an object that
+            it was asked not to touch.
     """
     _check_server_refuses(filesystem, path)
     return _put_if_absent(filesystem, path, data)
@@ -50,12 +55,16 @@ def _check_server_refuses(filesystem: PatientS3, path: str) -> None:
     finally:
         filesystem.delete_file(probe)
     if not refused:
-        raise SafetyDPOError(
-            f"expected the S3 server at {filesystem.place[0] or 'Amazon'} to refuse to write over an object when asked "
-            "with If-None-Match: *, found that it writes: choose an execution.store on a server that knows conditional "
-            "writes (Amazon's S3, MinIO, SeaweedFS) or on a disk"
-        )
+        raise _without_conditions(filesystem, "that it writes")
     _REFUSING.add(known)
+
+
+def _without_conditions(filesystem: PatientS3, found: str) -> NoExclusiveCreation:
+    return NoExclusiveCreation(
+        f"expected the S3 server at {filesystem.place[0] or 'Amazon'} to refuse to write over an object when asked "
+        f"with If-None-Match: *, found {found}: choose an execution.store on a server that knows conditional writes "
+        "(Amazon's S3, MinIO, SeaweedFS) or on a disk"
+    )
 
 
 @lru_cache(maxsize=8)
@@ -88,13 +97,24 @@ def _put_if_absent(filesystem: PatientS3, path: str, data: bytes) -> bool:
         except Exception as error:  # botocore's errors have no class in common with s3fs's
             status, text = _answer(error)
             if status == 412:
-                with filesystem.open_input_stream(path) as stream:
-                    return bool(stream.read() == data)
+                return _stands_there(filesystem, path, data)
+            if status == 501:
+                # Not a server that is in trouble: it will say the same in a minute.
+                raise _without_conditions(filesystem, f"that it cannot, {text}") from error
             # 409: two creations at the same moment, of which neither won.
             if not (status is None or status == 409 or status >= 500) or time.monotonic() > deadline:
                 raise OSError(text) from error
         time.sleep(pause)
         pause = min(2 * pause, 5.0)
+
+
+def _stands_there(filesystem: PatientS3, path: str, data: bytes) -> bool:
+    try:
+        with filesystem.open_input_stream(path) as stream:
+            return bool(stream.read() == data)
+    except FileNotFoundError:
+        # Somebody else's, and gone again since: a lease that was short.
+        return False
 
 
 def _answer(error: Exception) -> tuple[int | None, str]:

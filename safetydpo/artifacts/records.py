@@ -11,11 +11,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from safetydpo.artifacts.layout import IDENTITY_FILE, POINTERS_FILE, RECORD_FILE, attempt_folder, stage_folder
+from safetydpo.artifacts.leases import hold_lease
 from safetydpo.artifacts.schemas import canonical_json, sha256_of
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError, UsageError
 
 SHORT_HASH = 12
+POINTERS_LEASE = ".pointers"
+"""Folder of the lease on a run's pointers, hidden from listings."""
+POINTERS_PATIENCE_SECONDS = 400.0
+"""Above the five minutes after which the lease of a machine that is gone is nobody's."""
 
 
 @dataclass(frozen=True)
@@ -143,12 +148,25 @@ def read_pointers(run_dir: Location) -> dict[str, dict[str, str]]:
 
 
 def write_pointer(run_dir: Location, name: str, key: ArtifactKey) -> None:
-    """Point the run's `name` at artifact `key`."""
-    pointers = read_pointers(run_dir)
-    pointers[name] = {"stage": key.stage, "folder": key.folder_name, "hash": key.hash}
-    (run_dir / POINTERS_FILE).write_bytes(
-        json.dumps({"artifacts": pointers}, indent=2, sort_keys=True).encode() + b"\n"
-    )
+    """Point the run's `name` at artifact `key`; see `write_pointers`."""
+    write_pointers(run_dir, {name: key})
+
+
+def write_pointers(run_dir: Location, keys: Mapping[str, ArtifactKey]) -> None:
+    """Point each of the run's names at its artifact; those that other commands write meanwhile stay.
+
+    Raises:
+        SafetyDPOError: if storage fails, or another command holds the file for longer than its writing can take.
+    """
+    wanted = {name: {"stage": key.stage, "folder": key.folder_name, "hash": key.hash} for name, key in keys.items()}
+    if wanted.items() <= read_pointers(run_dir).items():
+        return
+    # Read and written under a lease: two commands that change the file at once would lose a pointer.
+    with hold_lease(run_dir / POINTERS_LEASE, patience_seconds=POINTERS_PATIENCE_SECONDS):
+        pointers = read_pointers(run_dir) | wanted
+        (run_dir / POINTERS_FILE).write_bytes(
+            json.dumps({"artifacts": pointers}, indent=2, sort_keys=True).encode() + b"\n"
+        )
 
 
 def check_run_identity(run_dir: Location, config: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from safetydpo.artifacts.exclusive_create import create_object
+from safetydpo.artifacts.exclusive_create import NoExclusiveCreation, create_object
 from safetydpo.artifacts.object_store import PatientS3, check_reachable, one_line, open_s3, s3_remedy
 from safetydpo.errors import SafetyDPOError, UsageError
 
@@ -215,15 +215,15 @@ class Location:
         random token, say), because a request to an object store may arrive twice.
 
         Raises:
-            SafetyDPOError: if the disk is full, the place is not writable or the file system has no exclusive
-                creation; nothing is left half-written.
+            NoExclusiveCreation: if the file system or the server has none.
+            SafetyDPOError: if the disk is full or the place is not writable; nothing is left half-written.
         """
         with self._writing(f"create {len(data):,} bytes at"):
             if self.is_local:
                 return self._create_local(data)
             if isinstance(self.filesystem, PatientS3):
                 return create_object(self.filesystem, self.path, data)
-        raise SafetyDPOError(
+        raise NoExclusiveCreation(
             f"expected a local disk or S3 for exclusive creation, found {self}: choose another execution.store"
         )
 

@@ -15,7 +15,8 @@ from safetydpo.config.experts import ExpertsConfig
 from safetydpo.config.fields import CATEGORIES, Category, Distinct, Frozen, added_field
 from safetydpo.config.pairs import GENERATE, PairsConfig
 from safetydpo.config.search import SearchConfig
-from safetydpo.config.training import DistillConfig, DpoConfig, LoraConfig, TrainingConfig, check_training
+from safetydpo.config.training import DistillConfig, DpoConfig, LoraConfig, TrainingConfig
+from safetydpo.config.training_rules import check_dpo, check_training, check_workers
 
 
 class BaseModelConfig(Frozen):
@@ -235,8 +236,11 @@ class Config(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _step_counts_fit(self) -> Self:
-        trainings: dict[str, TrainingConfig] = {"dpo": self.identity.dpo, "merge.distill": self.identity.merge.distill}
+    def _trainings_can_be_carried_out(self) -> Self:
+        dpo, identity = self.identity.dpo, self.identity
+        trainings: dict[str, TrainingConfig] = {"dpo": dpo, "merge.distill": identity.merge.distill}
         for name, training in trainings.items():
-            check_training(f"identity.{name}", training)
+            check_training(f"identity.{name}", training, dtype=identity.base.dtype)
+        check_dpo(dpo, retention_prompts=identity.prompts.retention_prompts)
+        check_workers(dpo, workers=self.execution.workers_per_expert)
         return self

@@ -101,55 +101,6 @@ class TrainingConfig(Frozen):
     parameters of the last step."""
 
 
-def check_training(name: str, training: TrainingConfig) -> None:
-    """Check the rules between settings of one training; `name` is the path of its group.
-
-    Raises:
-        ValueError: naming the settings that do not go together.
-    """
-    if training.warmup_steps >= training.steps:
-        raise ValueError(f"{name}.warmup_steps ({training.warmup_steps}) must be below {name}.steps ({training.steps})")
-    if training.strategy == "deepspeed" and training.optimizer != "adamw":
-        raise ValueError(
-            f"{name}.strategy 'deepspeed' trains with {name}.optimizer 'adamw' only, found {training.optimizer!r}: "
-            "use strategy 'single' or 'ddp' with it"
-        )
-    if training.base_offload == "cpu" and (training.strategy, training.zero_stage) != ("deepspeed", 3):
-        raise ValueError(
-            f"{name}.base_offload 'cpu' needs {name}.strategy 'deepspeed' and {name}.zero_stage 3, found "
-            f"{training.strategy!r} and {training.zero_stage}"
-        )
-    if training.optimizer == "prodigy" and training.learning_rate < MIN_PRODIGY_RATE:
-        raise ValueError(
-            f"{name}.optimizer 'prodigy' finds the step size itself and takes {name}.learning_rate as a factor of it, "
-            f"usually 1; expected at least {MIN_PRODIGY_RATE}, found {training.learning_rate}"
-        )
-    if isinstance(training, DpoConfig):
-        _check_parts(name, training)
-
-
-MIN_PRODIGY_RATE = 0.01
-
-
-def _check_parts(name: str, dpo: DpoConfig) -> None:
-    pairs, at_once = dpo.pairs_per_step, dpo.pairs_per_forward
-    if at_once is None:
-        return
-    if dpo.loss == "kto" and at_once < pairs:
-        raise ValueError(
-            f"{name}.loss 'kto' weighs each picture against the mean over all of a step: {name}.pairs_per_forward "
-            f"({at_once}) must not split {name}.pairs_per_step ({pairs})"
-        )
-    if pairs % at_once:
-        raise ValueError(f"{name}.pairs_per_step ({pairs}) must be a multiple of {name}.pairs_per_forward ({at_once})")
-    if dpo.retention_weight > 0 and dpo.retention_per_step * at_once % pairs:
-        raise ValueError(
-            f"{name}.retention_per_step ({dpo.retention_per_step}) must be a multiple of the {pairs // at_once} parts "
-            f"into which {name}.pairs_per_forward ({at_once}) splits {name}.pairs_per_step ({pairs}), so that the mean "
-            "over parts is the mean over rows"
-        )
-
-
 NEEDS_REFERENCE_OUTPUT = ("retention_weight", "redirection_weight", "output_preservation_weight")
 """Options (weights, off at 0) that compare predictions with the reference's: its stored errors do not say them."""
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from safetydpo.artifacts.adapters import Denoiser, LoraLayer, LoraSignature
@@ -18,10 +19,10 @@ class AdaptedNetwork:
 
     denoiser: ClassVar[Denoiser]
 
-    def __init__(self, network: Any) -> None:
-        """Take a denoiser that carries no adapter yet."""
+    def __init__(self, network: Any, *, device: torch.device | None = None) -> None:
+        """Take a denoiser that carries no adapter yet; adapters stand on `device`, None = beside its weights."""
         self._denoiser = network
-        self._slot = AdapterSlot(network)
+        self._slot = AdapterSlot(network, device=device)
 
     @property
     def network(self) -> nn.Module:

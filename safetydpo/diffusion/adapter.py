@@ -71,9 +71,12 @@ class AdapterSlot:
     the trained B differs from `up` by the factor alpha / rank, as it does in peft.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        """Look up the linear layers of a network that carries no adapter yet."""
-        self._network = network
+    def __init__(self, network: nn.Module, *, device: torch.device | None = None) -> None:
+        """Look up the linear layers of a network that carries no adapter yet.
+
+        Adapters stand on `device`, wherever the network's weights wait; None = beside them.
+        """
+        self._network, self._device = network, device
         self._linear = linear_layers(network)
         self._signature: LoraSignature | None = None
         self._base_scaling: dict[str, float] = {}
@@ -228,7 +231,7 @@ class AdapterSlot:
             inject_adapter_in_model(config, self._network, adapter_name=SLOT)
         self._signature = signature
         for name, module in self._lora_modules().items():
-            device = module.get_base_layer().weight.device
+            device = self._device or module.get_base_layer().weight.device
             for part in (module.lora_A[SLOT], module.lora_B[SLOT]):
                 part.to(device=device, dtype=torch.float32)
                 nn.init.zeros_(part.weight).requires_grad_(True)

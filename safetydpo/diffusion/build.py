@@ -84,7 +84,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def load_backbone(
-    base: BaseModelConfig, *, device: str = "cpu", num_threads: int | None = None, parts: LoadedParts = "all"
+    base: BaseModelConfig,
+    *,
+    device: str = "cpu",
+    num_threads: int | None = None,
+    parts: LoadedParts = "all",
+    denoiser_device: str | None = None,
 ) -> Backbone:
     """Load the base model of a run, frozen, on `device`.
 
@@ -94,6 +99,8 @@ def load_backbone(
         num_threads: CPU threads of this process from now on (they change the last bits); None = as they are.
         parts: `denoiser` leaves out autoencoder and text encoders, which training on stored latents and features does
             not need; what would use them raises.
+        denoiser_device: where the denoiser's weights are put instead, for an engine that brings them to `device` layer
+            by layer; until then nothing can be computed with them. None = `device`.
 
     Raises:
         UsageError: if the model is not found or is of an unsupported family.
@@ -103,7 +110,9 @@ def load_backbone(
         torch.set_num_threads(num_threads)
     files = resolve_files(base)
     family = FAMILIES[_family(files.folder)]()
-    backbone: Backbone = family.from_files(files, dtype=DTYPES[base.dtype], device=device, parts=parts)
+    backbone: Backbone = family.from_files(
+        files, dtype=DTYPES[base.dtype], device=device, parts=parts, denoiser_device=denoiser_device
+    )
     return backbone
 
 

@@ -49,7 +49,7 @@ class LatentModel(AdaptedNetwork, ABC):
 
     def __init__(self, parts: Parts, *, device: torch.device) -> None:
         """Take loaded parts; use `build.load_backbone` or the family's `from_folder` to get them."""
-        super().__init__(parts.denoiser)
+        super().__init__(parts.denoiser, device=device)
         self._parts = parts
         self._process = parts.process
         self._device = device
@@ -72,8 +72,11 @@ class LatentModel(AdaptedNetwork, ABC):
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         parts: LoadedParts = "all",
+        denoiser_device: str | None = None,
     ) -> Self:
         """Load a model from its files, wherever they stand, all of it or the `denoiser`; as `from_folder` otherwise.
+
+        `denoiser_device` is where the denoiser's weights wait, if not on `device`.
 
         Raises:
             SafetyDPOError: as `from_folder`.
@@ -83,10 +86,10 @@ class LatentModel(AdaptedNetwork, ABC):
         loader = open_loader(files, index, dtype=dtype)
         place = torch.device(device)
 
-        def frozen(network: Any) -> Any:
-            return network.to(place).eval().requires_grad_(False)
+        def frozen(network: Any, on: torch.device = place) -> Any:
+            return network.to(on).eval().requires_grad_(False)
 
-        denoiser = frozen(loader.network(cls.denoiser, cls.network_class))
+        denoiser = frozen(loader.network(cls.denoiser, cls.network_class), torch.device(denoiser_device or device))
         vae, towers = None, None
         if parts == "all":
             vae = frozen(loader.autoencoder())

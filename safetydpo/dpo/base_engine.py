@@ -32,6 +32,7 @@ class BaseEngine(ABC):
         self._config = config
         self._step = 0
         self._average: dict[str, Tensor] = {}
+        self._is_abandoned = False
         self._initial_scale = self.loss_scale = loss_scale
 
     @abstractmethod
@@ -48,6 +49,10 @@ class BaseEngine(ABC):
     @abstractmethod
     def _load(self, state: EngineState) -> None:
         """Replace parameters and optimizer state."""
+
+    @abstractmethod
+    def _start_afresh(self) -> None:
+        """Get rid of whatever a step that was broken off has left; parameters and optimizer state may be lost."""
 
     def _values(self) -> dict[str, Tensor]:
         """Return copies of the parameters on the CPU."""
@@ -72,6 +77,11 @@ class BaseEngine(ABC):
         self.loss_scale = loss_scale
         self._apply_loss_scale()
 
+    def abandon(self) -> None:
+        """Remember that a step was broken off."""
+        # Nothing is done here: on the way out of an error other processes may wait for this one, or be gone.
+        self._is_abandoned = True
+
     def state(self) -> EngineState:
         """Return a copy of the full state; every process must call it."""
         optimizer = self._optimizer_state() if self._step else OptimizerState()
@@ -85,6 +95,9 @@ class BaseEngine(ABC):
             SafetyDPOError: if the state belongs to other parameters.
         """
         check_names(state, self._parameters)
+        if self._is_abandoned:
+            self._start_afresh()
+            self._is_abandoned = False
         self._load(state)
         self._step = state.step
         if self._config.ema_decay is not None:

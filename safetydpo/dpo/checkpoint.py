@@ -65,6 +65,10 @@ class TrainingState:
     """Validations so far and the best state among them; empty without validation."""
 
 
+class OldCheckpointError(SafetyDPOError):
+    """The checkpoint was written by an earlier version, in a format that no longer says all that is needed."""
+
+
 def training_identity(
     *,
     expert: str,
@@ -113,6 +117,7 @@ def decode_checkpoint(data: bytes, *, expected: TrainingIdentity, where: str) ->
     """Return the state in a checkpoint file, after checking that it belongs to this training.
 
     Raises:
+        OldCheckpointError: if an earlier version wrote it in another format.
         SafetyDPOError: if the file is cut off or no checkpoint of ours, or belongs to another expert, base,
             data or setting; the message names the first field that differs.
     """
@@ -125,6 +130,8 @@ def decode_checkpoint(data: bytes, *, expected: TrainingIdentity, where: str) ->
             f"expected a training checkpoint at {where}, found {len(data):,} bytes that are cut off or something else "
             f"({type(error).__name__}): delete the file to start this expert anew"
         ) from error
+    if isinstance(version, int) and version < FORMAT_VERSION:
+        raise OldCheckpointError(f"the checkpoint at {where} has format {version}, this version reads {FORMAT_VERSION}")
     if version != FORMAT_VERSION:
         raise SafetyDPOError(
             f"expected a checkpoint of format {FORMAT_VERSION} at {where}, found format {version}: "

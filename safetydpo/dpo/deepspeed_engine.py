@@ -61,17 +61,29 @@ class DeepSpeedEngine(BaseEngine):
                 "use strategy 'single' or 'ddp' with it"
             )
         require_process_group("deepspeed")
+        self._deepspeed = import_deepspeed(next(iter(self._parameters.values())).device)
+        self.world_size = dist.get_world_size()
+        self._open()
+
+    def _open(self) -> None:
         tensors = list(self._parameters.values())
-        self._deepspeed = import_deepspeed(tensors[0].device)
-        self._optimizer = make_optimizer(tensors, config=config)
-        settings = zero_config(config, num_parameters=sum(tensor.numel() for tensor in tensors))
+        self._optimizer = make_optimizer(tensors, config=self._config)
+        settings = zero_config(self._config, num_parameters=sum(tensor.numel() for tensor in tensors))
         settings["zero_optimization"] |= self._zero_settings()
         self._engine, *_ = self._deepspeed.initialize(
             model=self._module(settings), optimizer=self._optimizer, config=settings
         )
-        self.world_size = dist.get_world_size()
         self._apply_loss_scale()
         self._make_moments()
+
+    def _start_afresh(self) -> None:
+        # ZeRO keeps parts of a gradient in half a dozen places and has no way to forget them but a step, which needs
+        # a way back that came to its end.
+        self.close()
+        # When the old engine is collected, later, it destroys itself once more, and with it what the new one has
+        # linked to the same parameters.
+        self._engine.optimizer = None
+        self._open()
 
     def _zero_settings(self) -> dict[str, Any]:
         """Return what this engine adds to the settings of ZeRO."""

@@ -15,7 +15,13 @@ from safetydpo.artifacts.adapters import LoraLayer
 from safetydpo.artifacts.storage import Location
 from safetydpo.config.training import TrainingConfig
 from safetydpo.diffusion.backbone import Backbone
-from safetydpo.dpo.checkpoint import TrainingIdentity, TrainingState, decode_checkpoint, empty_history
+from safetydpo.dpo.checkpoint import (
+    OldCheckpointError,
+    TrainingIdentity,
+    TrainingState,
+    decode_checkpoint,
+    empty_history,
+)
 from safetydpo.dpo.engine import Engine, fresh_state, learning_rate_at
 from safetydpo.dpo.loss_scale import MINIMUM
 from safetydpo.errors import SafetyDPOError
@@ -52,6 +58,17 @@ def descend(
     learning_rate = learning_rate_at(
         step, peak=config.learning_rate, warmup_steps=config.warmup_steps, steps=config.steps, decay=config.decay
     )
+    try:
+        return _descend(engine, parts, learning_rate=learning_rate, step=step, who=who, advice=advice)
+    except BaseException:
+        # The engine may train the next expert, which must not start with half a gradient of this one.
+        engine.abandon()
+        raise
+
+
+def _descend(
+    engine: Engine, parts: Sequence[Part], *, learning_rate: float, step: int, who: str, advice: str
+) -> Descent:
     while True:
         measured = tuple(engine.mean_over_processes(_compute_gradients(engine, parts)).tolist())
         if not math.isfinite(measured[0]):
@@ -94,15 +111,20 @@ def load_start(
 ) -> TrainingState:
     """Put `layers`, or what the checkpoint holds, into slot and engine; return the state that training goes on from.
 
+    With a checkpoint of an earlier format it starts from `layers`, which a warning says.
+
     Raises:
         SafetyDPOError: if the checkpoint belongs to something else, or the engine does not own the installed slot.
     """
     # Also when a checkpoint replaces it: loading sets the slot's scale, which an evaluation may have changed.
     backbone.load_adapter(layers)
+    state = TrainingState(fresh_state(dict(backbone.adapter_parameters())), 0, empty_history(num_metrics))
     if checkpoint is not None and checkpoint.exists():
-        state = decode_checkpoint(checkpoint.read_bytes(), expected=identity, where=str(checkpoint))
-    else:
-        state = TrainingState(fresh_state(dict(backbone.adapter_parameters())), 0, empty_history(num_metrics))
+        try:
+            state = decode_checkpoint(checkpoint.read_bytes(), expected=identity, where=str(checkpoint))
+        except OldCheckpointError as old:
+            # It is of an unfinished training; nothing that was published depends on it.
+            logger.warning("expert %r is trained anew from its first step: %s", identity.expert, old)
     engine.load_state(state.engine)
     # An engine of a slot that was installed anew since would train tensors that the network no longer reads.
     for name, parameter in backbone.adapter_parameters():

@@ -69,6 +69,10 @@ class Engine(Protocol):
         """
         ...
 
+    def abandon(self) -> None:
+        """Remember that a step was broken off: the next `load_state` starts without what it left of gradients."""
+        ...
+
     def mean_over_processes(self, values: Tensor) -> Tensor:
         """Return the mean of `values` over processes, equal on all of them."""
         ...

@@ -79,6 +79,9 @@ class SingleEngine(BaseEngine):
         write_optimizer(self._optimizer, self._parameters, state.optimizer)
         self._optimizer.zero_grad(set_to_none=True)
 
+    def _start_afresh(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
     def close(self) -> None:
         """Forget the optimizer's state."""
         self._optimizer.state.clear()
@@ -103,7 +106,15 @@ class DdpEngine(SingleEngine):
         require_process_group("ddp")
         super().__init__(parameters, config=config, loss_scale=loss_scale)
         self.world_size = dist.get_world_size()
-        self._module = DistributedDataParallel(AdapterModule(list(self._parameters.values())))
+        self._module = self._wrapped()
+
+    def _wrapped(self) -> DistributedDataParallel:
+        return DistributedDataParallel(AdapterModule(list(self._parameters.values())))
+
+    def _start_afresh(self) -> None:
+        super()._start_afresh()
+        # Its reducer may have stopped in the middle of a way back.
+        self._module = self._wrapped()
 
     def accumulate(self, loss: Tensor) -> None:
         """Add the gradients of a part of the loss on this process alone."""

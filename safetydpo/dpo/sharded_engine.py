@@ -1,7 +1,8 @@
 """ZeRO stage 3: the frozen denoiser's weights are shared out too, or wait in the host's memory.
 
 DeepSpeed hooks every module of the denoiser: its weights are put together before its pass forward or back, and taken
-apart after it. A reference pass with the adapter off goes through the same hooks. The adapter itself is below the size
+apart after it. With `base_offload` they are taken from the host's memory one by one, and never lie on the device all at
+once. A reference pass with the adapter off goes through the same hooks. The adapter itself is below the size
 up to which parameters stay whole, so that it can be read and overwritten in place as everywhere else.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from safetydpo.config.training import TrainingConfig
@@ -55,12 +57,19 @@ class ShardedEngine(DeepSpeedEngine):
         whole = max(parameter.numel() for parameter in self._parameters.values())
         settings: dict[str, Any] = {"stage3_param_persistence_threshold": whole}
         if self._config.base_offload == "cpu":
-            on_host = next(self._network.parameters()).device.type == "cpu"
-            settings["offload_param"] = {"device": "cpu", "pin_memory": not on_host}
+            settings["offload_param"] = {"device": "cpu", "pin_memory": self._device.type != "cpu"}
         return settings
+
+    @property
+    def _device(self) -> torch.device:
+        # That of the adapter: the network may wait in the host's memory.
+        return next(iter(self._parameters.values())).device
 
     def _module(self, settings: Mapping[str, Any]) -> nn.Module:
         self._before = [(owner, set(vars(owner))) for owner in (*self._network.modules(), *self._network.parameters())]
+        # ZeRO leaves them where they are once it has the weights.
+        for buffer in self._network.buffers():
+            buffer.data = buffer.data.to(self._device)
         # Here, because `initialize` would first put the whole network on the device; and without its replacement of
         # torch's linear function, which would stay in place for the whole process.
         self._deepspeed.zero.Init(

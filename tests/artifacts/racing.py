@@ -1,4 +1,4 @@
-"""Processes of the tests that race for leases; run as `python -m tests.artifacts.racing create|work URI NAME COUNT`.
+"""Processes of the tests that race for leases; run as `python -m tests.artifacts.racing WHAT URI NAME COUNT`.
 
 Each prints, as JSON, what it won.
 """
@@ -11,6 +11,8 @@ import time
 import uuid
 
 from safetydpo.artifacts.attempts import Standing, look_at, publish, take_lease, this_process
+from safetydpo.artifacts.leases import hold_lease
+from safetydpo.artifacts.records import ArtifactKey, write_pointer
 from safetydpo.artifacts.storage import Location, open_location
 
 
@@ -36,6 +38,32 @@ def work(place: Location, name: str, count: int) -> list[int]:
     return done
 
 
+def point(place: Location, name: str, count: int) -> list[int]:
+    """Write pointers 0 .. count into one file, each by itself."""
+    _wait_for_the_other(place, name)
+    for index in range(count):
+        write_pointer(place, f"{name}-{index}", ArtifactKey("pairs", name, {}, {}, index))
+    return list(range(count))
+
+
+def hold(place: Location, name: str, count: int) -> list[int]:
+    """Be the only writer of one folder `count` times, waiting for each turn; return the turns."""
+    _wait_for_the_other(place, name)
+    won = []
+    for index in range(count):
+        with hold_lease(place / "folder", patience_seconds=60):
+            # Whoever finds the other's mark was not alone.
+            marks = [file.name for file in (place / "folder").list() if file.name.startswith("mark-")]
+            assert not marks, marks
+            mark = place / "folder" / f"mark-{name}"
+            mark.write_bytes(b"")
+            time.sleep(0.01)
+            mark.delete()
+            won.append(index)
+        time.sleep(0.005)
+    return won
+
+
 def _wait_for_the_other(place: Location, name: str) -> None:
     (place / f"ready-{name}").write_bytes(b"")
     while not all((place / f"ready-{each}").is_file() for each in ("a", "b")):
@@ -43,5 +71,5 @@ def _wait_for_the_other(place: Location, name: str) -> None:
 
 
 if __name__ == "__main__":
-    function = {"create": create, "work": work}[sys.argv[1]]
+    function = {"create": create, "work": work, "point": point, "hold": hold}[sys.argv[1]]
     print(json.dumps(function(open_location(sys.argv[2]), sys.argv[3], int(sys.argv[4]))))

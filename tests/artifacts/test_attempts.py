@@ -119,7 +119,7 @@ def test_failures_are_counted_per_run_and_given_up_with_the_last_reason(folder: 
         assert look(folder).standing is Standing.FREE
         lease(folder, newest=number).end("failed", f"reason {number + 1}")
     assert look(folder) == Look(Standing.FAILED, 3)
-    assert read_failure(folder) == {"run": RUN, "reason": "reason 3"}
+    assert read_failure(folder, run=RUN) == "reason 3"
     assert look(folder).standing is Standing.FAILED
     assert look(folder, run="a later command") == Look(Standing.FREE, 3)
 
@@ -131,9 +131,19 @@ def test_a_worker_that_dies_counts_as_a_failure_but_a_released_or_lost_lease_doe
     assert look(folder, max_attempts=2).standing is Standing.FREE
     lease(folder, newest=3, who=owner(started=1.0))
     assert look(folder, max_attempts=2).standing is Standing.FAILED
-    failure = read_failure(folder)
-    assert failure is not None
-    assert failure["reason"] == "its worker ended without a word (killed, or out of memory)"
+    assert read_failure(folder, run=RUN) == "its worker ended without a word (killed, or out of memory)"
+
+
+def test_two_runs_that_give_up_on_one_artifact_keep_their_own_reasons(folder: Location) -> None:
+    """The second has failed as often as the first, for another reason; each still finds it failed for its own."""
+    for run, first in (("one", 0), ("two", 2)):
+        for number in (first, first + 1):
+            lease(folder, newest=number, who=replace(owner(), run=run)).end("failed", f"reason of {run}")
+        assert look(folder, run=run, max_attempts=2).standing is Standing.FAILED
+    for run in ("one", "two"):
+        assert look(folder, run=run, max_attempts=2).standing is Standing.FAILED
+        assert read_failure(folder, run=run) == f"reason of {run}"
+    assert read_failure(folder, run="three") is None
 
 
 def test_the_leases_of_a_lost_lane_are_ended_and_no_others(folder: Location, store: Location) -> None:
@@ -238,16 +248,32 @@ def test_a_closed_artifact_keeps_its_files_and_leases_only(folder: Location) -> 
     attempt = lease(folder)
     attempt.renew()
     give_up(folder, run="earlier", reason="bad luck")
+    (folder / "failed.json").write_bytes(b"of an earlier version")
     (folder / "record.json").write_bytes(b"{}")
-    clear_attempts(folder, keep=2, without="state")
+    clear_attempts(folder, keep=2, without="state", gather="grids")
     left = [file.path.removeprefix(folder.path) for file in folder.walk()]
     assert left == ["/attempt-2/adapter", "/lease/attempt-1", "/record.json"]
 
 
+def test_grids_of_the_attempts_that_the_published_one_went_on_from_are_kept_with_it(folder: Location) -> None:
+    """Attempts 1 and 2 ended at steps 3 and 4; 3 went on from step 4 and was published; 4 was overtaken by it."""
+    for number, steps in {1: (1, 2, 3), 2: (3, 4), 3: (5, 6), 4: (6, 7)}.items():
+        for step in steps:
+            (folder / f"attempt-{number}" / "grids" / f"step-{step}.png").write_bytes(f"{number}".encode())
+    for _ in range(2):
+        clear_attempts(folder, keep=3, without="state", gather="grids")
+        grids = {file.name: file.read_bytes() for file in (folder / "attempt-3" / "grids").list()}
+        assert grids == {f"step-{step}.png": str(by).encode() for step, by in enumerate((1, 1, 2, 2, 3, 3), start=1)}
+        assert [child.name for child in folder.list()] == ["attempt-3"]
+
+
 def test_a_broken_file_of_the_ledger_is_named(folder: Location) -> None:
-    (folder / "failed.json").write_bytes(b"{")
-    with pytest.raises(SafetyDPOError, match="expected JSON of the ledger at .*failed.json, found"):
+    attempt = lease(folder)
+    (folder / "lease" / "attempt-1.alive").write_bytes(b"{")
+    with pytest.raises(SafetyDPOError, match="expected JSON of the ledger at .*attempt-1.alive, found"):
         look(folder)
+    attempt.renew()
+    assert look(folder).standing is Standing.HELD
 
 
 def test_the_machine_has_the_name_of_its_pid_namespace() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,36 +16,11 @@ import pyarrow.fs as pafs
 import pytest
 
 from safetydpo.artifacts import exclusive_create
+from safetydpo.artifacts.exclusive_create import NoExclusiveCreation
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.errors import SafetyDPOError
+from tests.artifacts.racers import race
 from tests.s3_server import BUCKET, S3Server
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(params=["disk", "s3"])
-def place(request: pytest.FixtureRequest) -> Location:
-    """An empty folder of either kind."""
-    found: Location = request.getfixturevalue({"disk": "store", "s3": "s3_store"}[request.param])
-    return found
-
-
-def race(what: str, place: Location, count: int) -> dict[str, list[int]]:
-    """Run two processes at once; return what each of them won."""
-    address = str(place) if place.is_local else f"s3://{place.path}"
-    commands = {
-        name: subprocess.Popen(
-            [sys.executable, "-m", "tests.artifacts.racing", what, address, name, str(count)],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for name in ("a", "b")
-    }
-    won = {name: json.loads(process.communicate(timeout=120)[0]) for name, process in commands.items()}
-    assert all(process.returncode == 0 for process in commands.values())
-    return won
 
 
 def test_only_the_first_creation_succeeds(place: Location) -> None:
@@ -80,6 +55,12 @@ def test_a_lost_answer_is_told_from_somebody_elses_object(s3_store: Location) ->
     assert not file.create_exclusively(b"token of another")
 
 
+def test_an_object_that_is_gone_again_was_somebody_elses(s3_store: Location) -> None:
+    """A short lease: it stood there when it was to be created, and is deleted when its content is asked for."""
+    found = exclusive_create._stands_there(s3_store.filesystem, f"{s3_store.path}/gone", b"mine")  # type: ignore[arg-type]
+    assert not found
+
+
 def test_the_probe_leaves_nothing_behind(s3_store: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exclusive_create, "_REFUSING", set())
     assert (s3_store / "lease").create_exclusively(b"x")
@@ -107,27 +88,60 @@ class _Ignoring(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer()
 
-    def _answer(self, status: int = 200) -> None:
+    def _answer(self, status: int = 200, body: bytes = b"") -> None:
         self.send_response(status)
         self.send_header("ETag", '"0"')
-        self.send_header("Content-Length", "0")
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        self.wfile.write(body)
 
     def log_message(self, *arguments: object) -> None:
         pass
 
 
+class _Without(_Ignoring):
+    """An S3 server that says that it has no conditional writes, as some do."""
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.conditions.append(self.path)  # type: ignore[attr-defined]
+        said = "<Code>NotImplemented</Code><Message>A header you provided implies functionality</Message>"
+        self._answer(501, f"<Error>{said}</Error>".encode())
+
+
+@contextmanager
+def served(kind: type[_Ignoring], server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
+    """Serve by `kind`, where the environment now leads."""
+    fake = ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    fake.conditions = []  # type: ignore[attr-defined]
+    threading.Thread(target=fake.serve_forever, daemon=True).start()
+    for name, value in server.variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{fake.server_port}")
+    yield fake
+    fake.shutdown()
+    fake.server_close()
+
+
 @pytest.fixture
 def ignoring(monkeypatch: pytest.MonkeyPatch, s3_server: S3Server) -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Ignoring)
-    server.conditions = []  # type: ignore[attr-defined]
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name, value in s3_server.variables.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_port}")
-    yield server
-    server.shutdown()
-    server.server_close()
+    with served(_Ignoring, s3_server, monkeypatch) as fake:
+        yield fake
+
+
+def test_a_server_without_conditional_writes_is_named_at_once(
+    monkeypatch: pytest.MonkeyPatch, s3_server: S3Server
+) -> None:
+    with served(_Without, s3_server, monkeypatch) as fake:
+        started = time.monotonic()
+        with pytest.raises(
+            NoExclusiveCreation,
+            match=r"expected the S3 server at 127\.0\.0\.1:.* If-None-Match: \*, found that it cannot, AWS Error "
+            r"NOT_IMPLEMENTED \(HTTP status 501\): A header .*: choose an execution\.store on a server that knows",
+        ):
+            (open_location(f"s3://{BUCKET}/store") / "lease").create_exclusively(b"mine")
+        assert time.monotonic() - started < 10
+        assert len(fake.conditions) == 1  # type: ignore[attr-defined]
 
 
 def test_a_server_that_ignores_the_condition_is_found_out(ignoring: ThreadingHTTPServer) -> None:

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safetydpo.artifacts import records
+from safetydpo.artifacts.leases import hold_lease
 from safetydpo.artifacts.records import (
     ArtifactKey,
     Record,
@@ -20,10 +22,12 @@ from safetydpo.artifacts.records import (
     read_pointers,
     read_record,
     write_pointer,
+    write_pointers,
 )
 from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError, UsageError
+from tests.artifacts.racers import race
 
 KEY = ArtifactKey("pairs", "demo", identity={"seed": 0, "steps": 4}, inputs={"base": "f"}, recipe_version=1)
 
@@ -126,6 +130,30 @@ def test_pointers(store: Location):
         "pairs": {"stage": "pairs", "folder": KEY.folder_name, "hash": KEY.hash},
         "expert:hate": {"stage": "experts", "folder": other.folder_name, "hash": other.hash},
     }
+
+
+def test_two_processes_that_write_pointers_at_once_lose_none(place: Location):
+    """Each writes 15 pointers one by one into the same file; all 30 are there in the end."""
+    won = race("point", place, 15)
+    assert won == {"a": list(range(15)), "b": list(range(15))}
+    assert set(read_pointers(place)) == {f"{name}-{index}" for name in "ab" for index in range(15)}
+
+
+def test_pointers_that_stand_there_are_not_written_again(store: Location):
+    write_pointers(store, {"pairs": KEY, "experts": KEY})
+    before = (store.local_path / "artifacts.json").stat().st_mtime_ns
+    write_pointer(store, "pairs", KEY)
+    assert (store.local_path / "artifacts.json").stat().st_mtime_ns == before
+
+
+def test_pointers_that_somebody_holds_for_too_long_are_an_error(store: Location, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(records, "POINTERS_PATIENCE_SECONDS", 0.2)
+    with (
+        hold_lease(store / records.POINTERS_LEASE),
+        pytest.raises(SafetyDPOError, match=r"expected nobody else to write to .*\.pointers, found process \d+ on"),
+    ):
+        write_pointer(store, "pairs", KEY)
+    assert read_pointers(store) == {}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"artifacts": 3}', '{"artifacts": {"a": 3}}'])

@@ -9,6 +9,7 @@ from safetensors.torch import save
 from safetydpo.artifacts.schemas import canonical_json
 from safetydpo.config.training import DpoConfig, LoraConfig
 from safetydpo.dpo.checkpoint import (
+    OldCheckpointError,
     TrainingIdentity,
     TrainingState,
     decode_checkpoint,
@@ -146,12 +147,21 @@ def test_other_files_are_refused(data: bytes) -> None:
         decode_checkpoint(data, expected=identity(), where="runs/x")
 
 
-def test_other_format_version_is_refused() -> None:
-    for version in (1, 9):
-        content = canonical_json({"format_version": version}).decode()
-        data = save({"history": torch.ones(1)}, metadata={"training": content})
-        with pytest.raises(SafetyDPOError, match=f"a checkpoint of format 2 at runs/x, found format {version}: delete"):
-            decode_checkpoint(data, expected=identity(), where="runs/x")
+def of_format(version: int) -> bytes:
+    content = canonical_json({"format_version": version}).decode()
+    return bytes(save({"history": torch.ones(1)}, metadata={"training": content}))
+
+
+def test_a_later_format_version_is_refused() -> None:
+    with pytest.raises(SafetyDPOError, match="a checkpoint of format 2 at runs/x, found format 9: delete") as caught:
+        decode_checkpoint(of_format(9), expected=identity(), where="runs/x")
+    assert not isinstance(caught.value, OldCheckpointError)
+
+
+def test_an_earlier_format_version_is_told_apart() -> None:
+    """Its training is begun anew; see `test_resume`."""
+    with pytest.raises(OldCheckpointError, match="the checkpoint at runs/x has format 1, this version reads 2"):
+        decode_checkpoint(of_format(1), expected=identity(), where="runs/x")
 
 
 def test_missing_tensors_are_refused() -> None:

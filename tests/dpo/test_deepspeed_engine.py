@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import torch
 from safetydpo.artifacts.storage import open_location
 from safetydpo.config.training import DpoConfig, LoraConfig
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
-from safetydpo.dpo.batch import PreferenceData
-from safetydpo.dpo.deepspeed_engine import DeepSpeedEngine
+from safetydpo.dpo.batch import PreferenceData, step_batch
+from safetydpo.dpo.descent import Part, descend
 from safetydpo.dpo.engine import open_engine
+from safetydpo.dpo.step import policy_loss
 from safetydpo.errors import SafetyDPOError, UsageError
+from tests.dpo.alone import run_alone
 from tests.dpo.runs import KilledError, disturb, kill_after, largest_difference, train
 
 Make = Callable[..., PreferenceData]
@@ -23,11 +26,24 @@ def with_strategy(config: DpoConfig, strategy: str, zero_stage: int = 1) -> DpoC
     return config.model_copy(update={"strategy": strategy, "zero_stage": zero_stage, "redirection_weight": 1.0})
 
 
-def test_without_a_process_group_it_says_so() -> None:
-    if torch.distributed.is_initialized():
-        pytest.skip("another test has made the group already")
-    with pytest.raises(SafetyDPOError, match=r"expected an initialised torch\.distributed process group"):
-        DeepSpeedEngine([("a", torch.nn.Parameter(torch.zeros(1)))], config=DpoConfig())
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed"])
+def test_without_a_process_group_it_says_so(strategy: str) -> None:
+    told = run_alone(f"""
+import torch
+from safetydpo.config.training import DpoConfig
+from safetydpo.dpo.deepspeed_engine import DeepSpeedEngine
+from safetydpo.dpo.plain_engine import DdpEngine
+from safetydpo.errors import SafetyDPOError
+kind = {{"ddp": DdpEngine, "deepspeed": DeepSpeedEngine}}[{strategy!r}]
+try:
+    kind([("a", torch.nn.Parameter(torch.zeros(1)))], config=DpoConfig())
+except SafetyDPOError as error:
+    print(error)
+""")
+    assert told == (
+        f"expected an initialised torch.distributed process group for dpo.strategy {strategy!r}, found none: train "
+        "through Ray Train, or set dpo.strategy to 'single'"
+    )
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2])
@@ -152,3 +168,59 @@ def test_another_optimizer_is_refused(backbone: StableDiffusion, config: DpoConf
     config = with_strategy(config, "deepspeed").model_copy(update={"optimizer": "adafactor"})
     with pytest.raises(UsageError, match=r"dpo.optimizer 'adamw' for dpo.strategy 'deepspeed', found 'adafactor'"):
         open_engine(backbone, config=config, lora=lora)
+
+
+class _Breaks(torch.autograd.Function):
+    """Passes its input on, and fails on the way back."""
+
+    @staticmethod
+    def forward(context: object, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(context: object, gradient: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("the way back is closed")
+
+
+@pytest.mark.parametrize("where", ["between parts", "on the way back", "before the update"])
+@pytest.mark.parametrize("engine_of", [("single", 1), ("ddp", 1), ("deepspeed", 1), ("deepspeed", 2)])
+@pytest.mark.usefixtures("process_group")
+def test_a_step_that_is_broken_off_leaves_no_gradient_to_the_next_expert(
+    engine_of: tuple[str, int],
+    where: str,
+    backbone: StableDiffusion,
+    make_data: Make,
+    config: DpoConfig,
+    lora: LoraConfig,
+) -> None:
+    """A whole part is on its way when the second one fails: an error of ours, one of the library, a loss that is NaN.
+
+    The expert after it has the bits of one that was trained alone.
+    """
+    config = with_strategy(config.model_copy(update={"steps": 2, "pairs_per_forward": 2}), *engine_of)
+    alone = train(backbone, make_data(), config, lora)
+    engine = open_engine(backbone, config=config, lora=lora)
+    # Not the start of an expert, where some gradients are 0.
+    train(backbone, make_data(seed=1), config, lora, engine=engine)
+    batch = step_batch(make_data(seed=2), 0, config=config, run_seed=5, expert="sexual", num_timesteps=1000)
+
+    def good() -> tuple[torch.Tensor, torch.Tensor]:
+        return policy_loss(backbone, batch, config=config)
+
+    def bad() -> tuple[torch.Tensor, torch.Tensor]:
+        if where == "between parts":
+            raise SafetyDPOError("the second part's pictures are gone")
+        loss, numbers = good()
+        if where == "before the update":
+            return loss * float("nan"), numbers * float("nan")
+        return loss + sum(_Breaks.apply(one).sum() for _, one in backbone.adapter_parameters()[:3]), numbers
+
+    parts: list[Part] = [good, bad]
+    message = "pictures are gone|way back is closed|expected a finite loss at step 0, found nan"
+    with pytest.raises((SafetyDPOError, RuntimeError), match=message):
+        descend(engine, parts, config=config, step=0, who="expert 'sexual'", advice="none")
+    # Whatever was replaced is collected in the middle of the next training.
+    after = train(backbone, make_data(), config, lora, engine=engine, report=lambda _: gc.collect())
+    assert largest_difference(alone.layers, after.layers) == 0.0
+    assert alone.history == after.history
+    engine.close()

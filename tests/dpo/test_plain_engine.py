@@ -204,13 +204,6 @@ def test_accumulated_parts_add_up() -> None:
         assert torch.allclose(one.grad, other.grad, rtol=1e-6, atol=1e-7)
 
 
-def test_ddp_without_a_process_group_says_so() -> None:
-    if torch.distributed.is_initialized():
-        pytest.skip("another test has made the group already")
-    with pytest.raises(SafetyDPOError, match=r"process group for dpo\.strategy 'ddp', found none: train through Ray"):
-        DdpEngine(parameters(), config=DpoConfig())
-
-
 @pytest.mark.usefixtures("process_group")
 def test_ddp_in_one_process_equals_the_plain_loop() -> None:
     """Equal bits, with accumulation and a running mean."""

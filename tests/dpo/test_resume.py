@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
+from safetydpo.artifacts.schemas import canonical_json
 from safetydpo.artifacts.storage import open_location
 from safetydpo.config.training import DpoConfig, LoraConfig
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
@@ -64,3 +68,28 @@ def test_equal_bytes(
     assert resumed.resumed_at == 2
     assert largest_difference(whole.layers, resumed.layers) == 0.0
     assert whole_at.read_bytes() == cut_at.read_bytes()
+
+
+def test_a_checkpoint_of_an_earlier_format_is_not_gone_on_from(
+    backbone: StableDiffusion,
+    make_data: Make,
+    config: DpoConfig,
+    lora: LoraConfig,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One line says so, and the expert is that of a training without any; the checkpoint is overwritten in time."""
+    config = config.model_copy(update={"strategy": "single", "steps": 2, "checkpoint_every": 1})
+    whole_at, old_at = open_location(str(tmp_path / "whole")), open_location(str(tmp_path / "old"))
+    whole = train(backbone, make_data(), config, lora, checkpoint=whole_at)
+    content = canonical_json({"format_version": 1, "step": 1}).decode()
+    old_at.write_bytes(save({"history": torch.ones(1)}, metadata={"training": content}))
+    with caplog.at_level(logging.WARNING):
+        anew = train(backbone, make_data(), config, lora, checkpoint=old_at)
+    assert [record.message for record in caplog.records] == [
+        f"expert 'hate' is trained anew from its first step: the checkpoint at {old_at} has format 1, this version "
+        "reads 2"
+    ]
+    assert anew.resumed_at == 0
+    assert largest_difference(whole.layers, anew.layers) == 0.0
+    assert whole_at.read_bytes() == old_at.read_bytes()

@@ -51,3 +51,10 @@ def test_an_interrupted_training_is_not_touched_by_another_run(command: Command)
     assert {str(open_location(folder).parent) for folder in folders[0] | folders[1]} == {
         f"{command.folder}/store/experts"
     }
+
+
+def test_workers_that_cannot_train_together_are_refused_before_anything_is_made(command: Command) -> None:
+    """The rules themselves are in `tests/config/test_training_rules.py`."""
+    seen = command("train", "identity.dpo.strategy=single", "execution.workers_per_expert=2")
+    seen.assert_one_line("identity.dpo.strategy 'single'", "execution.workers_per_expert 1, found 2", code=USAGE)
+    assert not any(command.folder.iterdir())

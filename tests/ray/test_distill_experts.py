@@ -125,12 +125,12 @@ def test_retention_of_other_pairs_is_planned_and_part_of_the_key(command: Comman
     run = open_run(command.config, settings)
     units = {unit.name: unit for unit in plan_experts(run, *close_pairs(run))}
     own = set(units["violence"].pair_ids)
-    assert not own & set(units["violence"].other_pair_ids)
-    assert (units["violence"].other_pair_ids == ()) is empty
+    assert not own & set(units["violence"].others.ids())
+    assert (units["violence"].others.ids() == ()) is empty
     assert (units["violence"].key.inputs["retention_pairs"] == "") is empty
-    assert units["all_single"].other_pair_ids == ()
+    assert units["all_single"].others.ids() == ()
     if not empty:
-        assert own | set(units["violence"].other_pair_ids) == set(units["all_single"].pair_ids)
+        assert own | set(units["violence"].others.ids()) == set(units["all_single"].pair_ids)
 
 
 def test_a_distillation_cannot_start_from_itself(command: Command) -> None:

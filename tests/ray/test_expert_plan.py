@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,18 +17,18 @@ from ray_jobs.expert_files import expert_categories
 from ray_jobs.expert_plan import (
     ExpertUnit,
     benign_fingerprint,
+    lane_units,
     plan_experts,
     planned_names,
+    read_lane_units,
     refuse_left_out,
-    unit_from_json,
-    unit_to_json,
 )
 from ray_jobs.run import Run
 from ray_jobs.search_space import search_space, shared_weights
 from safetydpo.artifacts.adapters import AdapterMetadata, LoraLayer, adapter_hash, write_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE
 from safetydpo.artifacts.records import Record
-from safetydpo.artifacts.schemas import IMAGE_MANIFEST, MEMBERSHIPS, PROMPT_PAIRS, SELECTIONS
+from safetydpo.artifacts.schemas import IMAGE_MANIFEST, MEMBERSHIPS, PROMPT_PAIRS, SELECTIONS, sha256_of
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import read_table, table_from_rows, write_table
 from safetydpo.config.load import load_config
@@ -74,7 +75,6 @@ def test_groups_leave_categories_and_all_single_as_they_are(command: Command):
     assert {name: units[name].key.hash for name in STORED} == STORED
     assert set(units["sharp"].pair_ids) <= set(units["violence"].pair_ids)
     assert units["sharp"].categories == ("violence",)
-    assert unit_from_json(json.loads(json.dumps(unit_to_json(units["blue"])))) == units["blue"]
 
 
 def test_one_expert_per_concept(command: Command):
@@ -226,3 +226,66 @@ def test_many_experts_share_coefficients_by_category(command: Command, monkeypat
     assert [name for name, _ in shared.groups] == ["shocking", "violence"]
     assert shared.groups[1][1] == tuple(sorted(map(concept_group_name, CONCEPTS[:5])))
     assert set(shared_weights(shared)) == {"weights"}
+
+
+@pytest.mark.parametrize("settings", [(), OTHERS, ("identity.experts.group_by=concept", *OTHERS)])
+def test_a_lane_finds_the_units_that_the_command_planned(command: Command, settings: tuple[str, ...]) -> None:
+    """Names, keys and settings are told as plain JSON; pairs are found in the closed artifact."""
+    run = open_run(command.config, [*command.places, *settings])
+    pairs, folder = close_pairs(run)
+    units = plan_experts(run, pairs, folder)
+    told = json.loads(json.dumps(lane_units(units)))
+    found = read_lane_units(run, folder, told)
+    assert found == units
+    assert [unit.key.hash for unit in found] == [unit.key.hash for unit in units]
+    assert not any(pair_id in json.dumps(told) for unit in units for pair_id in unit.pair_ids)
+    assert lane_units([])["units"] == []
+    changed = {**units[0].key.identity, "seed": 9}
+    with pytest.raises(ValueError, match=f"expected units of one run, found other settings at '{units[0].name}'"):
+        lane_units([*units[1:], replace(units[0], key=replace(units[0].key, identity=changed))])
+
+
+def test_a_lane_with_other_pairs_than_the_commands_refuses(command: Command) -> None:
+    run = open_run(command.config, command.places)
+    pairs, folder = close_pairs(run)
+    told = lane_units(plan_experts(run, pairs, folder))
+    add_concept(folder)
+    with pytest.raises(SafetyDPOError, match="expected the pairs of expert 'violence' in .*, found other ones: the fo"):
+        read_lane_units(run, folder, told)
+    told["units"][0]["group"] = "weather"
+    with pytest.raises(SafetyDPOError, match="expected the pairs of expert 'violence' in .*, found no such group: the"):
+        read_lane_units(run, folder, told)
+
+
+def close_synthetic(run: Run, *, concepts: int, pairs_each: int) -> Location:
+    """Pairs of many concepts, as tables only."""
+    folder = run.store / "pairs" / "many"
+    rows = [(sha256_of([row]), f"c{row // pairs_each:03d}") for row in range(concepts * pairs_each)]
+    texts = [{"pair_id": pair_id, "unsafe_text": "a", "safe_text": "b"} for pair_id, _ in rows]
+    members = [
+        {"pair_id": pair_id, "category": "violence", "concept": name, "source": "hand"} for pair_id, name in rows
+    ]
+    chosen = [{"pair_id": pair_id, "seed": 1, "kept": True, "reason": "kept"} for pair_id, _ in rows]
+    for name, schema, table in (
+        ("prompt_pairs", PROMPT_PAIRS, texts),
+        ("memberships", MEMBERSHIPS, members),
+        ("selections", SELECTIONS, chosen),
+    ):
+        write_table(folder / f"{name}.parquet", table_from_rows(table, schema))
+    return folder
+
+
+def test_what_a_lane_is_told_does_not_grow_with_the_pairs(command: Command) -> None:
+    """40 experts that leave each other's pairs alone: below 1 kB each, with 2 pairs each or with 20."""
+    run = open_run(command.config, [*command.places, "identity.experts.group_by=concept", *OTHERS])
+    record, _ = close_pairs(run)
+    sizes = []
+    for pairs_each in (2, 20):
+        folder = close_synthetic(run, concepts=40, pairs_each=pairs_each)
+        units = plan_experts(run, record, folder)
+        assert len(units) == 41
+        assert len(units[0].others.ids()) == 39 * pairs_each
+        told = lane_units(units)
+        sizes.append(len(pickle.dumps(told)))
+        assert read_lane_units(run, folder, told) == units
+    assert sizes[0] == sizes[1] < 41 * 1000

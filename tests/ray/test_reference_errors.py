@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ray_jobs import reference_errors
 from ray_jobs.expert_plan import ExpertUnit, plan_experts
 from ray_jobs.reference_errors import count_draws, describe_draws, draws_of_pairs, with_reference_errors
 from ray_jobs.run import Run
@@ -110,3 +111,22 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(command
         assert said in seen.err
         assert seen.err.count("\n") == 1
     assert np.array_equal(list(command.folder.iterdir()), [])
+
+
+@pytest.mark.parametrize(
+    ("workers", "at_once", "pairs"), [(1, None, 8), (2, None, 4), (4, None, 2), (1, 2, 2), (2, 2, 2), (4, 4, 2)]
+)
+def test_passes_have_the_size_of_a_workers_own(command: Command, workers: int, at_once: int | None, pairs: int) -> None:
+    """8 pairs in a step: what a worker of it takes through the denoiser at once is what the stored errors are made in.
+
+    Another size is another pool, because it may change the last bits.
+    """
+    settings = ["identity.dpo.pairs_per_step=8", f"identity.dpo.pairs_per_forward={at_once or 'null'}"]
+    run, units = planned(command, *settings, f"execution.workers_per_expert={workers}")
+    dpo = units[0].dpo
+    batch = SimpleNamespace(num_pairs=dpo.pairs_per_step // workers)
+    assert pairs == min(batch.num_pairs, at_once or batch.num_pairs)
+    context = reference_errors._context(run, dpo)
+    assert context.batch_size == pairs
+    alone = reference_errors._context(planned(command, "identity.dpo.pairs_per_step=8")[0], dpo)
+    assert (context.hash == alone.hash) == (pairs == alone.batch_size)

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 
 import pyarrow as pa
 
 from ray_jobs.salvage import salvage_open_batches
+from safetydpo.artifacts.attempts import this_process
 from safetydpo.artifacts.pool_index import read_pool
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import write_table
@@ -48,8 +50,8 @@ def test_whole_files_are_closed_and_torn_ones_deleted(store: Location):
 def test_what_is_gone_on_with_or_written_to_is_left_alone(store: Location):
     batch = open_batch(store)
     assert salvage_open_batches(store, OUTPUT, id_column="row_id", leave=batch) == 0
-    lease = {"token": "x", "host": "another", "pid": 1, "started": 0.0, "renewed": time.time()}
-    (batch / "lease.json").write_bytes(json.dumps(lease).encode())
+    lease = {**asdict(this_process(run="x", lane="x")), "host": "another", "renewed": time.time()}
+    (batch / "lease" / "attempt-1").write_bytes(json.dumps(lease).encode())
     assert salvage_open_batches(store, OUTPUT, id_column="row_id", leave=store / "batch-9") == 0
     assert not (batch / "record.json").exists()
 
