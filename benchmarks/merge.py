@@ -9,7 +9,7 @@ SDXL (560 layers, 5,806,080). Equal work is checked, not assumed.
   of SD1.5, both to rank 4, CPU seconds of all threads; the singular values of every layer must agree to 1e-4. PEFT runs
   once, because it takes minutes, and first, so that nothing is warm for either.
 - `seconds`: from experts in memory to the merged adapter, checks included, by the clock (median): `svd` is what
-  `seconds_7_experts_*` are; `average`, and `co_merge` with 24 inputs per layer, beside it.
+  `seconds_7_experts_*` are; `average`, and `co_merge` with 24 inputs per layer, beside it, and CPU seconds of each.
 - `ways`: how many times longer the dense way to a truncated SVD takes than the chosen one, by the share of
   min(d_in, d_out) that the components make up; never below 1 but for noise.
 - `suppliers`: how many distinct experts supply a layer, on average, against the number of experts.
@@ -92,7 +92,8 @@ def merge(experts: list[Expert], method: str, *, inputs: dict[str, torch.Tensor]
 
 def measure_seconds(rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
     """Return seconds of merges of 7 experts."""
-    ratios, raw = {}, {}
+    ratios: dict[str, float] = {}
+    raw: dict[str, Any] = {}
     for family, unet in (("sd15", SD15), ("sdxl", SDXL)):
         shapes = layer_shapes(unet)
         experts = make_experts(shapes, NUM_EXPERTS)
@@ -103,9 +104,12 @@ def measure_seconds(rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
             "co_merge": lambda experts=experts, inputs=inputs: _drop(merge(experts, "co_merge", inputs=inputs)),  # type: ignore[misc]
         }
         times = alternate(ways, rounds=rounds)
-        raw[family] = {name: [one.wall_seconds for one in times[name]] for name in ways}
-        ratios[f"seconds_7_experts_{family}"] = statistics.median(raw[family]["svd"])
-        print(family, {name: round(statistics.median(values), 3) for name, values in raw[family].items()}, flush=True)
+        raw[family] = {
+            "wall": {name: statistics.median(one.wall_seconds for one in times[name]) for name in ways},
+            "cpu": {name: statistics.median(one.cpu_seconds for one in times[name]) for name in ways},
+        }
+        ratios[f"seconds_7_experts_{family}"] = raw[family]["wall"]["svd"]
+        print(family, raw[family], flush=True)
     return ratios, raw
 
 

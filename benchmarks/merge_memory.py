@@ -12,7 +12,6 @@ shape, whose 2,000 components take the dense way.
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -46,8 +45,12 @@ def measure_memory() -> dict[str, Any]:
 
 
 def peak_gigabytes() -> float:
-    """Return the largest resident size of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    """Return the largest resident size of this process so far.
+
+    Read from /proc, because the `ru_maxrss` of a started process begins at that of the process that started it.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024 / 1e9
 
 
 def merge_folder(folder: str) -> dict[str, Any]:
@@ -71,7 +74,6 @@ def merge_folder(folder: str) -> dict[str, Any]:
         "co_merge_seconds": time.perf_counter() - started,
         "layers": len(merged.layers),
         "parameters": sum(layer.down.numel() + layer.up.numel() for layer in merged.layers.values()),
-        "suppliers": merged.num_suppliers,
     }
     kinds = {(layer.down.shape[1], layer.up.shape[0]): name for name, layer in first.items()}
     few = [Expert(e.name, e.hash, _Chosen(e.layers, sorted(kinds.values())), e.metadata) for e in experts]
