@@ -44,4 +44,4 @@ evidence: setup
 	$(BIN)/safetydpo evidence
 
 bench: setup
-	for name in train; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in train merge; do $(BIN)/python -m benchmarks.$$name || exit 1; done

@@ -172,6 +172,7 @@ def run_chain(config: Any, *, last: str) -> None:
 
     from ray_jobs.cluster import disconnect
     from ray_jobs.concept_table import print_pairs
+    from ray_jobs.merge_table import merge_lines
     from ray_jobs.pipeline import run_stages
 
     # A log file has no width of its own; 80 columns would leave out the intervals.
@@ -186,6 +187,8 @@ def run_chain(config: Any, *, last: str) -> None:
     else:
         if last == "train":
             _print_draws(console, chain)
+        if last == "merge":
+            console.print("\n".join(merge_lines(chain.merged)), highlight=False, soft_wrap=True)
         console.print(f"[bold]{last}[/bold] is done: {chain.run.run_dir.shown}")
     _print_times(console, chain)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray_jobs.expert_plan import is_grouped
 from ray_jobs.run import Run
-from safetydpo.artifacts.adapters import adapter_hash, read_adapter, read_adapter_metadata
+from safetydpo.artifacts.adapters import LoraLayer, adapter_hash, read_adapter, read_adapter_metadata
 from safetydpo.artifacts.layout import ADAPTER_FILE
 from safetydpo.artifacts.records import ArtifactKey, Record, artifact_folder, files_folder
 from safetydpo.artifacts.storage import Location
@@ -19,6 +19,10 @@ MERGE_RECIPE_VERSION = 2
 """How experts become a merged adapter."""
 INPUTS_FILE = "layer_inputs.safetensors"
 MOMENTS_FILE = "moments.safetensors"
+MAX_EXPERT_BYTES = 2 << 30
+"""Experts whose files are larger than this together are not kept in memory while they are merged."""
+MAX_INPUT_BYTES = 1 << 30
+"""Layer inputs that are larger are read one layer at a time."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +99,24 @@ def check_expert_files(run: Run, experts: Mapping[str, Record]) -> None:
             )
 
 
-def load_experts(run: Run, folders: Mapping[str, str]) -> list[Any]:
-    """Read expert adapters from the folders of their files."""
+def load_experts(run: Run, folders: Mapping[str, str], *, max_bytes: int = MAX_EXPERT_BYTES) -> list[Any]:
+    """Read expert adapters from the folders of their files.
+
+    If they are larger than `max_bytes` together, their layers are read one at a time, whenever they are needed.
+    """
+    from safetydpo.artifacts.lazy_tensors import LazyLayers
     from safetydpo.merging.merge import Expert
 
+    files = {name: Location(run.store.filesystem, path) / ADAPTER_FILE for name, path in folders.items()}
+    is_lazy = sum(file.size_bytes() for file in files.values()) > max_bytes
     experts = []
-    for name, path in folders.items():
-        layers, metadata = read_adapter(Location(run.store.filesystem, path) / ADAPTER_FILE)
+    for name, file in files.items():
+        layers: Mapping[str, LoraLayer]
+        if is_lazy:
+            layers = LazyLayers(file)
+            metadata = layers.metadata
+        else:
+            layers, metadata = read_adapter(file)
         experts.append(Expert(name, adapter_hash(layers), layers, metadata))
     return experts
 
@@ -111,7 +126,8 @@ def read_aids(run: Run, folders: Mapping[str, str], *, methods: Sequence[str]) -
 
     What is not needed is not read and None.
     """
-    from safetydpo.merging.activations import inputs_from_bytes
+    from safetydpo.merging.activations import METADATA_KEY, inputs_from_bytes
+    from safetydpo.merging.collected import open_collected
     from safetydpo.merging.moments import moments_from_bytes
 
     chosen = [find_method(name) for name in methods]
@@ -119,7 +135,10 @@ def read_aids(run: Run, folders: Mapping[str, str], *, methods: Sequence[str]) -
     collected = {"base_fingerprint": run.base_fingerprint}
     if "layer_inputs" in folders and any(method.needs_inputs for method in chosen):
         location = Location(run.store.filesystem, folders["layer_inputs"]) / INPUTS_FILE
-        found["inputs"] = inputs_from_bytes(location.read_bytes(), source=str(location), **collected)
+        if location.size_bytes() > MAX_INPUT_BYTES:
+            found["inputs"] = open_collected(location, kind=METADATA_KEY, what="layer inputs", **collected)
+        else:
+            found["inputs"] = inputs_from_bytes(location.read_bytes(), source=str(location), **collected)
     if "layer_inputs" in folders and any(method.needs_moments for method in chosen):
         location = Location(run.store.filesystem, folders["layer_inputs"]) / MOMENTS_FILE
         found["moments"] = moments_from_bytes(location.read_bytes(), source=str(location), **collected)

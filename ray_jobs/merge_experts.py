@@ -20,6 +20,7 @@ from ray_jobs.expert_files import (
     load_experts,
     read_aids,
 )
+from ray_jobs.merge_settings import merge_request, requested_methods, run_merge
 from ray_jobs.prompt_tables import needed_prompts, split_prompts, spread_prompts
 from ray_jobs.run import Run
 from ray_jobs.workers import worker_device
@@ -51,14 +52,7 @@ def merge_experts(run: Run, experts: Mapping[str, Record], pairs: Record, pairs_
     members = {name: record for name, record in experts.items() if name != ALL_SINGLE}
     records: dict[str, Record] = {}
     for method in methods:
-        settings = {
-            "method": method.name,
-            "weights": None,
-            "global_scale": merge.global_scale,
-            "density": merge.density if method.uses_density else None,
-            "output_rank": merge.output_rank,
-        }
-        records[method.name] = merged_artifact(run, method.name, settings, members, aids=aids)
+        records[method.name] = merged_artifact(run, method.name, merge_request(merge, method), members, aids=aids)
     return records
 
 
@@ -71,7 +65,9 @@ def merge_aids(
 
     distils = any(method.needs_distilled for method in methods)
     start = [find_method(run.config.identity.merge.distill.start_method)] if distils else []
-    needs_base = any(method.needs_base for method in (*methods, *start))
+    within = run.config.identity.merge.within_category
+    level = [find_method(within.method)] if within is not None else []
+    needs_base = any(method.needs_base for method in (*methods, *start, *level))
     aids = MergeAids(layer_inputs=collect_layer_inputs(run) if needs_base else None)
     if not distils:
         return aids
@@ -82,10 +78,8 @@ def merge_aids(
 def merged_artifact(
     run: Run, pointer: str, settings: Mapping[str, Any], experts: Mapping[str, Record], *, aids: MergeAids
 ) -> Record:
-    """Make or find the merged adapter of one method, scale and set of weights; `aids` may hold more than it needs."""
-    from safetydpo.merging.registry import find_method
-
-    needed = aids.needed_by([find_method(str(settings["method"]))])
+    """Make or find the merged adapter of one request (`merge_request`); `aids` may hold more than it needs."""
+    needed = aids.needed_by(requested_methods(settings))
     key = ArtifactKey(
         stage="merged",
         name=str(settings["method"]),
@@ -120,20 +114,10 @@ def _merge_task(
 ) -> dict[str, Any]:
     import torch
 
-    from safetydpo.merging.merge import merge_prepared, prepare_experts
-
     run = Run(Config.model_validate(config))
     torch.set_num_threads(max(1, int(run.config.execution.cpus_per_worker)))
-    prepared = prepare_experts(load_experts(run, folders), **read_aids(run, aids, methods=[settings["method"]]))
-    result = merge_prepared(
-        prepared,
-        method=settings["method"],
-        weights=settings["weights"],
-        global_scale=settings["global_scale"],
-        density=settings["density"] or 1.0,
-        output_rank=settings["output_rank"],
-        seed=run.config.identity.seed,
-    )
+    needs = read_aids(run, aids, methods=[method.name for method in requested_methods(settings)])
+    result, prepared, parts = run_merge(settings, load_experts(run, folders), needs, seed=run.config.identity.seed)
     write_adapter(
         Location(run.store.filesystem, target) / ADAPTER_FILE, result.layers, metadata=result.metadata(prepared)
     )
@@ -143,7 +127,9 @@ def _merge_task(
         "details": {
             "recipe": result.recipe,
             "shares": result.shares,
+            "suppliers": result.num_suppliers,
             "truncation_error": result.overall_truncation_error,
+            **({"categories": parts} if parts else {}),
         },
     }
 

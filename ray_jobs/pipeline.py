@@ -68,6 +68,7 @@ def check_request(run: Run, *, last: str = "report") -> None:
     from ray_jobs.expert_plan import group_prompt_pairs, is_grouped
     from ray_jobs.expert_watch import check_watch
     from ray_jobs.given_pairs import check_given
+    from ray_jobs.merge_settings import check_merge_settings
     from ray_jobs.prompt_tables import all_pairs
     from ray_jobs.verify_pairs import check_verification
     from safetydpo.diffusion.build import check_targets
@@ -85,6 +86,7 @@ def check_request(run: Run, *, last: str = "report") -> None:
                 find_method(name)
             except UsageError as error:
                 raise UsageError(f"{error}: correct identity.{setting}") from error
+    check_merge_settings(identity)
     start = identity.merge.distill.start_method
     if find_method(start).needs_distilled:
         raise UsageError(

@@ -38,10 +38,13 @@ UP_SUFFIX = ".lora_B.weight"
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """The change of one linear layer: delta = up @ down, every scale already folded into `up`."""
+    """The change of one linear layer: delta = up @ down, every scale already folded into `up`.
 
-    down: Float[Tensor, "rank d_in"]
-    up: Float[Tensor, "d_out rank"]
+    That of a convolution has the axes of its weights: a down-projection by the kernel, an up-projection by a 1 x 1 one.
+    """
+
+    down: Float[Tensor, "rank d_in"] | Float[Tensor, "rank d_in height width"]
+    up: Float[Tensor, "d_out rank"] | Float[Tensor, "d_out rank 1 1"]
 
 
 @dataclass(frozen=True)

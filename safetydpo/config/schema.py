@@ -2,7 +2,7 @@
 
 Two halves: `identity` changes the result and is hashed; `execution` (workers, paths, logging) never is.
 Unknown keys are refused. Each default lives here (those of pairs in `pairs`, of training in `training`, `experts`
-and `validation`, of the merge search in `search`) and nowhere else.
+and `validation`, of merges in `merge`, of their search in `search`) and nowhere else.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from safetydpo.config.experts import ExpertsConfig
 from safetydpo.config.fields import CATEGORIES, Category, Distinct, Frozen, added_field
+from safetydpo.config.merge import MergeConfig
 from safetydpo.config.pairs import GENERATE, PairsConfig
 from safetydpo.config.search import SearchConfig
-from safetydpo.config.training import DistillConfig, DpoConfig, LoraConfig, TrainingConfig
+from safetydpo.config.training import DpoConfig, LoraConfig, TrainingConfig
 from safetydpo.config.training_rules import check_dpo, check_training, check_workers
 
 
@@ -72,25 +73,6 @@ class PromptsConfig(Frozen):
     None = `pairs_per_category` decides, and a concept more takes pairs from the others of its category."""
     retention_prompts: int = Field(96, ge=0)
     """Neutral prompts of the training split, rendered by the base and used by the benign-retention term."""
-
-
-class MergeConfig(Frozen):
-    """Merges that are made without a search."""
-
-    methods: Distinct[str] = ("average", "sum", "ties", "co_merge")
-    """Names in the merge registry."""
-    global_scale: float = Field(1.0, gt=0)
-    """Multiplies the merged delta."""
-    density: float = Field(0.3, gt=0, le=1.0)
-    """Share of entries kept by TIES."""
-    output_rank: int | None = Field(None, ge=1)
-    """Rank of the merged adapter by truncated SVD; None = exact (sum of ranks, at most min(d_in, d_out))."""
-    activation_prompts_per_category: int = Field(8, ge=1)
-    """Unsafe prompts per category whose layer inputs Co-Merge votes on."""
-    activation_timesteps: Distinct[int] = Field((801, 401, 101), min_length=1)
-    """Timesteps at which the layer inputs are collected."""
-    distill: DistillConfig = DistillConfig()
-    """Settings of the method `distill`."""
 
 
 class EvaluationConfig(Frozen):

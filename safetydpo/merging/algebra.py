@@ -2,8 +2,12 @@
 
 A delta is `up @ down`. Sums are concatenations, ranks are reduced by QR of the factors and a small SVD. All
 decompositions run in float64 and come back in the input's type, so that float32 results are exact to rounding.
+Where the components are nearly as many as the rows or columns, the dense way is the shorter one and is taken.
 
-Axis legend: `rank rank_out` LoRA components, `d_in d_out` features of the linear layer.
+A convolution is the linear layer of its patches: `flatten_kernel` and `restore_kernel` are the border.
+
+Axis legend: `rank rank_out` LoRA components, `d_in d_out` features of the linear layer (of a convolution: channels in x
+kernel height x kernel width, channels out).
 """
 
 from __future__ import annotations
@@ -17,6 +21,15 @@ from torch import Tensor
 
 from safetydpo.artifacts.adapters import LoraLayer
 from safetydpo.errors import SafetyDPOError
+
+FACTORED_SHARE = 0.7
+"""Components up to this share of min(d_in, d_out) are decomposed in factored form: above it, two QRs, a small SVD and
+two products take longer than one dense SVD (`benchmarks/merge.py` measures both)."""
+SMALL_LAYER = 256
+"""Where min(d_in, d_out) is at most this, the factored form is taken up to it: both ways take milliseconds there, and
+the one that is taken decides the last bits of merges that are stored."""
+ROUNDINGS = 16
+"""A singular value below this many epsilons of the first one is rounding."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +112,24 @@ def cap_rank(layer: LoraLayer) -> LoraLayer:
     return layer if rank_of(layer) <= max_rank(layer) else exact_factors(delta(layer))
 
 
+def flatten_kernel(layer: LoraLayer) -> LoraLayer:
+    """Return the change of a convolution as that of a linear layer on patches; a linear layer comes back as it is.
+
+    `down` [rank, c_in, height, width] becomes [rank, c_in * height * width], `up` [c_out, rank, 1, 1] becomes
+    [c_out, rank]; up @ down is then the change of the weight, flattened from its second axis on.
+    """
+    if layer.down.ndim == 2:
+        return layer
+    return LoraLayer(down=layer.down.flatten(1), up=layer.up.flatten(1))
+
+
+def restore_kernel(layer: LoraLayer, kernel: Sequence[int]) -> LoraLayer:
+    """Undo `flatten_kernel`: `kernel` is (height, width) of the convolution, () for a linear layer."""
+    if not kernel:
+        return layer
+    return LoraLayer(down=layer.down.unflatten(1, (-1, *kernel)), up=layer.up[:, :, None, None])
+
+
 def singular_values(layer: LoraLayer) -> Float[Tensor, " rank"]:
     """Return the singular values of up @ down in falling order, float64, from the factored form."""
     _, middle, _ = _orthogonal_core(layer)
@@ -132,6 +163,48 @@ def factor_dense(dense: Float[Tensor, "d_out d_in"], rank: int) -> Reduction:
     """
     u, s, vh = torch.linalg.svd(dense.to(torch.float64), full_matrices=False)
     return _truncate(u, s, vh, rank=rank, dtype=dense.dtype)
+
+
+def decompose(
+    layer: LoraLayer,
+) -> tuple[Float[Tensor, "d_out rank_out"], Float[Tensor, " rank_out"], Float[Tensor, "rank_out d_in"]]:
+    """Return the SVD (u, s, vh) of up @ down in float64, by the shorter of the two ways.
+
+    At most min(rank, d_in, d_out) singular values, falling; those of directions outside the true rank are about 0.
+
+    Source: Halko, Martinsson and Tropp 2011, section 5 (SVD from QR).
+    """
+    if not prefers_factors(layer):
+        u, s, vh = torch.linalg.svd(delta(layer).to(torch.float64), full_matrices=False)
+        return u, s, vh
+    left, middle, right = _orthogonal_core(layer)
+    u, s, vh = torch.linalg.svd(middle, full_matrices=False)
+    return left @ u, s, vh @ right
+
+
+def truncate(layer: LoraLayer, rank: int) -> Reduction:
+    """Return the nearest layer of at most `rank` components, by the shorter of the two ways.
+
+    Raises:
+        SafetyDPOError: if `rank` is below 1.
+    """
+    return reduce_rank(layer, rank) if prefers_factors(layer) else factor_dense(delta(layer), rank)
+
+
+def prefers_factors(layer: LoraLayer) -> bool:
+    """Whether the factored form is the shorter way to a decomposition than the dense matrix."""
+    most = max_rank(layer)
+    return rank_of(layer) < most if most <= SMALL_LAYER else rank_of(layer) <= FACTORED_SHARE * most
+
+
+def nonzero_count(values: Float[Tensor, " rank"], *, dtype: torch.dtype) -> int:
+    """Return how many of the falling singular values are more than the rounding of factors of this type.
+
+    The limit is `ROUNDINGS` epsilons of the first value: what lies below has directions that mean nothing.
+    """
+    if values.numel() == 0 or values[0] <= 0:
+        return 0
+    return int((values > ROUNDINGS * torch.finfo(dtype).eps * values[0]).sum())
 
 
 def _orthogonal_core(layer: LoraLayer) -> tuple[Tensor, Tensor, Tensor]:

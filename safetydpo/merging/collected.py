@@ -9,7 +9,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from safetydpo.artifacts.lazy_tensors import LazyTensors
 from safetydpo.artifacts.schemas import canonical_json
+from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError
 
 
@@ -36,9 +38,30 @@ def collected_from_bytes(data: bytes, *, kind: str, what: str, source: str, base
         raise SafetyDPOError(
             f"expected {what} at {source}, found {len(data):,} bytes that are none ({error}): collect them again"
         ) from error
+    _check_base(found, what=what, source=source, base_fingerprint=base_fingerprint)
+    return tensors
+
+
+def open_collected(location: Location, *, kind: str, what: str, base_fingerprint: str) -> LazyTensors:
+    """Return the tensors of such a file, each read when it is asked for.
+
+    Raises:
+        SafetyDPOError: as `collected_from_bytes`.
+    """
+    tensors = LazyTensors(location)
+    try:
+        found = json.loads(tensors.header_metadata[kind])["base_fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SafetyDPOError(
+            f"expected {what} at {location}, found other tensors ({error}): collect them again"
+        ) from error
+    _check_base(found, what=what, source=str(location), base_fingerprint=base_fingerprint)
+    return tensors
+
+
+def _check_base(found: str, *, what: str, source: str, base_fingerprint: str) -> None:
     if found != base_fingerprint:
         raise SafetyDPOError(
             f"expected {what} of base {base_fingerprint[:12]!r} at {source}, found base {found[:12]!r}: "
             "collect them on the base model of these experts"
         )
-    return tensors

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from safetydpo.artifacts.adapters import AdapterMetadata, LoraLayer
+from safetydpo.artifacts.lazy_tensors import LazyLayers
 from safetydpo.errors import SafetyDPOError, UsageError
 
 REMEDY = "Retrain with the same lora.targets or list only compatible experts."
@@ -49,12 +50,20 @@ def check_same_signature(experts: Sequence[tuple[str, Mapping[str, LoraLayer]]],
     first_name, first_layers = experts[0]
     for name, layers in experts[1:]:
         for key in sorted(layers):
-            one, other = first_layers[key].down.shape[0], layers[key].down.shape[0]
+            one, other = shapes_of(first_layers, key)[0][0], shapes_of(layers, key)[0][0]
             if one != other:
                 raise SafetyDPOError(
                     f"experts disagree on LoRA rank: {first_name!r} has {one}, {name!r} {other}; first difference "
                     f"{key!r}. Retrain with the same lora.rank or choose a method other than {method!r}."
                 )
+
+
+def shapes_of(layers: Mapping[str, LoraLayer], name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of a layer's `down` and `up`; those of a file are not read for it."""
+    if isinstance(layers, LazyLayers):
+        return layers.shapes(name)
+    layer = layers[name]
+    return tuple(layer.down.shape), tuple(layer.up.shape)
 
 
 def _check_same_layers(
@@ -68,7 +77,7 @@ def _check_same_layers(
             f"{2 * len(layers)}; first difference {different[0]!r}. {REMEDY}"
         )
     for key in sorted(layers):
-        one, other = ([int(layer.up.shape[0]), int(layer.down.shape[1])] for layer in (first_layers[key], layers[key]))
+        one, other = ([up[0], *down[1:]] for down, up in (shapes_of(first_layers, key), shapes_of(layers, key)))
         if one != other:
             raise SafetyDPOError(
                 f"experts disagree on layer shapes: {first_name!r} has {one}, {name!r} {other}; first difference "
@@ -80,7 +89,8 @@ def _check_finite(name: str, layers: Mapping[str, LoraLayer]) -> None:
     if not layers:
         raise SafetyDPOError(f"expected LoRA layers in expert {name!r}, found none. {REMEDY}")
     for key in sorted(layers):
-        if not bool(torch.isfinite(layers[key].down).all() and torch.isfinite(layers[key].up).all()):
+        layer = layers[key]
+        if not bool(torch.isfinite(layer.down).all() and torch.isfinite(layer.up).all()):
             raise SafetyDPOError(
                 f"expected finite numbers in expert {name!r}, found NaN or infinity in {key!r}. "
                 "Train it again or leave it out."

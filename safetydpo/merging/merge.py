@@ -2,57 +2,48 @@
 
 `prepare_experts` checks a set of experts once and keeps what does not depend on scale, weights or method (the
 activation scores), so that a search can merge the same experts many times; `merge_experts` is both in one call.
+
+One layer is held at a time beside the result: with experts that are read as they are needed
+(`artifacts.lazy_tensors.LazyLayers`) and an output rank, memory hardly grows with their number.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from safetydpo.artifacts.adapters import AdapterMetadata, LoraLayer, adapter_hash
-from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.merging.algebra import (
     cap_rank,
-    factor_dense,
+    flatten_kernel,
     max_rank,
     rank_of,
-    reduce_rank,
     relative_error,
+    restore_kernel,
     scale_layer,
+    truncate,
 )
-from safetydpo.merging.compatible import check_experts, check_same_signature
-from safetydpo.merging.methods import LayerExperts
-from safetydpo.merging.moments import BENIGN, Moments, expert_moment
-from safetydpo.merging.registry import MergeMethod, find_method
-from safetydpo.merging.votes import NeuronScores, score_neurons
+from safetydpo.merging.method import LayerExperts, LayerMerge, MergeMethod
+from safetydpo.merging.moments import Moments
+from safetydpo.merging.prepare import Expert, PreparedExperts, prepare_experts
+from safetydpo.merging.registry import find_method
+from safetydpo.merging.settings import MergeSettings, check_needs, check_numbers, expert_coefficients, layer_factors
 
-
-@dataclass(frozen=True)
-class Expert:
-    """One adapter that takes part in a merge; `hash` decides order and ties, `name` is for people."""
-
-    name: str
-    hash: str
-    layers: Mapping[str, LoraLayer]
-    metadata: AdapterMetadata
-
-
-@dataclass(frozen=True)
-class PreparedExperts:
-    """Checked experts in rising order of hash, with the scores of each on the layer inputs (if there are any)."""
-
-    experts: tuple[Expert, ...]
-    layer_names: tuple[str, ...]
-    scores: Mapping[str, tuple[NeuronScores, ...]] = field(default_factory=dict)
-    moments: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
-    """Per module the second moments of each expert's inputs, and last that of benign prompts."""
-    distilled: Mapping[str, LoraLayer] | None = None
-    """The adapter that was fitted to these experts."""
+__all__ = [
+    "Expert",
+    "MergeResult",
+    "MergeSettings",
+    "PreparedExperts",
+    "merge_experts",
+    "merge_prepared",
+    "merge_with",
+    "prepare_experts",
+]
 
 
 @dataclass(frozen=True)
@@ -75,6 +66,19 @@ class MergeResult:
     overall_truncation_error: float
     recipe: dict[str, Any]
 
+    @property
+    def num_suppliers(self) -> dict[str, float] | None:
+        """Experts that could supply a layer, and the fewest, mean and most that do; None for methods that blend."""
+        if self.suppliers_per_layer is None:
+            return None
+        counts = list(self.suppliers_per_layer.values())
+        return {
+            "experts": len(self.recipe["experts"]),
+            "fewest": min(counts),
+            "mean": sum(counts) / len(counts),
+            "most": max(counts),
+        }
+
     def metadata(self, prepared: PreparedExperts) -> AdapterMetadata:
         """Return the metadata under which this adapter is written."""
         named = sorted(prepared.experts, key=lambda expert: expert.name)
@@ -86,56 +90,6 @@ class MergeResult:
             categories=tuple(dict.fromkeys(c for expert in named for c in expert.metadata.categories)),
             recipe=self.recipe,
         )
-
-
-def prepare_experts(
-    experts: Sequence[Expert],
-    *,
-    inputs: Mapping[str, Tensor] | None = None,
-    moments: Moments | None = None,
-    distilled: Mapping[str, LoraLayer] | None = None,
-) -> PreparedExperts:
-    """Check that experts belong together, put them in order, score them on the layer inputs and find their moments.
-
-    Raises:
-        UsageError: if there is no expert or a name occurs twice.
-        SafetyDPOError: if experts differ in base model, target layers or shapes, hold NaN, or a layer has no inputs
-            or no distilled change.
-    """
-    check_experts([(expert.name, expert.layers, expert.metadata) for expert in experts])
-    ordered = tuple(sorted(experts, key=lambda expert: (expert.hash, expert.name)))
-    names = tuple(sorted(ordered[0].layers))
-    scores: dict[str, tuple[NeuronScores, ...]] = {}
-    if inputs is not None:
-        missing = next((name for name in names if name not in inputs), None)
-        if missing is not None:
-            raise SafetyDPOError(
-                f"expected layer inputs of every LoRA target, found none for {missing!r}: "
-                "collect them again with the same lora.targets"
-            )
-        for name in names:
-            scores[name] = tuple(score_neurons(expert.layers[name], inputs[name]) for expert in ordered)
-    if distilled is not None and set(distilled) != set(names):
-        first = sorted(set(distilled) ^ set(names))[0]
-        raise SafetyDPOError(
-            f"expected a distilled adapter of the experts' {len(names)} layers, found {len(distilled)} and a first "
-            f"difference at {first!r}: distil these experts again"
-        )
-    found = {} if moments is None else _moments(ordered, names, moments)
-    return PreparedExperts(ordered, names, scores, found, distilled)
-
-
-def _moments(ordered: Sequence[Expert], names: Sequence[str], moments: Moments) -> dict[str, tuple[Tensor, ...]]:
-    found: dict[str, tuple[Tensor, ...]] = {}
-    for name in names:
-        if BENIGN not in moments.get(name, {}):
-            raise SafetyDPOError(
-                f"expected moments of the inputs of every LoRA target, on benign prompts too, found none for {name!r}: "
-                "collect them again with the same lora.targets"
-            )
-        own = [expert_moment(moments[name], expert=e.name, categories=e.metadata.categories) for e in ordered]
-        found[name] = (*own, moments[name][BENIGN])
-    return found
 
 
 def merge_experts(
@@ -178,79 +132,96 @@ def merge_prepared(
     global_scale: float = 1.0,
     density: float = 0.3,
     output_rank: int | None = None,
+    block_weights: Mapping[str, float] | None = None,
     seed: int = 0,
 ) -> MergeResult:
-    """Merge prepared experts: delta = global_scale * method(w_e delta_e), for every layer on its own.
+    """Merge prepared experts by the settings that every method has; see `MergeSettings` and `merge_with`."""
+    return merge_with(
+        prepared,
+        MergeSettings(
+            method,
+            weights=weights,
+            global_scale=global_scale,
+            density=density,
+            output_rank=output_rank,
+            block_weights=block_weights or {},
+            seed=seed,
+        ),
+    )
 
-    The result does not depend on the order in which experts were given.
 
-    Args:
-        prepared: experts that belong together.
-        method: a name in the registry.
-        weights: coefficient per expert name; None = 1 each. An expert of weight 0 is left out of votes.
-        global_scale: factor on the merged delta.
-        density: share of entries kept by methods that trim.
-        output_rank: most components per layer, by truncated SVD; None = exact, at most min(d_in, d_out).
-        seed: seed of methods that draw.
+def merge_with(prepared: PreparedExperts, settings: MergeSettings) -> MergeResult:
+    """Merge prepared experts: delta = scale * method(w_e delta_e), for every layer on its own.
+
+    `scale` is the global one times that of the layer's block, w_e the expert's weight times its own in the block. The
+    result does not depend on the order in which experts were given.
 
     Raises:
-        UsageError: if the method is unknown, weights name other experts, are not finite or all zero, or a number
-            is out of range.
+        UsageError: if the method is unknown, weights or blocks name what is not there, weights are not finite or all
+            zero or add up to nothing where they are shares, or a number is out of range.
         SafetyDPOError: if the method needs layer inputs or one LoRA signature and there is none.
     """
-    chosen = find_method(method)
-    coefficients = _coefficients(prepared, weights)
-    _check_numbers(global_scale=global_scale, density=density, output_rank=output_rank)
-    _check_needs(prepared, chosen, coefficients)
+    method = find_method(settings.method)
+    coefficients = expert_coefficients(prepared, settings.weights)
+    check_numbers(settings)
+    factors = layer_factors(prepared, settings, coefficients)
+    check_needs(prepared, method, [weight for row in factors.values() for weight in row.weights])
+    rank = output_rank(prepared, settings)
     layers: dict[str, LoraLayer] = {}
     suppliers: dict[str, tuple[int, ...]] = {}
     lost: dict[str, tuple[float, float]] = {}
     for name in prepared.layer_names:
-        merged = chosen.function(
-            LayerExperts(
-                name=name,
-                layers=[expert.layers[name] for expert in prepared.experts],
-                weights=coefficients,
-                density=density,
-                scores=prepared.scores.get(name, ()) if chosen.needs_inputs else (),
-                seed=seed,
-                moments=prepared.moments[name][:-1] if chosen.needs_moments else (),
-                benign_moment=prepared.moments[name][-1] if chosen.needs_moments else None,
-                distilled=prepared.distilled[name] if chosen.needs_distilled and prepared.distilled else None,
-            )
-        )
-        layers[name], lost[name] = _finish(merged.layer, global_scale=global_scale, output_rank=output_rank)
+        merged = _merge_layer(prepared, name, method, settings, weights=factors[name].weights, rank=rank)
+        scale = settings.global_scale * factors[name].scale
+        finished, lost[name] = _finish(merged, scale=scale, output_rank=rank)
+        layers[name] = restore_kernel(finished, prepared.kernel(name))
         if merged.suppliers is not None:
             suppliers[name] = merged.suppliers
-    recipe = _recipe(prepared, chosen, coefficients, global_scale=global_scale, output_rank=output_rank)
-    recipe |= {"density": density} if chosen.uses_density else {}
-    recipe |= {"seed": seed} if chosen.draws else {}
+    recipe = _recipe(prepared, method, coefficients, settings)
     return _describe(prepared, layers, suppliers=suppliers, lost=lost, recipe=recipe)
 
 
-def _check_needs(prepared: PreparedExperts, method: MergeMethod, coefficients: Sequence[float]) -> None:
-    if not method.takes_weights and any(weight != 1.0 for weight in coefficients):
-        raise UsageError(
-            f"expected weights of 1 for merge method {method.name!r}, whose result does not depend on them, found "
-            f"{list(coefficients)}: leave them out, or choose a method that takes weights"
+def output_rank(prepared: PreparedExperts, settings: MergeSettings) -> int | None:
+    """Return the most components that a merged layer may have; None = as many as it needs."""
+    if settings.output_rank is None or settings.rank_growth == 0:
+        return settings.output_rank
+    num_experts = sum(expert.num_merged for expert in prepared.experts)
+    # Rounded first: 4 * 8^(2/3) is 16, not 17.
+    return math.ceil(round(settings.output_rank * num_experts**settings.rank_growth, 6))
+
+
+def _merge_layer(
+    prepared: PreparedExperts,
+    name: str,
+    method: MergeMethod,
+    settings: MergeSettings,
+    *,
+    weights: Sequence[float],
+    rank: int | None,
+) -> LayerMerge:
+    layers = prepared.layers(name)
+    if all(weight == 0 for weight in weights) and method.takes_weights:
+        # No expert acts in this block.
+        empty = LoraLayer(torch.zeros_like(layers[0].down[:1]), torch.zeros_like(layers[0].up[:, :1]))
+        return LayerMerge(empty, suppliers=(0,) * len(layers) if method.selects else None)
+    return method.function(
+        LayerExperts(
+            name=name,
+            layers=layers,
+            weights=weights,
+            density=settings.density,
+            scores=prepared.layer_scores(name, layers) if method.needs_inputs else (),
+            seed=settings.seed,
+            moments=prepared.moments[name][:-1] if method.needs_moments else (),
+            benign_moment=prepared.moments[name][-1] if method.needs_moments else None,
+            distilled=flatten_kernel(prepared.distilled[name])
+            if method.needs_distilled and prepared.distilled
+            else None,
+            hashes=[expert.hash for expert in prepared.experts],
+            output_rank=rank,
+            options=settings.options,
         )
-    if method.row_aligned:
-        check_same_signature([(expert.name, expert.layers) for expert in prepared.experts], method=method.name)
-    if method.needs_inputs and not prepared.scores:
-        raise SafetyDPOError(
-            f"expected layer inputs of the base model for merge method {method.name!r}, found none: "
-            "pass the collected inputs, or choose a method that needs none"
-        )
-    if method.needs_moments and not prepared.moments:
-        raise SafetyDPOError(
-            f"expected moments of layer inputs of the base model for merge method {method.name!r}, found none: "
-            "pass the collected moments, or choose a method that needs none"
-        )
-    if method.needs_distilled and prepared.distilled is None:
-        raise SafetyDPOError(
-            f"expected a distilled adapter of these experts for merge method {method.name!r}, found none: "
-            "distil them first, or choose a method that needs none"
-        )
+    )
 
 
 def _describe(
@@ -273,15 +244,16 @@ def _describe(
     )
 
 
-def _finish(layer: LoraLayer, *, global_scale: float, output_rank: int | None) -> tuple[LoraLayer, tuple[float, float]]:
+def _finish(merged: LayerMerge, *, scale: float, output_rank: int | None) -> tuple[LoraLayer, tuple[float, float]]:
     """Scale and bring to the output rank; also return (squared error, squared norm) of the reduction."""
-    scaled = scale_layer(layer, global_scale) if global_scale != 1.0 else layer
+    scaled = scale_layer(merged.layer, scale) if scale != 1.0 else merged.layer
+    if merged.lost is not None:
+        # The method kept to the output rank itself.
+        error, norm = merged.lost
+        return cap_rank(scaled), (error * scale**2, norm * scale**2)
     if output_rank is None or output_rank >= max_rank(scaled) or rank_of(scaled) <= output_rank:
         return cap_rank(scaled), (0.0, 0.0) if output_rank is None else (0.0, _squared_norm(scaled))
-    if rank_of(scaled) >= max_rank(scaled):
-        reduction = factor_dense(scaled.up @ scaled.down, output_rank)
-    else:
-        reduction = reduce_rank(scaled, output_rank)
+    reduction = truncate(scaled, output_rank)
     return reduction.layer, (reduction.squared_error, reduction.squared_norm)
 
 
@@ -291,30 +263,6 @@ def _squared_norm(layer: LoraLayer) -> float:
     return float(((up.T @ up) * (down @ down.T)).sum())
 
 
-def _coefficients(prepared: PreparedExperts, weights: Mapping[str, float] | None) -> list[float]:
-    names = [expert.name for expert in prepared.experts]
-    if weights is None:
-        return [1.0] * len(names)
-    if set(weights) != set(names):
-        raise UsageError(
-            f"expected one weight for each of {', '.join(sorted(names))}, found {', '.join(sorted(weights)) or 'none'}"
-        )
-    if not all(math.isfinite(weight) for weight in weights.values()):
-        raise UsageError(f"expected finite weights, found {dict(sorted(weights.items()))}")
-    if all(weight == 0 for weight in weights.values()):
-        raise UsageError("expected at least one expert with a weight other than 0, found none: nothing would be merged")
-    return [float(weights[name]) for name in names]
-
-
-def _check_numbers(*, global_scale: float, density: float, output_rank: int | None) -> None:
-    if not math.isfinite(global_scale) or global_scale <= 0:
-        raise UsageError(f"expected a global scale above 0, found {global_scale}")
-    if not 0 < density <= 1:
-        raise UsageError(f"expected a density in (0, 1], found {density}")
-    if output_rank is not None and output_rank < 1:
-        raise UsageError(f"expected an output rank of at least 1, found {output_rank}")
-
-
 def _shares(prepared: PreparedExperts, suppliers: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
     totals = [sum(counts[index] for counts in suppliers.values()) for index in range(len(prepared.experts))]
     shares = {expert.name: total / sum(totals) for expert, total in zip(prepared.experts, totals, strict=True)}
@@ -322,18 +270,27 @@ def _shares(prepared: PreparedExperts, suppliers: Mapping[str, tuple[int, ...]])
 
 
 def _recipe(
-    prepared: PreparedExperts,
-    method: MergeMethod,
-    coefficients: Sequence[float],
-    *,
-    global_scale: float,
-    output_rank: int | None,
+    prepared: PreparedExperts, method: MergeMethod, coefficients: Sequence[float], settings: MergeSettings
 ) -> dict[str, Any]:
+    """Return what made a merge; settings that leave it as it would be without them are left out."""
     rows = sorted(zip(prepared.experts, coefficients, strict=True), key=lambda row: row[0].name)
-    return {
+    recipe: dict[str, Any] = {
         "method": method.name,
         "paper": method.paper,
-        "global_scale": global_scale,
-        "output_rank": output_rank,
-        "experts": [{"name": e.name, "hash": e.hash, "weight": w, "init_seed": e.metadata.init_seed} for e, w in rows],
+        "global_scale": settings.global_scale,
+        "output_rank": settings.output_rank,
+        "experts": [_expert_row(expert, weight) for expert, weight in rows],
     }
+    recipe |= {"density": settings.density} if method.uses_density else {}
+    recipe |= {"seed": settings.seed} if method.draws else {}
+    recipe |= {"rank_growth": settings.rank_growth} if settings.rank_growth else {}
+    if settings.block_weights or settings.expert_block_weights:
+        recipe["blocks"] = {name: list(patterns) for name, patterns in (settings.blocks or {}).items()}
+        recipe["block_weights"] = dict(settings.block_weights)
+        recipe["expert_block_weights"] = {name: dict(row) for name, row in settings.expert_block_weights.items()}
+    return recipe | {name: getattr(settings.options, name) for name in method.options}
+
+
+def _expert_row(expert: Expert, weight: float) -> dict[str, Any]:
+    row = {"name": expert.name, "hash": expert.hash, "weight": weight, "init_seed": expert.metadata.init_seed}
+    return row | ({"recipe": dict(expert.metadata.recipe)} if expert.metadata.kind == "merged" else {})

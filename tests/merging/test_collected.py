@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from safetydpo.artifacts.lazy_tensors import LazyTensors
+from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError
-from safetydpo.merging.collected import collected_from_bytes, collected_to_bytes
+from safetydpo.merging.collected import collected_from_bytes, collected_to_bytes, open_collected
 
 
 def read(data: bytes, *, kind: str = "votes", base: str = "base") -> dict[str, torch.Tensor]:
@@ -30,3 +32,19 @@ def test_damaged_files_other_kinds_and_other_bases_are_refused():
         read(data, kind="moments")
     with pytest.raises(SafetyDPOError, match="expected layer inputs of base 'other' at x, found base 'base'"):
         read(data, base="other")
+
+
+def test_tensors_are_read_when_they_are_asked_for(store: Location):
+    tensors = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(2, dtype=torch.float16)}
+    (store / "x").write_bytes(collected_to_bytes(tensors, kind="votes", base_fingerprint="base"))
+
+    def read_lazily(*, kind: str = "votes", base: str = "base") -> LazyTensors:
+        return open_collected(store / "x", kind=kind, what="layer inputs", base_fingerprint=base)
+
+    found = read_lazily()
+    assert list(found) == ["a", "b"]
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    with pytest.raises(SafetyDPOError, match=r"expected layer inputs at .*x, found other tensors \('moments'\)"):
+        read_lazily(kind="moments")
+    with pytest.raises(SafetyDPOError, match="expected layer inputs of base 'other' at .*x, found base 'base'"):
+        read_lazily(base="other")

@@ -19,7 +19,7 @@ from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.merging.algebra import delta
 from safetydpo.merging.merge import Expert, merge_experts, merge_prepared, prepare_experts
 from safetydpo.merging.moments import BENIGN
-from safetydpo.merging.registry import METHODS, density_methods, find_method, unweighted_methods
+from safetydpo.merging.registry import METHODS
 
 SHAPES = {"a.to_q": (8, 6), "b.to_k": (12, 8), "b.to_out.0": (6, 10)}
 
@@ -79,8 +79,8 @@ def test_order_of_experts_changes_no_byte(experts, inputs, moments, method):
         assert len(found) == 1
 
 
-# RegMean shrinks by design: benign inputs pull every expert towards no change. A distilled adapter is what it is.
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"regmean", "distill"}))
+# RegMean and Iso change a single expert by design; a distilled adapter is what it is.
+@pytest.mark.parametrize("method", sorted(name for name, method in METHODS.items() if not method.reshapes))
 def test_one_expert_comes_back(experts, inputs, method):
     result = merge_experts(experts[:1], method=method, density=1.0, inputs=inputs)
     for key, layer in experts[0].layers.items():
@@ -98,6 +98,7 @@ def test_sum_is_exact_scaled_and_capped(experts):
     assert result.overall_truncation_error == 0.0
     assert result.shares is None
     assert result.suppliers_per_layer is None
+    assert result.num_suppliers is None
 
 
 def test_average_is_sum_over_the_number_of_experts(experts):
@@ -116,7 +117,7 @@ def test_experts_of_different_ranks_add_up():
         torch.testing.assert_close(delta(result.layers[key]), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["sum", "ties", "delta_neuron"])
+@pytest.mark.parametrize("method", ["sum", "ties", "delta_neuron", "dare", "knots", "tsv", "iso"])
 def test_truncation_error_is_the_measured_one(experts, inputs, method):
     exact = merge_experts(experts, method=method, inputs=inputs)
     cut = merge_experts(experts, method=method, output_rank=2, inputs=inputs)
@@ -130,12 +131,28 @@ def test_truncation_error_is_the_measured_one(experts, inputs, method):
     assert cut.overall_truncation_error == pytest.approx((squares[0] / squares[1]) ** 0.5, rel=1e-3)
 
 
+def test_svd_states_what_it_cut_off_itself(experts):
+    """At rank 2 the same as `sum` cut to rank 2, at a scale; without a rank that of one expert, 3."""
+    cut = merge_experts(experts, method="sum", global_scale=2.0, output_rank=2)
+    same = merge_experts(experts, method="svd", global_scale=2.0, output_rank=2)
+    for key in SHAPES:
+        torch.testing.assert_close(delta(same.layers[key]), delta(cut.layers[key]), rtol=1e-5, atol=1e-5)
+        assert same.truncation_error[key] == pytest.approx(cut.truncation_error[key], rel=1e-5)
+    assert same.overall_truncation_error == pytest.approx(cut.overall_truncation_error, rel=1e-5)
+    alone = merge_experts(experts, method="svd")
+    assert {layer.down.shape[0] for layer in alone.layers.values()} == {3}
+    assert 0 < alone.overall_truncation_error < cut.overall_truncation_error
+
+
 def test_co_merge_keeps_the_rank_and_states_who_supplies(experts, inputs):
     result = merge_experts(experts, method="co_merge", inputs=inputs)
     assert {layer.down.shape[0] for layer in result.layers.values()} == {3}
     assert result.shares is not None
     assert result.suppliers_per_layer is not None
     assert sum(result.shares.values()) == pytest.approx(1.0)
+    counts = list(result.suppliers_per_layer.values())
+    wanted = {"experts": 4, "fewest": min(counts), "mean": sum(counts) / 3, "most": max(counts)}
+    assert result.num_suppliers == wanted
     assert list(result.shares) == ["hate", "sexual", "shocking", "violence"]
     for key, layer in result.layers.items():
         for row in layer.down:
@@ -199,7 +216,7 @@ def test_requests_that_make_no_sense_are_refused(experts):
         merge_experts([], method="sum")
     with pytest.raises(UsageError, match="found 'hate' twice"):
         merge_experts([experts[0], experts[0]], method="sum")
-    with pytest.raises(UsageError, match=r"out of average, co_merge, .*, ties, found 'tie'"):
+    with pytest.raises(UsageError, match=r"out of average, .*co_merge, .*, tsv, found 'tie'"):
         merge_experts(experts, method="tie")
     with pytest.raises(UsageError, match="one weight for each of hate, .* found hate"):
         merge_experts(experts, method="sum", weights={"hate": 1.0})
@@ -239,17 +256,6 @@ def test_distill_says_what_it_needs(experts):
         SafetyDPOError, match="expected a distilled adapter of the experts' 3 layers, found 2 and a fir"
     ):
         prepare_experts(experts, distilled=fewer)
-
-
-def test_registry_describes_every_method():
-    assert set(METHODS) >= {"average", "sum", "ties", "co_merge"}
-    assert density_methods() == ("ties",)
-    assert unweighted_methods() == ("distill",)
-    for name, method in METHODS.items():
-        assert find_method(name) is method
-        assert method.paper
-        assert method.when_to_use
-        assert "Use it" in (method.function.__doc__ or "") or "control" in (method.function.__doc__ or "")
 
 
 def test_regmean_takes_each_experts_own_categories(experts):
