@@ -166,9 +166,15 @@ def test_parts_made_apart_have_the_bytes_of_the_whole(backbone):
 
     def part(name: str, chosen: list[int] | None) -> dict[str, torch.Tensor]:
         return collect_inputs(
-            backbone, prompts=PROMPTS, seeds=(1, 2, 3), timesteps=TIMES, targets=TARGETS, sampler=SAMPLER,
-            chosen=chosen, observe=lambda module, row, values: observed[name].append((module, row, values.numpy().tobytes())),
-        )  # fmt: skip
+            backbone,
+            prompts=PROMPTS,
+            seeds=(1, 2, 3),
+            timesteps=TIMES,
+            targets=TARGETS,
+            sampler=SAMPLER,
+            chosen=chosen,
+            observe=lambda module, row, values: observed[name].append((module, row, values.numpy().tobytes())),
+        )
 
     whole = part("whole", None)
     joined = join_inputs({"odd": part("odd", [0, 2]), "even": part("even", [1])}, groups)
