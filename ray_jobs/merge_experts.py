@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ from ray_jobs.expert_files import (
 from ray_jobs.layer_inputs import collect_layer_inputs
 from ray_jobs.run import Run
 from safetydpo.artifacts.adapters import adapter_hash, write_adapter
-from safetydpo.artifacts.layout import ADAPTER_FILE
+from safetydpo.artifacts.layout import ADAPTER_FILE, WINNERS_FILE
 from safetydpo.artifacts.records import ArtifactKey, Record
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows
@@ -123,9 +124,10 @@ def _merge_task(
         output_rank=settings["output_rank"],
         seed=run.config.identity.seed,
     )
-    write_adapter(
-        Location(run.store.filesystem, target) / ADAPTER_FILE, result.layers, metadata=result.metadata(prepared)
-    )
+    place = Location(run.store.filesystem, target)
+    write_adapter(place / ADAPTER_FILE, result.layers, metadata=result.metadata(prepared))
+    if result.won is not None:
+        (place / WINNERS_FILE).write_bytes(json.dumps(result.won, indent=1, sort_keys=True).encode() + b"\n")
     return {
         "fingerprint": adapter_hash(result.layers),
         "counts": {"experts": len(folders), "rank": max(layer.down.shape[0] for layer in result.layers.values())},

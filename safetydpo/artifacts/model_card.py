@@ -12,7 +12,6 @@ import yaml
 
 from safetydpo.artifacts.adapters import AdapterMetadata
 
-CARD_FILE = "README.md"
 Published = Literal["diffusers", "kohya", "peft", "full"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
