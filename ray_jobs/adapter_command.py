@@ -64,7 +64,7 @@ def describe(file: LoraFile, location: Location) -> dict[str, Any]:
     layers = [
         {
             "layer": name,
-            "kind": "linear" if layer.kernel is None else f"conv {layer.kernel[0]}x{layer.kernel[1]}",
+            "kind": "linear" if layer.down.ndim == 2 else "conv {}x{}".format(*layer.down.shape[2:]),
             "rank": int(layer.down.shape[0]),
             "scale": file.scales[name],
             "norm": delta_norm(layer),

@@ -5,9 +5,6 @@ in place of `unet.` where the denoiser is one),
 alpha = rank with every scale folded into B (plain loaders drop alpha when metadata is missing), and string
 metadata: base fingerprint, signature, initialisation seed, training hash, categories or concepts.
 
-A convolution's change is kept as that of a linear layer whose `d_in` is channels x kernel height x kernel width, so
-that all algebra of deltas holds for it; the file has its tensors in a convolution's shape.
-
 Axis legend: `rank` LoRA components, `d_in d_out` features of the linear layer.
 """
 
@@ -15,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -42,17 +38,13 @@ UP_SUFFIX = ".lora_B.weight"
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """The change of one linear layer or convolution: delta = up @ down, every scale already folded into `up`.
+    """The change of one linear layer: delta = up @ down, every scale already folded into `up`.
 
-    Attributes:
-        down: first factor, A.
-        up: second factor, B.
-        kernel: height and width of a convolution's kernel, where d_in = channels x height x width; None = linear.
+    That of a convolution has the axes of its weights: a down-projection by the kernel, an up-projection by a 1 x 1 one.
     """
 
-    down: Float[Tensor, "rank d_in"]
-    up: Float[Tensor, "d_out rank"]
-    kernel: tuple[int, int] | None = None
+    down: Float[Tensor, "rank d_in"] | Float[Tensor, "rank d_in height width"]
+    up: Float[Tensor, "d_out rank"] | Float[Tensor, "d_out rank 1 1"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +110,7 @@ def pack_layers(layers: Mapping[str, LoraLayer], metadata: AdapterMetadata) -> b
         raise SafetyDPOError("expected an adapter with at least one layer, found none: nothing to write")
     tensors: dict[str, Tensor] = {}
     for key, layer in padded_layers(layers).items():
-        tensors[f"{key}{DOWN_SUFFIX}"], tensors[f"{key}{UP_SUFFIX}"] = to_weights(layer)
+        tensors[f"{key}{DOWN_SUFFIX}"], tensors[f"{key}{UP_SUFFIX}"] = layer.down, layer.up
     header = metadata_to_header(metadata)
     ranks = {key: int(layers[key].down.shape[0]) for key in sorted(layers)}
     if len(set(ranks.values())) > 1:
@@ -133,18 +125,14 @@ def padded_layers(layers: Mapping[str, LoraLayer]) -> dict[str, LoraLayer]:
     """Return checked float32 copies on the CPU in sorted order, all padded with zero components to the largest rank.
 
     Raises:
-        SafetyDPOError: as `check_layer`.
+        SafetyDPOError: as `check_weights`.
     """
     width = max(int(layer.down.shape[0]) for layer in layers.values())
     padded: dict[str, LoraLayer] = {}
     for key in sorted(layers):
         layer = layers[key]
-        check_layer(key, layer, source="the adapter to be written")
-        padded[key] = LoraLayer(
-            down=_pad(layer.down, rows=width, columns=layer.down.shape[1]),
-            up=_pad(layer.up, rows=layer.up.shape[0], columns=width),
-            kernel=layer.kernel,
-        )
+        check_weights(key, down=layer.down, up=layer.up, source="the adapter to be written")
+        padded[key] = LoraLayer(down=_pad(layer.down, axis=0, size=width), up=_pad(layer.up, axis=1, size=width))
     return padded
 
 
@@ -154,23 +142,6 @@ def metadata_to_header(metadata: AdapterMetadata) -> dict[str, Any]:
     # The keys say it.
     del header["denoiser"]
     return {key: value for key, value in header.items() if key not in ("base_model", "licence", "source") or value}
-
-
-def to_weights(layer: LoraLayer) -> tuple[Tensor, Tensor]:
-    """Return the tensors of A and B in the shapes that a file holds: of a convolution `[rank, channels, height, width]`
-    and `[channels, rank, 1, 1]`.
-    """
-    if layer.kernel is None:
-        return layer.down, layer.up
-    return layer.down.unflatten(1, (-1, *layer.kernel)), layer.up[:, :, None, None]
-
-
-def from_weights(down: Tensor, up: Tensor) -> LoraLayer:
-    """Return the layer of a file's tensors of A and B; other shapes than a layer's are left for `check_layer`."""
-    if down.ndim == 4 and up.ndim == 4 and up.shape[2:] == (1, 1):
-        height, width = down.shape[2:]
-        return LoraLayer(down.flatten(1), up.flatten(1), kernel=(int(height), int(width)))
-    return LoraLayer(down, up)
 
 
 def adapter_from_bytes(data: bytes, *, source: str) -> tuple[dict[str, LoraLayer], AdapterMetadata]:
@@ -198,9 +169,8 @@ def adapter_from_bytes(data: bytes, *, source: str) -> tuple[dict[str, LoraLayer
         key = f"{denoiser}.{name}"
         down, up = (tensors[f"{key}{suffix}"].to(torch.float32) for suffix in (DOWN_SUFFIX, UP_SUFFIX))
         check_weights(key, down=down, up=up, source=source)
-        layer = from_weights(down, up)
-        rank = ranks.get(name, layer.down.shape[0])
-        layers[name] = LoraLayer(layer.down[:rank].contiguous(), layer.up[:, :rank].contiguous(), layer.kernel)
+        rank = ranks.get(name, down.shape[0])
+        layers[name] = LoraLayer(down[:rank].contiguous(), up[:, :rank].contiguous())
     return layers, replace(metadata, denoiser=denoiser)
 
 
@@ -212,8 +182,6 @@ def adapter_hash(layers: Mapping[str, LoraLayer]) -> str:
             values = tensor.detach().to("cpu", torch.float32).contiguous()
             digest.update(f"{name}\x1f{part}\x1f{tuple(values.shape)}\x1f".encode())
             digest.update(values.numpy().tobytes())
-        if layers[name].kernel is not None:
-            digest.update(f"{name}\x1fkernel\x1f{layers[name].kernel}\x1f".encode())
     return digest.hexdigest()
 
 
@@ -245,28 +213,12 @@ def read_adapter_metadata(location: Location) -> AdapterMetadata:
     return parse_metadata(header, source=str(location))[0]
 
 
-def _pad(tensor: Tensor, *, rows: int, columns: int) -> Tensor:
+def _pad(tensor: Tensor, *, axis: int, size: int) -> Tensor:
+    """Return a float32 copy on the CPU with zeros at the end of one axis."""
     values = tensor.detach().to("cpu", torch.float32)
-    if values.shape == (rows, columns):
-        return values.clone(memory_format=torch.contiguous_format)
-    padded = torch.zeros(rows, columns)
-    padded[: values.shape[0], : values.shape[1]] = values
-    return padded
-
-
-def check_layer(name: str, layer: LoraLayer, *, source: str) -> None:
-    """Refuse a layer of wrong shapes or with NaN or infinity; `name` is its key without the suffix.
-
-    Raises:
-        SafetyDPOError: naming the layer.
-    """
-    if layer.kernel is not None and layer.down.shape[1] % math.prod(layer.kernel):
-        raise SafetyDPOError(
-            f"expected lora_A [rank, channels x {layer.kernel[0]} x {layer.kernel[1]}] of {name!r} in {source}, found "
-            f"{list(layer.down.shape)}: the kernel does not fit"
-        )
-    down, up = to_weights(layer)
-    check_weights(name, down=down, up=up, source=source)
+    shape = list(values.shape)
+    shape[axis] = size - shape[axis]
+    return torch.cat([values, values.new_zeros(shape)], dim=axis)
 
 
 def check_weights(name: str, *, down: Tensor, up: Tensor, source: str) -> None:

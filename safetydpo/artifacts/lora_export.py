@@ -16,12 +16,10 @@ from safetydpo.artifacts.adapters import (
     METADATA_KEY,
     UP_SUFFIX,
     AdapterMetadata,
-    LoraLayer,
-    check_layer,
+    check_weights,
     metadata_to_header,
     pack_layers,
     padded_layers,
-    to_weights,
 )
 from safetydpo.artifacts.kohya_names import NamingRule, tell_rule, to_kohya_name
 from safetydpo.artifacts.lora_files import NETWORKS, PEFT_PREFIX, LoraFile, unfold
@@ -54,9 +52,8 @@ def to_kohya(file: LoraFile, *, rule: NamingRule | None = None) -> bytes:
     chosen = rule or _told_rule(file)
     tensors: dict[str, Tensor] = {}
     for name, layer in file.layers.items():
-        check_layer(name, layer, source="the adapter to be written")
-        down, up = to_weights(layer)
-        _put(tensors, to_kohya_name(name, chosen), down=down, up=up)
+        check_weights(name, down=layer.down, up=layer.up, source="the adapter to be written")
+        _put(tensors, to_kohya_name(name, chosen), down=layer.down, up=layer.up)
         tensors[f"{to_kohya_name(name, chosen)}.alpha"] = torch.tensor(float(layer.down.shape[0]))
     ranks = {int(layer.down.shape[0]) for layer in file.layers.values()}
     dimension = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
@@ -100,7 +97,7 @@ def to_peft(file: LoraFile, *, base_model: str) -> tuple[bytes, bytes]:
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         key = PEFT_PREFIX + name.partition(".")[2]
-        tensors[f"{key}{DOWN_SUFFIX}"], tensors[f"{key}{UP_SUFFIX}"] = to_weights(layer)
+        tensors[f"{key}{DOWN_SUFFIX}"], tensors[f"{key}{UP_SUFFIX}"] = layer.down, layer.up
     settings = {
         "peft_type": "LORA",
         "base_model_name_or_path": base_model or None,
@@ -169,8 +166,7 @@ def _back_to_kohya(file: LoraFile, source: Mapping[str, Any]) -> bytes:
     for name, layer in file.layers.items():
         old_name, alpha = source["layers"][name]
         scale = 1.0 if alpha is None else alpha / layer.down.shape[0]
-        down, up = to_weights(LoraLayer(layer.down, unfold(layer.up, scale), layer.kernel))
-        _put(tensors, old_name, down=down.to(dtype), up=up.to(dtype))
+        _put(tensors, old_name, down=layer.down.to(dtype), up=unfold(layer.up, scale).to(dtype))
         if alpha is not None:
             tensors[f"{old_name}.alpha"] = torch.tensor(alpha, dtype=_DTYPES[source["alpha_dtype"]])
     return sort_header(save(tensors, metadata=dict(source["header"]) or None))

@@ -21,7 +21,6 @@ from safetydpo.artifacts.adapters import (
     AdapterMetadata,
     LoraLayer,
     check_weights,
-    from_weights,
     parse_metadata,
 )
 from safetydpo.artifacts.kohya_names import from_kohya_name
@@ -134,7 +133,6 @@ def lora_from_bytes(data: bytes, *, source: str, peft_config: bytes | None = Non
         layers[layer_name] = LoraLayer(
             layer.down[:true_rank].contiguous(),
             fold(layer.up[:, :true_rank], scales[layer_name]).contiguous(),
-            layer.kernel,
         )
     return LoraFile(
         format=form,
@@ -275,13 +273,13 @@ def _layer(
     down, up = part["down"].to(torch.float32), part["up"].to(torch.float32)
     check_weights(name, down=down, up=up, source=source)
     if "alpha" not in part:
-        return from_weights(down, up), stated
+        return LoraLayer(down, up), stated
     alpha = part["alpha"]
     if alpha.numel() != 1 or not bool(torch.isfinite(alpha).all()) or float(alpha) == 0:
         raise SafetyDPOError(
             f"expected one finite alpha other than 0 of {name!r} in {source}, found {alpha.tolist()}: save it again"
         )
-    return from_weights(down, up), float(alpha)
+    return LoraLayer(down, up), float(alpha)
 
 
 def _dtype_of(tensors: Mapping[str, Tensor], *, source: str) -> str:

@@ -111,13 +111,12 @@ def _fuse_network(folder: Path, layers: Mapping[str, LoraLayer]) -> None:
 
 
 def _fused(name: str, weight: Tensor, layer: LoraLayer) -> Tensor:
-    d_out, d_in = layer.up.shape[0], layer.down.shape[1]
-    kernel = tuple(weight.shape[2:]) or None
+    up, down = (factor.to(torch.float32).flatten(1) for factor in (layer.up, layer.down))
+    found = [up.shape[0], *layer.down.shape[1:]]
     # A 1 x 1 convolution of the model may be a linear layer of the adapter's, and the other way round.
-    if tuple(weight.flatten(1).shape) != (d_out, d_in) or (layer.kernel or (1, 1)) != (kernel or (1, 1)):
+    if [size for size in found if size > 1] != [size for size in weight.shape if size > 1]:
         raise SafetyDPOError(
-            f"expected a change of shape {list(weight.shape)} for {name!r}, found {[d_out, d_in]}"
-            f"{f' with a kernel of {list(layer.kernel)}' if layer.kernel else ''}: the adapter is of another base model"
+            f"expected a change of shape {list(weight.shape)} for {name!r}, found {found}: "
+            "the adapter is of another base model"
         )
-    change = (layer.up.to(torch.float32) @ layer.down.to(torch.float32)).reshape(weight.shape)
-    return (weight.to(torch.float32) + change).to(weight.dtype).contiguous()
+    return (weight.to(torch.float32) + (up @ down).reshape(weight.shape)).to(weight.dtype).contiguous()

@@ -32,8 +32,8 @@ def inner_products(layers: Sequence[LoraLayer]) -> Float[Tensor, "expert expert"
         SafetyDPOError: if there is no expert, or shapes differ.
     """
     _check(layers)
-    ups = torch.cat([layer.up.to(torch.float64) for layer in layers], dim=1)
-    downs = torch.cat([layer.down.to(torch.float64) for layer in layers], dim=0)
+    factors = [_factors(layer) for layer in layers]
+    ups, downs = torch.cat([up for up, _ in factors], dim=1), torch.cat([down for _, down in factors], dim=0)
     return _block_sums((ups.T @ ups) * (downs @ downs.T), [int(layer.down.shape[0]) for layer in layers])
 
 
@@ -61,8 +61,9 @@ def subspace(layer: LoraLayer, side: Side) -> Float[Tensor, "features dimension"
 
     With up = Q_u R_u and down' = Q_d R_d, the singular vectors of the small matrix R_u R_d' are those of the delta.
     """
-    left, upper = torch.linalg.qr(layer.up.to(torch.float64))
-    right, lower = torch.linalg.qr(layer.down.to(torch.float64).T)
+    up, down = _factors(layer)
+    left, upper = torch.linalg.qr(up)
+    right, lower = torch.linalg.qr(down.T)
     u, s, vh = torch.linalg.svd(upper @ lower.T, full_matrices=False)
     kept = s > NEGLIGIBLE * s.max() if float(s.max()) > 0 else torch.zeros_like(s, dtype=torch.bool)
     return (left @ u)[:, kept] if side == "columns" else (right @ vh.T)[:, kept]
@@ -106,6 +107,11 @@ def overlap_matrix(experts: Sequence[Mapping[str, LoraLayer]], *, side: Side) ->
     return torch.where(layers_of > 0, total / layers_of.clamp(min=1), 0.0).clamp(0, 1)
 
 
+def _factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    """Return B and A in float64; a convolution is the linear layer of its patches."""
+    return layer.up.to(torch.float64).flatten(1), layer.down.to(torch.float64).flatten(1)
+
+
 def _by_layer(experts: Sequence[Mapping[str, LoraLayer]]) -> list[list[LoraLayer]]:
     if not experts or not experts[0]:
         raise SafetyDPOError(f"expected layers of at least one expert, found {len(experts)} experts and no layer")
@@ -121,7 +127,7 @@ def _by_layer(experts: Sequence[Mapping[str, LoraLayer]]) -> list[list[LoraLayer
 
 
 def _check(layers: Sequence[LoraLayer]) -> None:
-    shapes = [(int(layer.up.shape[0]), int(layer.down.shape[1])) for layer in layers]
+    shapes = [(layer.up.shape[0], *layer.down.shape[1:]) for layer in layers]
     if len(set(shapes)) != 1:
         found = " and ".join(str(list(shape)) for shape in dict.fromkeys(shapes)) or "none"
         raise SafetyDPOError(f"expected deltas of one shape [d_out, d_in], found {found}")

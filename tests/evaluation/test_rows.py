@@ -96,7 +96,7 @@ def test_refusals() -> None:
 
 
 def test_an_expert_may_draw_fewer_unsafe_prompts_but_no_fewer_neutral_ones() -> None:
-    """The first 70 of 140 unsafe prompts, ten of each category, are fewer by plan; a neutral one that is gone is lost."""
+    """The first 70 of 140 unsafe prompts, ten of each category, are fewer by plan; a neutral one is lost."""
     sources = SOURCES[:2]
     outcomes = make_outcomes(sources=sources, expert_retention=True)
     left_out = {f"unsafe-{number}" for number in range(70, 140)}

@@ -82,7 +82,8 @@ def test_inspect_prints_metadata_norms_and_shares(file: Path) -> None:
     (file.parent / "record.json").write_bytes(json.dumps(record_json(record)).encode())
     text = run("inspect", file)
     for expected in (
-        "format safetydpo", "kind merged", "categories hate, violence", "recipe: method co_merge", "base model not known",
+        "format safetydpo", "kind merged", "categories hate, violence", "recipe: method co_merge",
+        "base model not known",
         "hate 1 0.250 1111111111111111", "violence 0.5 0.750", f"unet.{BLOCK}.attn1.to_q linear 2 1 3 69.23%",
         f"unet.{BLOCK}.attn2.to_k linear 2 1 2 30.77%", "2 layers, norm of all together 3.606",
         "not known base model, licence: the file does not say",
