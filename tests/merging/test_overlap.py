@@ -108,6 +108,17 @@ def test_another_basis_of_the_same_factors_changes_nothing(seed: int):
     assert float(found[0, 2]) == pytest.approx(float(found[1, 2]), abs=1e-4)
 
 
+def test_a_convolution_is_the_linear_layer_of_its_patches():
+    generator = torch.Generator().manual_seed(0)
+    flat = [random_layer(generator, rank=2, d_in=12), random_layer(generator, rank=3, d_in=12)]
+    deep = [LoraLayer(one.down.unflatten(1, (3, 2, 2)), one.up[:, :, None, None]) for one in flat]
+    assert torch.equal(inner_products(deep), inner_products(flat))
+    assert torch.equal(
+        overlap_matrix([{"c": one} for one in deep], side="rows"),
+        overlap_matrix([{"c": one} for one in flat], side="rows"),
+    )
+
+
 def test_experts_that_cannot_be_compared_are_refused():
     with pytest.raises(SafetyDPOError, match="expected layers of at least one expert, found 0 experts"):
         cosine_matrix([])
