@@ -204,14 +204,14 @@ def export(
     target.check_reachable()
     refuse_existing(target)
     title = name or source.name.removesuffix(".safetensors")
-    lora = with_origin(read_lora_file(source), base=base, licence=licence)
+    lora = with_base(read_lora_file(source), base=base, licence=licence)
     written = write_full(lora, target) if to == "full" else write_lora(lora, target, to=to, family=family, title=title)
     (target / "README.md").write_bytes(card_of(lora, to=to, file_name=written, title=title).encode())
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{len(lora.layers)} layers are in {target.shown}: {written}, README.md")
 
 
-def with_origin(file: LoraFile, *, base: str | None, licence: str | None) -> LoraFile:
+def with_base(file: LoraFile, *, base: str | None, licence: str | None) -> LoraFile:
     """Return the file with the base model and licence that are given, else with what it says or what is known of them.
 
     Raises:

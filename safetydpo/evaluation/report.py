@@ -6,6 +6,7 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from importlib.resources import files
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -87,17 +88,23 @@ def render_report(
             trials=trials,
             training_plot=plot_training(training) if any(curve.values for curve in training) else None,
             matrix=matrix if matrix is not None else expert_matrix(summary),
-            overlap_plot=None if overlap is None or len(overlap.names) < 2 else plot_overlap(overlap),
-            num_experts=0 if overlap is None else len(overlap.names),
-            clustered=overlap is not None and len(overlap.names) > MOST_NAMED_EXPERTS,
-            winners_plots=[(shown.method, plot_winners(shown)) for shown in winners[:MOST_WINNERS] if shown.layers],
-            num_winners=len(winners),
+            **_experts(overlap, winners),
             gaps=[row for row in compared if "ip_select" in row["metrics"] and "ip" in row["metrics"]],
             sheets=sheets,
             lineage=lineage,
             longest_seconds=max(summary["timing_seconds"].values(), default=0.0),
         )
     )
+
+
+def _experts(overlap: ExpertOverlap | None, winners: Sequence[LayerWinners]) -> dict[str, Any]:
+    return {
+        "overlap_plot": None if overlap is None or len(overlap.names) < 2 else plot_overlap(overlap),
+        "num_experts": 0 if overlap is None else len(overlap.names),
+        "clustered": overlap is not None and len(overlap.names) > MOST_NAMED_EXPERTS,
+        "winners_plots": [(shown.method, plot_winners(shown)) for shown in winners[:MOST_WINNERS] if shown.layers],
+        "num_winners": len(winners),
+    }
 
 
 def _environment() -> jinja2.Environment:

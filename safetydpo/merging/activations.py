@@ -11,7 +11,7 @@ Axis legend: `input` prompts x timesteps (timestep moves fastest), `token` token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -66,15 +66,10 @@ def collect_inputs(
     modules = sorted(name for name, _ in backbone.named_linear_layers(targets))
     shape = backbone.latent_shape(height=sampler.height, width=sampler.width)
     kept: dict[str, list[Tensor]] = {name: [] for name in modules}
-    size = sampler.batch_size
     with torch.no_grad(), backbone.adapter_off():
-        empty = backbone.encode_prompts([""] * size)
-        for start in range(0, len(prompts), size):
-            rows = list(range(start, min(start + size, len(prompts))))
-            places = [place for place, row in enumerate(rows) if row in wanted]
-            if not places:
-                continue
-            padded = rows + [rows[-1]] * (size - len(rows))
+        empty = backbone.encode_prompts([""] * sampler.batch_size)
+        for rows, places in _batches(len(prompts), size=sampler.batch_size, wanted=wanted):
+            padded = rows + [rows[-1]] * (sampler.batch_size - len(rows))
             condition = backbone.encode_prompts([prompts[row] for row in padded])
             noise = initial_noise([seeds[row] for row in padded], shape=shape)
             clean = backbone.sample(
@@ -82,9 +77,7 @@ def collect_inputs(
             )
             per_step: dict[str, list[Tensor]] = {name: [] for name in modules}
             for timestep in timesteps:
-                drawn = [derive_seed(seeds[row], "merging.activations", str(timestep)) for row in padded]
-                steps = torch.full((size,), timestep, dtype=torch.long, device=clean.device)
-                noisy = backbone.add_noise(clean, initial_noise(drawn, shape=shape).to(clean), steps)
+                noisy, steps = _noised(backbone, clean, seeds=[seeds[row] for row in padded], timestep=timestep)
                 with backbone.layer_inputs(modules) as captured:
                     backbone.predict(noisy, steps, condition)
                 for name in modules:
@@ -168,6 +161,24 @@ def _check_request(
         )
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"expected at least one token per input, found max_tokens = {max_tokens}")
+
+
+def _batches(num_prompts: int, *, size: int, wanted: Collection[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the rows of each batch and the places of those that are wanted, without batches that hold none."""
+    for start in range(0, num_prompts, size):
+        rows = list(range(start, min(start + size, num_prompts)))
+        places = [place for place, row in enumerate(rows) if row in wanted]
+        if places:
+            yield rows, places
+
+
+def _noised(backbone: Backbone, clean: Tensor, *, seeds: Sequence[int], timestep: int) -> tuple[Tensor, Tensor]:
+    """Return clean latents with each row's own noise at one timestep, and the timesteps."""
+    drawn = [derive_seed(seed, "merging.activations", str(timestep)) for seed in seeds]
+    steps = torch.full((len(seeds),), timestep, dtype=torch.long, device=clean.device)
+    channels, height, width = clean.shape[1:]
+    noise = initial_noise(drawn, shape=(channels, height, width))
+    return backbone.add_noise(clean, noise.to(clean), steps), steps
 
 
 def _check_chosen(chosen: Collection[int] | None, *, num_prompts: int) -> frozenset[int]:
