@@ -72,7 +72,10 @@ def metrics_of(summary: Summary, row: str) -> list[tuple[str, str]]:
     own = next((found["metrics"] for found in overall_rows(summary) if found["name"] == row), {})
     before = {} if base is None else base["metrics"]
     return [
-        (title, format_metric(own[name]) + (f"; base {format_metric(before[name])}" if name in before else ""))
+        (
+            title.replace("\xa0", " "),
+            format_metric(own[name]) + (f"; base {format_metric(before[name])}" if name in before else ""),
+        )
         for name, title in COLUMN_TITLES.items()
         if name in own
     ]
