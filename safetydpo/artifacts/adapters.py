@@ -111,6 +111,11 @@ def pack_layers(layers: Mapping[str, LoraLayer], metadata: AdapterMetadata) -> b
     tensors: dict[str, Tensor] = {}
     for key, layer in padded_layers(layers).items():
         tensors[f"{key}{DOWN_SUFFIX}"], tensors[f"{key}{UP_SUFFIX}"] = layer.down, layer.up
+    return save(tensors, metadata={METADATA_KEY: header_text(layers, metadata)})
+
+
+def header_text(layers: Mapping[str, LoraLayer], metadata: AdapterMetadata) -> str:
+    """Return the metadata of a file as it holds them, with the ranks of layers `<network>.<module>` that differ."""
     header = metadata_to_header(metadata)
     ranks = {key: int(layers[key].down.shape[0]) for key in sorted(layers)}
     if len(set(ranks.values())) > 1:
@@ -118,7 +123,7 @@ def pack_layers(layers: Mapping[str, LoraLayer], metadata: AdapterMetadata) -> b
         prefix = f"{metadata.denoiser}."
         is_alone = all(key.startswith(prefix) for key in ranks)
         header["ranks"] = {key.removeprefix(prefix) if is_alone else key: rank for key, rank in ranks.items()}
-    return save(tensors, metadata={METADATA_KEY: canonical_json(header).decode()})
+    return canonical_json(header).decode()
 
 
 def padded_layers(layers: Mapping[str, LoraLayer]) -> dict[str, LoraLayer]:

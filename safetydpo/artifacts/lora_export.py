@@ -16,14 +16,12 @@ from safetydpo.artifacts.adapters import (
     METADATA_KEY,
     UP_SUFFIX,
     AdapterMetadata,
-    check_weights,
-    metadata_to_header,
+    header_text,
     pack_layers,
     padded_layers,
 )
 from safetydpo.artifacts.kohya_names import NamingRule, tell_rule, to_kohya_name
 from safetydpo.artifacts.lora_files import NETWORKS, PEFT_PREFIX, LoraFile, unfold
-from safetydpo.artifacts.schemas import canonical_json
 from safetydpo.artifacts.weights import sort_header
 from safetydpo.errors import SafetyDPOError, UsageError
 
@@ -36,7 +34,8 @@ def to_kohya(file: LoraFile, *, rule: NamingRule | None = None) -> bytes:
     """Return the file under kohya's names, with an alpha per layer; equal files give equal bytes.
 
     An adapter that came from a kohya file goes back under its old names, alphas and types (see `unfold` for how
-    exactly); any other has alpha = rank, in float32: every scale is in B.
+    exactly); any other has alpha = rank, in float32: every scale is in B. Layers of different ranks are padded to the
+    largest one: diffusers' reader of such files takes one alpha for all.
 
     Args:
         file: what was read.
@@ -51,18 +50,18 @@ def to_kohya(file: LoraFile, *, rule: NamingRule | None = None) -> bytes:
         return _back_to_kohya(file, source)
     chosen = rule or _told_rule(file)
     tensors: dict[str, Tensor] = {}
-    for name, layer in file.layers.items():
-        check_weights(name, down=layer.down, up=layer.up, source="the adapter to be written")
-        _put(tensors, to_kohya_name(name, chosen), down=layer.down, up=layer.up)
-        tensors[f"{to_kohya_name(name, chosen)}.alpha"] = torch.tensor(float(layer.down.shape[0]))
-    ranks = {int(layer.down.shape[0]) for layer in file.layers.values()}
-    dimension = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+    layers = padded_layers(file.layers)
+    rank = next(iter(layers.values())).down.shape[0]
+    for name, layer in layers.items():
+        kohya_name = to_kohya_name(name, chosen)
+        _put(tensors, kohya_name, down=layer.down, up=layer.up)
+        tensors[f"{kohya_name}.alpha"] = torch.tensor(float(rank))
     header = {
-        METADATA_KEY: canonical_json(metadata_to_header(file.metadata)).decode(),
+        METADATA_KEY: header_text(file.layers, exported_metadata(file)),
         "ss_base_model_version": BASE_VERSIONS[chosen],
         "ss_network_module": "networks.lora",
-        "ss_network_dim": dimension,
-        "ss_network_alpha": dimension,
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(rank),
     }
     return sort_header(save(tensors, metadata=header))
 
@@ -109,7 +108,7 @@ def to_peft(file: LoraFile, *, base_model: str) -> tuple[bytes, bytes]:
         "inference_mode": True,
         "init_lora_weights": True,
     }
-    header = {"format": "pt", METADATA_KEY: canonical_json(metadata_to_header(exported_metadata(file))).decode()}
+    header = {"format": "pt", METADATA_KEY: header_text(file.layers, exported_metadata(file))}
     return sort_header(save(tensors, metadata=header)), json.dumps(settings, indent=2).encode() + b"\n"
 
 

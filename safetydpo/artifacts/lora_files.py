@@ -128,6 +128,7 @@ def lora_from_bytes(data: bytes, *, source: str, peft_config: bytes | None = Non
         scales[layer_name] = 1.0 if alpha is None else alpha / rank
         if alpha is not None:
             alphas[layer_name] = alpha
+        # What we wrote ourselves is padded to one rank.
         true_rank = ranks.get(layer_name, ranks.get(layer_name.partition(".")[2], rank))
         names[layer_name] = name
         layers[layer_name] = LoraLayer(
