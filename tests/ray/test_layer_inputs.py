@@ -43,6 +43,6 @@ def test_other_experts_find_what_is_collected(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(layer_inputs, "_make", collect)
     first = collect_layer_inputs(open_run(tmp_path))
-    second = collect_layer_inputs(open_run(tmp_path, granularity="concept"))
+    second = collect_layer_inputs(open_run(tmp_path, group_by="concept"))
     assert first.hash == second.hash
     assert len(made) == 1
