@@ -45,6 +45,12 @@ class ModelCard:
     notes: Sequence[str] = ()
 
     @property
+    def base_place(self) -> str:
+        """What stands for the base model in the lines that load it: its hub id, else a place to fill in."""
+        base = self.metadata.base_model
+        return base if _HUB_ID.fullmatch(base) else "PATH/TO/THE/BASE-MODEL"
+
+    @property
     def method(self) -> str:
         """Merge method; "" if the adapter is no merge."""
         return str(self.metadata.recipe.get("method", ""))

@@ -19,7 +19,7 @@ MOST_LARGE_NAMES = 14
 """Experts up to which their names are set in letters of the usual size."""
 MOST_NUMBERED_EXPERTS = 9
 """Experts up to which the cells have room for their numbers."""
-SQUARE_INCHES, LABEL_INCHES = 2.9, 1.25
+SQUARE_INCHES, LABEL_INCHES = 2.9, 1.5
 """Side of a heat map, and what its title and the names below it take."""
 MOST_COLOURS = len(SERIES)
 FULL_OPACITY = 0.62

@@ -86,6 +86,7 @@ def test_a_file_of_unknown_origin_says_so():
     assert front_matter(text)["license"] == "unknown"
     # A path is no id: the hub would refuse it.
     assert "base_model" not in front_matter(text)
+    assert 'from_pretrained("PATH/TO/THE/BASE-MODEL")' in text
     assert "a LoRA adapter of unknown origin" in text
     assert "Nothing is known of it." in text
     assert "None was stated." in text
