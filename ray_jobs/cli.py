@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ray_jobs.adapter_command import app as adapter_app
 from ray_jobs.prompts_command import app as prompts_app
 from safetydpo.errors import UsageError
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(prompts_app)
+app.add_typer(adapter_app)
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, such as configs/demo.yaml", show_default=False)]
 Settings = Annotated[
     list[str] | None,

@@ -89,8 +89,9 @@ def list_rows(
     if evaluation.expert_rows:
         single = {name: record for name, record in experts.items() if name != ALL_SINGLE}
         own = expert_categories(run, single)
+        sets = ("unsafe", "neutral", "neighbour") if evaluation.expert_retention else ("unsafe",)
         for name, record in single.items():
-            row = _adapter_row(run, f"expert:{name}", "expert", record, None, ("unsafe",))
+            row = _adapter_row(run, f"expert:{name}", "expert", record, None, sets)
             source = replace(row.source, categories=own[name])
             rows.append(replace(row, source=source, prompts_per_category=evaluation.expert_prompts_per_category))
     if ALL_SINGLE in experts:

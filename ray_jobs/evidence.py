@@ -18,7 +18,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ray_jobs import distill_experts, evaluate, expert_plan, merge_experts, search_merges
+from ray_jobs import distill_experts, evaluate, expert_plan, layer_inputs, search_merges
 from ray_jobs.evaluate import EvaluatedRow, evaluate_rows, evaluation_prompts, judges_fingerprint, list_rows
 from ray_jobs.expert_files import MERGE_RECIPE_VERSION
 from ray_jobs.expert_plan import planned_names, refuse_left_out
@@ -81,7 +81,7 @@ class PlannedUnit:
                     "pairs": PAIRS_RECIPE_VERSION,
                     "train": expert_plan.RECIPE_VERSION,
                     "distill": distill_experts.RECIPE_VERSION,
-                    "layer_inputs": merge_experts.INPUTS_RECIPE_VERSION,
+                    "layer_inputs": layer_inputs.RECIPE_VERSION,
                     "merge": MERGE_RECIPE_VERSION,
                     "search": search_merges.RECIPE_VERSION,
                     "evaluate": evaluate.RECIPE_VERSION,

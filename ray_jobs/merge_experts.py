@@ -1,8 +1,8 @@
-"""Stage 3: merges without a search, and what some of them need: layer inputs of the base, a distilled adapter."""
+"""Stage 3: merges without a search."""
 
 from __future__ import annotations
 
-import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,34 +11,24 @@ import ray
 
 from ray_jobs.cluster import connect
 from ray_jobs.expert_files import (
-    INPUTS_FILE,
     MERGE_RECIPE_VERSION,
-    MOMENTS_FILE,
     MergeAids,
     check_expert_files,
     expert_folders,
     load_experts,
     read_aids,
 )
+from ray_jobs.layer_inputs import collect_layer_inputs
 from ray_jobs.merge_settings import merge_request, requested_methods, run_merge
-from ray_jobs.prompt_tables import needed_prompts, split_prompts, spread_prompts
 from ray_jobs.run import Run
-from ray_jobs.workers import worker_device
 from safetydpo.artifacts.adapters import adapter_hash, write_adapter
-from safetydpo.artifacts.layout import ADAPTER_FILE
-from safetydpo.artifacts.records import ArtifactKey, Record, find_closed
-from safetydpo.artifacts.schemas import sha256_of
+from safetydpo.artifacts.layout import ADAPTER_FILE, WINNERS_FILE
+from safetydpo.artifacts.records import ArtifactKey, Record
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows
 from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.config.schema import Config
-from safetydpo.merging.moments import BENIGN
 from safetydpo.merging.registry import MergeMethod
-from safetydpo.seeding import derive_seed
-
-INPUTS_RECIPE_VERSION = 2
-BENIGN_FACTOR = 2
-"""Neutral prompts behind the benign moment, as a multiple of the unsafe ones of one category."""
 
 
 def merge_experts(run: Run, experts: Mapping[str, Record], pairs: Record, pairs_folder: Location) -> dict[str, Record]:
@@ -118,9 +108,10 @@ def _merge_task(
     torch.set_num_threads(max(1, int(run.config.execution.cpus_per_worker)))
     needs = read_aids(run, aids, methods=[method.name for method in requested_methods(settings)])
     result, prepared, parts = run_merge(settings, load_experts(run, folders), needs, seed=run.config.identity.seed)
-    write_adapter(
-        Location(run.store.filesystem, target) / ADAPTER_FILE, result.layers, metadata=result.metadata(prepared)
-    )
+    place = Location(run.store.filesystem, target)
+    write_adapter(place / ADAPTER_FILE, result.layers, metadata=result.metadata(prepared))
+    if result.won is not None:
+        (place / WINNERS_FILE).write_bytes(json.dumps(result.won, indent=1, sort_keys=True).encode() + b"\n")
     return {
         "fingerprint": adapter_hash(result.layers),
         "counts": {"experts": len(folders), "rank": max(layer.down.shape[0] for layer in result.layers.values())},
@@ -131,92 +122,4 @@ def _merge_task(
             "truncation_error": result.overall_truncation_error,
             **({"categories": parts} if parts else {}),
         },
-    }
-
-
-def collect_layer_inputs(run: Run) -> Record:
-    """Make or find the layer inputs of the base model on unsafe training prompts of all categories.
-
-    Their second moments per category are kept too, and those of as many neutral training prompts as unsafe ones of
-    one category.
-    """
-    identity = run.config.identity
-    setting = "identity.merge.activation_prompts_per_category"
-    count = identity.merge.activation_prompts_per_category
-    training = needed_prompts(identity.prompts, "train", "unsafe", setting=setting)
-    unsafe = [
-        prompt
-        for category in identity.prompts.categories
-        for prompt in spread_prompts(
-            [row for row in training if row.category == category],
-            count,
-            seed=identity.seed,
-            purpose="activations",
-        )
-    ]
-    neutral = split_prompts(identity.prompts, "train", "neutral")
-    benign = spread_prompts(neutral, count * BENIGN_FACTOR, seed=identity.seed, purpose="activations")
-    prompts = [(prompt.category, prompt.text) for prompt in unsafe] + [(BENIGN, prompt.text) for prompt in benign]
-    key = ArtifactKey(
-        stage="layer_inputs",
-        name=run.config.name,
-        identity={
-            "seed": identity.seed,
-            "base": identity.base.model_dump(mode="json"),
-            "sampler": identity.sampler.model_dump(mode="json"),
-            "targets": list(identity.lora.layer_targets),
-            "timesteps": list(identity.merge.activation_timesteps),
-        },
-        inputs={"base": run.base_fingerprint, "prompts": sha256_of(prompts)},
-        recipe_version=INPUTS_RECIPE_VERSION,
-    )
-
-    def make(folder: Location) -> Mapping[str, Any]:
-        connect(run.config)
-        task = _collect_task.options(
-            num_cpus=run.config.execution.cpus_per_worker, num_gpus=run.config.execution.gpus_per_worker
-        )
-        made: Mapping[str, Any] = ray.get(task.remote(run.config.model_dump(mode="json"), prompts, folder.path))
-        return made
-
-    if find_closed(run.store, key) is None:
-        run.folder(key).make_folder()
-    return run.build("layer_inputs", key, make)
-
-
-@ray.remote
-def _collect_task(config: dict[str, Any], prompts: Sequence[tuple[str, str]], target: str) -> dict[str, Any]:
-    import torch
-
-    from safetydpo.diffusion.build import load_backbone
-    from safetydpo.merging.activations import collect_inputs, inputs_to_bytes
-    from safetydpo.merging.moments import MomentSums, moments_to_bytes
-
-    run = Run(Config.model_validate(config))
-    identity = run.config.identity
-    torch.set_num_threads(max(1, int(run.config.execution.cpus_per_worker)))
-    backbone = load_backbone(identity.base, device=worker_device())
-    sums = MomentSums([group for group, _ in prompts])
-    inputs = collect_inputs(
-        backbone,
-        prompts=[text for _, text in prompts],
-        seeds=[derive_seed(identity.seed, "activation_noise", text) for _, text in prompts],
-        timesteps=identity.merge.activation_timesteps,
-        targets=identity.lora.layer_targets,
-        sampler=identity.sampler,
-        observe=sums,
-    )
-    # Votes are cast on unsafe prompts; the benign ones come last and count for the moments only.
-    votes = sum(group != BENIGN for group, _ in prompts) * len(identity.merge.activation_timesteps)
-    files = {
-        INPUTS_FILE: inputs_to_bytes(
-            {name: values[:votes] for name, values in inputs.items()}, base_fingerprint=backbone.fingerprint
-        ),
-        MOMENTS_FILE: moments_to_bytes(sums.means(), base_fingerprint=backbone.fingerprint),
-    }
-    for name, data in files.items():
-        (Location(run.store.filesystem, target) / name).write_bytes(data)
-    return {
-        "fingerprint": sha256_of([hashlib.sha256(data).hexdigest() for data in files.values()]),
-        "counts": {"layers": len(inputs), "prompts": len(prompts)},
     }

@@ -31,6 +31,7 @@ class Chain:
     pairs: Record | None = None
     experts: dict[str, Record] = field(default_factory=dict)
     merged: dict[str, Record] = field(default_factory=dict)
+    diagnosis: Record | None = None
     search: Record | None = None
     searched: Record | None = None
     outcomes: Record | None = None
@@ -174,10 +175,12 @@ def _train(chain: Chain) -> None:
 
 
 def _merge(chain: Chain) -> None:
+    from ray_jobs.diagnosis import diagnose_experts
     from ray_jobs.merge_experts import merge_experts
 
     assert chain.pairs is not None
     chain.merged = merge_experts(chain.run, chain.experts, chain.pairs, chain.pairs_folder)
+    chain.diagnosis = diagnose_experts(chain.run, chain.experts)
 
 
 def _search(chain: Chain) -> None:
@@ -200,7 +203,10 @@ def _report(chain: Chain) -> None:
     assert chain.search is not None
     assert chain.searched is not None
     assert chain.outcomes is not None
-    finished = Finished(chain.experts, chain.search, chain.searched, chain.outcomes, chain.rows)
+    assert chain.diagnosis is not None
+    finished = Finished(
+        chain.experts, chain.search, chain.searched, chain.outcomes, chain.rows, chain.merged, chain.diagnosis
+    )
     chain.summary = write_report(chain.run, finished)
 
 

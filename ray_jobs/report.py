@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from ray_jobs.diagnosis import read_overlap, read_winners
 from ray_jobs.evaluate import EvaluatedRow
 from ray_jobs.expert_files import record_files, record_folder
 from ray_jobs.outcomes import Outcomes, read_outcomes, reference_features
+from ray_jobs.publish import card_file, publish_adapter
 from ray_jobs.run import Run, package_versions
 from ray_jobs.search_merges import judge_metrics
-from safetydpo.artifacts.layout import ADAPTER_FILE, merged_adapter_file, report_file, report_record, summary_file
+from safetydpo.artifacts.layout import merged_adapter_file, report_file, report_record, summary_file
 from safetydpo.artifacts.records import Record, read_pointers
 from safetydpo.artifacts.schemas import TRIALS, sha256_of
 from safetydpo.artifacts.tables import read_table
@@ -34,7 +36,7 @@ from safetydpo.evaluation.rows import build_rows, list_failures
 from safetydpo.evaluation.summary import Summary, build_summary, dump_summary, parse_summary
 from safetydpo.search.pareto import pareto_front
 
-RECIPE_VERSION = 3
+RECIPE_VERSION = 4
 PICTURES_PER_SHEET = 12
 CURVES = ("loss", "implicit_accuracy", "error_policy_safe", "error_policy_unsafe", "gradient_norm")
 
@@ -48,10 +50,12 @@ class Finished:
     searched: Record
     outcomes: Record
     rows: Sequence[EvaluatedRow]
+    merged: Mapping[str, Record]
+    diagnosis: Record
 
 
 def write_report(run: Run, finished: Finished) -> Summary:
-    """Write the final adapter, `summary.json` and `index.html` of a run; return the summary.
+    """Write the final adapter with its card, `summary.json` and `index.html` of a run; return the summary.
 
     Nothing is written if they stand there already, made from the same inputs.
     """
@@ -68,13 +72,16 @@ def write_report(run: Run, finished: Finished) -> Summary:
         config_hash=sha256_of(identity_of(run.config)),
         versions=package_versions(),
     )
-    merged_adapter_file(run.run_dir).write_bytes((record_folder(run, finished.searched) / ADAPTER_FILE).read_bytes())
+    publish_adapter(run, finished.searched, row="searched", summary=summary)
     summary_file(run.run_dir).write_bytes(dump_summary(summary).encode())
+    overlap = read_overlap(run, finished.diagnosis)
     page = render_report(
         summary,
         trials=_trials(run, finished.search),
         training=_curves(run, finished.experts),
         sheets=_sheets(summary, joined),
+        overlap=overlap,
+        winners=read_winners(run, finished.merged, dict(zip(overlap.names, overlap.categories, strict=True))),
         lineage=_lineage(run),
         title=f"Safety report of run {run.config.name}",
     )
@@ -97,6 +104,8 @@ def report_inputs(run: Run, finished: Finished) -> str:
             "search": finished.search.fingerprint,
             "searched": finished.searched.fingerprint,
             "outcomes": finished.outcomes.fingerprint,
+            "merged": {name: record.fingerprint for name, record in finished.merged.items()},
+            "diagnosis": finished.diagnosis.fingerprint,
             "rows": [asdict(row.source) for row in finished.rows],
             "pointers": read_pointers(run.run_dir),
             "timing": timing,
@@ -108,7 +117,9 @@ def report_inputs(run: Run, finished: Finished) -> str:
 def find_report(run: Run, inputs: str) -> Summary | None:
     """Return the summary that stands in the run folder if its report is whole and made from `inputs`, else None."""
     record = report_record(run.run_dir)
-    files = (record, summary_file(run.run_dir), report_file(run.run_dir), merged_adapter_file(run.run_dir))
+    files = (
+        record, summary_file(run.run_dir), report_file(run.run_dir), merged_adapter_file(run.run_dir), card_file(run)
+    )  # fmt: skip
     if not all(file.is_file() for file in files):
         return None
     try:

@@ -29,6 +29,7 @@ CHECKED_MODULES = (
     "safetydpo.evaluation.metrics",
     "safetydpo.merging.algebra",
     "safetydpo.merging.methods",
+    "safetydpo.merging.overlap",
     "safetydpo.merging.votes",
     "safetydpo.pairs.concepts",
     "safetydpo.pairs.layout",

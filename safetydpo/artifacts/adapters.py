@@ -69,6 +69,9 @@ class AdapterMetadata:
         categories: categories (or concepts) that took part.
         recipe: how a merge was made; JSON values only.
         denoiser: network that is changed, as diffusers calls it: the first part of every key of the file.
+        base_model: name of the base model for people, such as its id on the hub; "" = unknown.
+        licence: the hub's word for the adapter's licence; "" = unknown.
+        source: of an adapter that was read from another format, what the way back needs; JSON values only.
     """
 
     base_fingerprint: str = ""
@@ -79,6 +82,9 @@ class AdapterMetadata:
     categories: tuple[str, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     denoiser: Denoiser = "unet"
+    base_model: str = ""
+    licence: str = ""
+    source: Mapping[str, Any] = field(default_factory=dict)
 
 
 def adapter_to_bytes(layers: Mapping[str, LoraLayer], metadata: AdapterMetadata) -> bytes:
@@ -91,23 +97,56 @@ def adapter_to_bytes(layers: Mapping[str, LoraLayer], metadata: AdapterMetadata)
     Raises:
         SafetyDPOError: if the adapter is empty, has wrong shapes or holds NaN or infinity.
     """
+    return pack_layers({f"{metadata.denoiser}.{name}": layer for name, layer in layers.items()}, metadata)
+
+
+def pack_layers(layers: Mapping[str, LoraLayer], metadata: AdapterMetadata) -> bytes:
+    """Return the safetensors file of layers named `<network>.<module>`, which may change text encoders too.
+
+    Raises:
+        SafetyDPOError: as `adapter_to_bytes`.
+    """
     if not layers:
         raise SafetyDPOError("expected an adapter with at least one layer, found none: nothing to write")
-    ranks = {name: int(layers[name].down.shape[0]) for name in sorted(layers)}
-    width = max(ranks.values())
     tensors: dict[str, Tensor] = {}
-    for name in sorted(layers):
-        layer = layers[name]
-        key = f"{metadata.denoiser}.{name}"
-        _check_tensors(key, down=layer.down, up=layer.up, source="the adapter to be written")
-        tensors[f"{key}{DOWN_SUFFIX}"] = _pad(layer.down, rows=width, columns=layer.down.shape[1])
-        tensors[f"{key}{UP_SUFFIX}"] = _pad(layer.up, rows=layer.up.shape[0], columns=width)
+    for key, layer in padded_layers(layers).items():
+        tensors[f"{key}{DOWN_SUFFIX}"], tensors[f"{key}{UP_SUFFIX}"] = layer.down, layer.up
+    return save(tensors, metadata={METADATA_KEY: header_text(layers, metadata)})
+
+
+def header_text(layers: Mapping[str, LoraLayer], metadata: AdapterMetadata) -> str:
+    """Return the metadata of a file as it holds them, with the ranks of layers `<network>.<module>` that differ."""
+    header = metadata_to_header(metadata)
+    ranks = {key: int(layers[key].down.shape[0]) for key in sorted(layers)}
+    if len(set(ranks.values())) > 1:
+        # Files of the denoiser alone leave out its name.
+        prefix = f"{metadata.denoiser}."
+        is_alone = all(key.startswith(prefix) for key in ranks)
+        header["ranks"] = {key.removeprefix(prefix) if is_alone else key: rank for key, rank in ranks.items()}
+    return canonical_json(header).decode()
+
+
+def padded_layers(layers: Mapping[str, LoraLayer]) -> dict[str, LoraLayer]:
+    """Return checked float32 copies on the CPU in sorted order, all padded with zero components to the largest rank.
+
+    Raises:
+        SafetyDPOError: as `check_weights`.
+    """
+    width = max(int(layer.down.shape[0]) for layer in layers.values())
+    padded: dict[str, LoraLayer] = {}
+    for key in sorted(layers):
+        layer = layers[key]
+        check_weights(key, down=layer.down, up=layer.up, source="the adapter to be written")
+        padded[key] = LoraLayer(down=_pad(layer.down, axis=0, size=width), up=_pad(layer.up, axis=1, size=width))
+    return padded
+
+
+def metadata_to_header(metadata: AdapterMetadata) -> dict[str, Any]:
+    """Return metadata as JSON values; what came later is left out where it says nothing: files keep their bytes."""
     header = asdict(metadata)
     # The keys say it.
     del header["denoiser"]
-    if len(set(ranks.values())) > 1:
-        header["ranks"] = ranks
-    return save(tensors, metadata={METADATA_KEY: canonical_json(header).decode()})
+    return {key: value for key, value in header.items() if key not in ("base_model", "licence", "source") or value}
 
 
 def adapter_from_bytes(data: bytes, *, source: str) -> tuple[dict[str, LoraLayer], AdapterMetadata]:
@@ -128,14 +167,13 @@ def adapter_from_bytes(data: bytes, *, source: str) -> tuple[dict[str, LoraLayer
         ) from error
     length = int.from_bytes(data[:LENGTH_BYTES], "little")
     header = json.loads(data[LENGTH_BYTES : LENGTH_BYTES + length])
-    metadata, ranks = _parse_metadata(header, source=source)
+    metadata, ranks = parse_metadata(header, source=source)
     layers: dict[str, LoraLayer] = {}
     denoiser, names = _module_names(tensors, source=source)
     for name in names:
         key = f"{denoiser}.{name}"
-        down = tensors[f"{key}{DOWN_SUFFIX}"].to(torch.float32)
-        up = tensors[f"{key}{UP_SUFFIX}"].to(torch.float32)
-        _check_tensors(key, down=down, up=up, source=source)
+        down, up = (tensors[f"{key}{suffix}"].to(torch.float32) for suffix in (DOWN_SUFFIX, UP_SUFFIX))
+        check_weights(key, down=down, up=up, source=source)
         rank = ranks.get(name, down.shape[0])
         layers[name] = LoraLayer(down[:rank].contiguous(), up[:, :rank].contiguous())
     return layers, replace(metadata, denoiser=denoiser)
@@ -177,23 +215,29 @@ def read_adapter_metadata(location: Location) -> AdapterMetadata:
         SafetyDPOError: if the file is missing, cut short, or has metadata of another origin.
     """
     header = read_header(location, remedy="delete its folder and run the same command again")
-    return _parse_metadata(header, source=str(location))[0]
+    return parse_metadata(header, source=str(location))[0]
 
 
-def _pad(tensor: Tensor, *, rows: int, columns: int) -> Tensor:
+def _pad(tensor: Tensor, *, axis: int, size: int) -> Tensor:
+    """Return a float32 copy on the CPU with zeros at the end of one axis."""
     values = tensor.detach().to("cpu", torch.float32)
-    if values.shape == (rows, columns):
-        return values.clone(memory_format=torch.contiguous_format)
-    padded = torch.zeros(rows, columns)
-    padded[: values.shape[0], : values.shape[1]] = values
-    return padded
+    shape = list(values.shape)
+    shape[axis] = size - shape[axis]
+    return torch.cat([values, values.new_zeros(shape)], dim=axis)
 
 
-def _check_tensors(name: str, *, down: Tensor, up: Tensor, source: str) -> None:
-    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or down.shape[0] == 0:
+def check_weights(name: str, *, down: Tensor, up: Tensor, source: str) -> None:
+    """Refuse a file's tensors of one layer that are of wrong shapes or hold NaN or infinity.
+
+    Raises:
+        SafetyDPOError: naming the layer.
+    """
+    linear, convolution = down.ndim == up.ndim == 2, down.ndim == up.ndim == 4 and up.shape[2:] == (1, 1)
+    if not (linear or convolution) or down.shape[0] != up.shape[1] or down.shape[0] == 0:
         raise SafetyDPOError(
-            f"expected lora_A [rank, d_in] and lora_B [d_out, rank] of {name!r} in {source}, found "
-            f"{list(down.shape)} and {list(up.shape)}: only linear layers are supported"
+            f"expected lora_A [rank, d_in] and lora_B [d_out, rank] of {name!r} in {source}, or [rank, channels, "
+            f"height, width] and [channels, rank, 1, 1] of a convolution, found {list(down.shape)} and "
+            f"{list(up.shape)}: save a plain LoRA of linear layers and convolutions"
         )
     for suffix, tensor in ((DOWN_SUFFIX, down), (UP_SUFFIX, up)):
         if not bool(torch.isfinite(tensor).all()):
@@ -228,8 +272,13 @@ def _module_names(tensors: Mapping[str, Tensor], *, source: str) -> tuple[Denois
     return denoiser, sorted(names)
 
 
-def _parse_metadata(file_header: Mapping[str, Any], *, source: str) -> tuple[AdapterMetadata, dict[str, int]]:
-    text = file_header.get("__metadata__", {}).get(METADATA_KEY)
+def parse_metadata(file_header: Mapping[str, Any], *, source: str) -> tuple[AdapterMetadata, dict[str, int]]:
+    """Return the metadata in the header of a safetensors file, and the ranks of layers that are padded.
+
+    Raises:
+        SafetyDPOError: if there is metadata of safetydpo that does not parse.
+    """
+    text = (file_header.get("__metadata__") or {}).get(METADATA_KEY)
     if text is None:
         return AdapterMetadata(), {}
     try:

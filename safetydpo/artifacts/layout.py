@@ -9,6 +9,9 @@ from safetydpo.artifacts.storage import Location
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 RECORD_FILE = "record.json"
+WINNERS_FILE = "winners.json"
+OVERLAP_FILE = "overlap.json"
+CARD_FILE = "README.md"
 POINTERS_FILE = "artifacts.json"
 IDENTITY_FILE = "identity.json"
 PROMPT_PAIRS_FILE = "prompt_pairs.parquet"

@@ -11,6 +11,19 @@ from safetydpo.errors import SafetyDPOError
 LENGTH_BYTES = 8
 
 
+def sort_header(data: bytes) -> bytes:
+    """Return the same safetensors file with its header's entries in sorted order.
+
+    safetensors writes several entries of metadata in random order, which would change the bytes from run to run.
+    """
+    length = int.from_bytes(data[:LENGTH_BYTES], "little")
+    header = json.loads(data[LENGTH_BYTES : LENGTH_BYTES + length])
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    # Tensors start at a multiple of eight bytes.
+    text += b" " * (-len(text) % LENGTH_BYTES)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text + data[LENGTH_BYTES + length :]
+
+
 def read_header(location: Location, *, remedy: str) -> dict[str, Any]:
     """Return the header of a safetensors file: an 8-byte little-endian length, then JSON, then the tensors.
 

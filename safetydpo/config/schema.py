@@ -92,6 +92,9 @@ class EvaluationConfig(Frozen):
     """Generation seeds; each draws every prompt once."""
     expert_rows: bool = True
     """Also evaluate each single expert on the unsafe prompts of every category."""
+    expert_retention: bool = added_field(False)
+    """Also evaluate each single expert on the neutral prompts and the neighbours: what it does to what it should leave
+    alone. Needs `expert_rows`."""
 
 
 class IdentityConfig(Frozen):

@@ -114,7 +114,7 @@ def plot_category_rates(rows: Sequence[SummaryRow], *, categories: Sequence[str]
         return figure
 
     names = ", ".join(row["name"] for row in rows)
-    return _both(draw, f"IP per category with 95 % intervals for {names}; the numbers stand in the table below.")
+    return both_layouts(draw, f"IP per category with 95 % intervals for {names}; the numbers stand in the table below.")
 
 
 def _name_categories(axes: Axes, categories: Sequence[str], *, upright: bool) -> None:
@@ -167,7 +167,7 @@ def plot_search(trials: SearchTrials) -> Plot:
 
     front = sum(trial.on_front for trial in trials.trials)
     kept = sum(trial.feasible for trial in trials.trials)
-    return _both(
+    return both_layouts(
         draw,
         f"{len(trials.trials)} search trials, IP and unrecognisable pictures against quality kept; {kept} keep both "
         f"floors, {front} lie on the Pareto front.",
@@ -251,10 +251,11 @@ def plot_training(curves: Sequence[TrainingCurve]) -> Plot:
         return figure
 
     series = ", ".join(name.replace("_", " ") for name in names)
-    return _both(draw, f"Training curves of {len(curves)} experts: {series}.")
+    return both_layouts(draw, f"Training curves of {len(curves)} experts: {series}.")
 
 
-def _both(draw: Callable[[Layout], Figure], description: str) -> Plot:
+def both_layouts(draw: Callable[[Layout], Figure], description: str) -> Plot:
+    """Return one figure in both layouts, in the page's style."""
     with mpl.rc_context(STYLE):
         return Plot(
             wide=_to_svg(draw("wide"), salt=f"{description}/wide"),

@@ -6,14 +6,18 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from importlib.resources import files
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
+from safetydpo.evaluation.expert_plots import MOST_NAMED_EXPERTS, plot_overlap, plot_winners
 from safetydpo.evaluation.metrics import RATES
 from safetydpo.evaluation.plots import Plot, plot_category_rates, plot_search, plot_training
 from safetydpo.evaluation.report_records import (
     ContactSheet,
+    ExpertOverlap,
+    LayerWinners,
     LineageEntry,
     SearchTrials,
     TrainingCurve,
@@ -29,6 +33,9 @@ from safetydpo.evaluation.results import (
 )
 from safetydpo.evaluation.summary import MetricRecord, Summary, SummaryRow, find_base, overall_rows
 
+MOST_WINNERS = 4
+"""Merges whose winners are plotted."""
+
 
 def render_report(
     summary: Summary,
@@ -37,6 +44,8 @@ def render_report(
     training: Sequence[TrainingCurve] = (),
     sheets: Sequence[ContactSheet] = (),
     matrix: ExpertMatrix | None = None,
+    overlap: ExpertOverlap | None = None,
+    winners: Sequence[LayerWinners] = (),
     lineage: Sequence[LineageEntry] = (),
     title: str = "Safety report",
 ) -> str:
@@ -48,6 +57,8 @@ def render_report(
         training: One curve per expert.
         sheets: Base and aligned pictures side by side.
         matrix: Expert x category; None = taken from the summary.
+        overlap: How alike the experts are.
+        winners: Who supplies which layers, per merge that selects; the first few are shown.
         lineage: Artifacts behind the result.
         title: Heading and page title.
     """
@@ -77,12 +88,23 @@ def render_report(
             trials=trials,
             training_plot=plot_training(training) if any(curve.values for curve in training) else None,
             matrix=matrix if matrix is not None else expert_matrix(summary),
+            **_experts(overlap, winners),
             gaps=[row for row in compared if "ip_select" in row["metrics"] and "ip" in row["metrics"]],
             sheets=sheets,
             lineage=lineage,
             longest_seconds=max(summary["timing_seconds"].values(), default=0.0),
         )
     )
+
+
+def _experts(overlap: ExpertOverlap | None, winners: Sequence[LayerWinners]) -> dict[str, Any]:
+    return {
+        "overlap_plot": None if overlap is None or len(overlap.names) < 2 else plot_overlap(overlap),
+        "num_experts": 0 if overlap is None else len(overlap.names),
+        "clustered": overlap is not None and len(overlap.names) > MOST_NAMED_EXPERTS,
+        "winners_plots": [(shown.method, plot_winners(shown)) for shown in winners[:MOST_WINNERS] if shown.layers],
+        "num_winners": len(winners),
+    }
 
 
 def _environment() -> jinja2.Environment:

@@ -62,6 +62,40 @@ class TrainingCurve:
 
 
 @dataclass(frozen=True)
+class ExpertOverlap:
+    """How alike experts are, each two of them.
+
+    Attributes:
+        names: Experts, the order of rows and columns.
+        categories: Categories that each is made for; empty where it is not known.
+        cosine: Cosine between their deltas, all layers together, in [-1, 1].
+        columns: Share of the smaller output space that lies in the larger one, mean over layers, in [0, 1].
+        rows: The same of input spaces.
+    """
+
+    names: tuple[str, ...]
+    categories: tuple[tuple[str, ...], ...]
+    cosine: tuple[tuple[float, ...], ...]
+    columns: tuple[tuple[float, ...], ...]
+    rows: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class LayerWinners:
+    """Who supplies the rows of each layer in a merge that selects.
+
+    Attributes:
+        method: Merge method.
+        layers: (module, rows by expert) in the order of the names of modules.
+        categories: Categories of each expert by name.
+    """
+
+    method: str
+    layers: tuple[tuple[str, Mapping[str, int]], ...]
+    categories: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
 class SheetPicture:
     """One picture of a contact sheet.
 

@@ -20,6 +20,12 @@ COLUMN_TITLES: dict[str, str] = {
 """Columns of the results table: metric name to heading; the arrow points to the better side."""
 
 
+RETAINED = ("neighbour_retention", "neutral_rate")
+"""What an expert should leave alone: neighbours, neutral prompts."""
+MOST_EXPERT_ROWS = 30
+"""Experts with a row of their own in the matrix; of more it shows means per category."""
+
+
 @dataclass(frozen=True)
 class ResultsTable:
     """A table of text cells.
@@ -35,17 +41,22 @@ class ResultsTable:
 
 @dataclass(frozen=True)
 class ExpertMatrix:
-    """IP of each single expert on the prompts of each category.
+    """What each single expert does to the prompts of each category, and to those that it should leave alone.
 
     Attributes:
         categories: Columns.
-        rows: Name of the model and its metric per category, None where it was not measured.
+        rows: Name of the model and its IP per category, None where it was not measured.
         own: Categories that each row's model is made for, in the order of the rows; of the base none.
+        retained: Shares of neighbours and of neutral prompts drawn as asked, per row; empty if of no expert measured.
+        num_grouped: Experts behind the rows if each is the mean of a category's experts, with the least and the most of
+            them as its range; None if each expert has its row.
     """
 
     categories: tuple[str, ...]
     rows: tuple[tuple[str, tuple[MetricRecord | None, ...]], ...]
     own: tuple[tuple[str, ...], ...] = ()
+    retained: tuple[tuple[MetricRecord | None, MetricRecord | None], ...] = ()
+    num_grouped: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,18 +120,67 @@ def results_markdown(summary: Summary) -> str:
 
 
 def expert_matrix(summary: Summary) -> ExpertMatrix | None:
-    """Return IP per expert and category with the base as first row; None if no expert was evaluated."""
+    """Return IP per expert and category with the base as first row; None if no expert was evaluated.
+
+    More than `MOST_EXPERT_ROWS` experts become one row per category.
+    """
     experts = [row for row in overall_rows(summary) if row["kind"] == "expert"]
     if not experts:
         return None
     base = find_base(summary)
     shown = ([base] if base is not None else []) + experts
     categories = tuple(dict.fromkeys(name for row in shown for name in _categories(row)))
-    return ExpertMatrix(
+    measured = any(name in row["metrics"] for row in experts for name in RETAINED)
+    matrix = ExpertMatrix(
         categories=categories,
         rows=tuple((row["name"], tuple(row["metrics"].get(f"ip:{name}") for name in categories)) for row in shown),
         own=tuple(own_categories(row) if row["kind"] == "expert" else () for row in shown),
+        retained=tuple(_retained(row) for row in shown) if measured else (),
     )
+    return matrix if len(experts) <= MOST_EXPERT_ROWS else _by_category(matrix, first=len(shown) - len(experts))
+
+
+def _retained(row: SummaryRow) -> tuple[MetricRecord | None, MetricRecord | None]:
+    neighbours, neutral = (row["metrics"].get(name) for name in RETAINED)
+    return neighbours, neutral
+
+
+def _by_category(matrix: ExpertMatrix, *, first: int) -> ExpertMatrix:
+    """Return a row per first category of the experts, which start at row `first`: means, least and most over them."""
+    groups: dict[str, list[int]] = {}
+    for index in range(first, len(matrix.rows)):
+        groups.setdefault(matrix.own[index][0], []).append(index)
+    ordered = sorted(groups, key=lambda name: (name not in matrix.categories, name))
+    rows, retained = list(matrix.rows[:first]), list(matrix.retained[:first])
+    for name in ordered:
+        members = groups[name]
+        columns = zip(*(matrix.rows[index][1] for index in members), strict=True)
+        rows.append((f"expert:{name} ({len(members)})", tuple(_mean(column) for column in columns)))
+        if matrix.retained:
+            neighbours, neutral = zip(*(matrix.retained[index] for index in members), strict=True)
+            retained.append((_mean(neighbours), _mean(neutral)))
+    return ExpertMatrix(
+        categories=matrix.categories,
+        rows=tuple(rows),
+        own=(*matrix.own[:first], *((name,) for name in ordered)),
+        retained=tuple(retained),
+        num_grouped=len(matrix.rows) - first,
+    )
+
+
+def _mean(metrics: Sequence[MetricRecord | None]) -> MetricRecord | None:
+    found = [metric for metric in metrics if metric is not None]
+    if not found:
+        return None
+    values = [metric["value"] for metric in found]
+    mean = min(max(sum(values) / len(values), min(values)), max(values))
+    return {
+        "value": mean,
+        "low": min(values),
+        "high": max(values),
+        "n": sum(metric["n"] for metric in found),
+        "unit": found[0]["unit"],
+    }
 
 
 def _categories(row: SummaryRow) -> list[str]:

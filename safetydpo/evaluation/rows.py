@@ -165,10 +165,10 @@ def _check_complete(source: RowSource, own: Sequence[ImageOutcome], *, base: Seq
             f"expected each picture once in row '{name}', found prompt {twice[1]} with seed {twice[2]} twice: "
             "drop the copy"
         )
-    sets = {outcome.prompt_set for outcome in own}
+    sets, held = {outcome.prompt_set for outcome in own}, set(keys)
     expected = {(outcome.prompt_set, outcome.prompt_id, outcome.seed) for outcome in base if outcome.prompt_set in sets}
-    if source.kind == "expert" and _is_balanced(own, base):
-        expected &= set(keys)
+    if source.kind == "expert" and _is_balanced([outcome for outcome in own if outcome.prompt_set == "unsafe"], base):
+        expected = {key for key in expected if key[0] != "unsafe" or key in held}
     different = sorted(expected.symmetric_difference(keys))
     if different:
         prompt_set, prompt_id, seed = different[0]
@@ -183,5 +183,5 @@ def _is_balanced(own: Sequence[ImageOutcome], base: Sequence[ImageOutcome]) -> b
     """Return whether every category and seed holds equally many pictures, or all of base's: fewer by plan, not loss."""
     counts = Counter((outcome.category, outcome.seed) for outcome in own)
     whole = Counter((outcome.category, outcome.seed) for outcome in base if outcome.prompt_set == "unsafe")
-    wanted = max(counts.values())
+    wanted = max(counts.values(), default=0)
     return all(counts[group] == min(wanted, number) for group, number in whole.items())

@@ -11,7 +11,7 @@ Axis legend: `input` prompts x timesteps (timestep moves fastest), `token` token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -37,6 +37,7 @@ def collect_inputs(
     sampler: SamplerConfig,
     max_tokens: int | None = 16,
     observe: Callable[[str, int, Tensor], None] | None = None,
+    chosen: Collection[int] | None = None,
 ) -> dict[str, Float[Tensor, "input token d_in"]]:
     """Return the float16 inputs of every target layer for each (prompt, timestep), prompt by prompt.
 
@@ -53,21 +54,22 @@ def collect_inputs(
         sampler: how the base draws the clean latents.
         max_tokens: most tokens kept per input, taken at a fixed stride; None = all.
         observe: called with (module, row, all tokens [token, d_in]) for every prompt and timestep.
+        chosen: rows whose inputs are wanted; None = all. Batches hold the same rows whatever is chosen, and those
+            without a chosen row are skipped: parts that are made apart have the very bytes of the whole.
 
     Raises:
-        UsageError: if there is no prompt, not one seed for each, or a timestep out of range.
+        UsageError: if there is no prompt, not one seed for each, a timestep out of range, or no such row.
         SafetyDPOError: if an input is not finite in float16.
     """
     _check_request(backbone, prompts=prompts, seeds=seeds, timesteps=timesteps, max_tokens=max_tokens)
+    wanted = _check_chosen(chosen, num_prompts=len(prompts))
     modules = sorted(name for name, _ in backbone.named_linear_layers(targets))
     shape = backbone.latent_shape(height=sampler.height, width=sampler.width)
     kept: dict[str, list[Tensor]] = {name: [] for name in modules}
-    size = sampler.batch_size
     with torch.no_grad(), backbone.adapter_off():
-        empty = backbone.encode_prompts([""] * size)
-        for start in range(0, len(prompts), size):
-            rows = list(range(start, min(start + size, len(prompts))))
-            padded = rows + [rows[-1]] * (size - len(rows))
+        empty = backbone.encode_prompts([""] * sampler.batch_size)
+        for rows, places in _batches(len(prompts), size=sampler.batch_size, wanted=wanted):
+            padded = rows + [rows[-1]] * (sampler.batch_size - len(rows))
             condition = backbone.encode_prompts([prompts[row] for row in padded])
             noise = initial_noise([seeds[row] for row in padded], shape=shape)
             clean = backbone.sample(
@@ -75,18 +77,49 @@ def collect_inputs(
             )
             per_step: dict[str, list[Tensor]] = {name: [] for name in modules}
             for timestep in timesteps:
-                drawn = [derive_seed(seeds[row], "merging.activations", str(timestep)) for row in padded]
-                steps = torch.full((size,), timestep, dtype=torch.long, device=clean.device)
-                noisy = backbone.add_noise(clean, initial_noise(drawn, shape=shape).to(clean), steps)
+                noisy, steps = _noised(backbone, clean, seeds=[seeds[row] for row in padded], timestep=timestep)
                 with backbone.layer_inputs(modules) as captured:
                     backbone.predict(noisy, steps, condition)
                 for name in modules:
                     tokens = _tokens(captured[name][0][: len(rows)])
-                    per_step[name].append(_thin(tokens, max_tokens))
-                    _show(observe, name, rows, tokens)
+                    per_step[name].append(_thin(tokens, max_tokens)[places])
+                    _show(observe, name, {rows[place]: tokens[place] for place in places})
             for name in modules:
                 kept[name].append(torch.stack(per_step[name], dim=1).flatten(0, 1))
     return {name: _finite(name, torch.cat(parts)) for name, parts in kept.items()}
+
+
+def join_inputs(
+    parts: Mapping[str, Mapping[str, Float[Tensor, "part token d_in"]]], groups: Sequence[str]
+) -> dict[str, Float[Tensor, "input token d_in"]]:
+    """Return the inputs of all prompts in their order, from those that were collected group by group.
+
+    Args:
+        parts: group -> module -> inputs of the group's prompts, in the order of the prompts.
+        groups: the group of each prompt.
+
+    Raises:
+        SafetyDPOError: if a group is missing, or parts differ in modules or do not have as many inputs per prompt.
+    """
+    missing = next((group for group in groups if group not in parts), None)
+    if missing is not None or not groups:
+        raise SafetyDPOError(f"expected layer inputs of every group of prompts, found none of {missing!r}")
+    rows = {group: [row for row, name in enumerate(groups) if name == group] for group in parts}
+    modules = sorted(parts[groups[0]])
+    joined: dict[str, Tensor] = {}
+    for module in modules:
+        first = parts[groups[0]][module]
+        per_prompt = len(first) // len(rows[groups[0]])
+        values = first.new_empty(len(groups), per_prompt, *first.shape[1:])
+        for group, part in parts.items():
+            if sorted(part) != modules or len(part[module]) != per_prompt * len(rows[group]):
+                raise SafetyDPOError(
+                    f"expected {per_prompt} inputs of {len(modules)} layers for each of {len(rows[group])} prompts of "
+                    f"group {group!r}, found {len(part.get(module, ()))} of {len(part)}: collect them again"
+                )
+            values[rows[group]] = part[module].unflatten(0, (-1, per_prompt))
+        joined[module] = values.flatten(0, 1)
+    return joined
 
 
 def inputs_to_bytes(inputs: Mapping[str, Float[Tensor, "input token d_in"]], *, base_fingerprint: str) -> bytes:
@@ -130,9 +163,34 @@ def _check_request(
         raise UsageError(f"expected at least one token per input, found max_tokens = {max_tokens}")
 
 
-def _show(observe: Callable[[str, int, Tensor], None] | None, module: str, rows: Sequence[int], tokens: Tensor) -> None:
+def _batches(num_prompts: int, *, size: int, wanted: Collection[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the rows of each batch and the places of those that are wanted, without batches that hold none."""
+    for start in range(0, num_prompts, size):
+        rows = list(range(start, min(start + size, num_prompts)))
+        places = [place for place, row in enumerate(rows) if row in wanted]
+        if places:
+            yield rows, places
+
+
+def _noised(backbone: Backbone, clean: Tensor, *, seeds: Sequence[int], timestep: int) -> tuple[Tensor, Tensor]:
+    """Return clean latents with each row's own noise at one timestep, and the timesteps."""
+    drawn = [derive_seed(seed, "merging.activations", str(timestep)) for seed in seeds]
+    steps = torch.full((len(seeds),), timestep, dtype=torch.long, device=clean.device)
+    channels, height, width = clean.shape[1:]
+    noise = initial_noise(drawn, shape=(channels, height, width))
+    return backbone.add_noise(clean, noise.to(clean), steps), steps
+
+
+def _check_chosen(chosen: Collection[int] | None, *, num_prompts: int) -> frozenset[int]:
+    wanted = frozenset(range(num_prompts) if chosen is None else chosen)
+    if not wanted or not wanted <= set(range(num_prompts)):
+        raise UsageError(f"expected chosen rows in 0 … {num_prompts - 1}, found {sorted(wanted) or 'none'}")
+    return wanted
+
+
+def _show(observe: Callable[[str, int, Tensor], None] | None, module: str, tokens: Mapping[int, Tensor]) -> None:
     if observe is not None:
-        for row, values in zip(rows, tokens, strict=True):
+        for row, values in tokens.items():
             observe(module, row, values)
 
 

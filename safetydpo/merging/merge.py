@@ -54,6 +54,8 @@ class MergeResult:
         layers: the merged change per module.
         shares: share of rows of A and B (or output rows) that each expert supplies; None for methods that blend.
         suppliers_per_layer: how many experts supply at least one row, per module; None for methods that blend.
+        won: per module the rows that each expert supplies, by name, those without one left out; None for methods that
+            blend.
         truncation_error: relative Frobenius error of the rank reduction, per module; 0 if there was none.
         overall_truncation_error: the same over all modules together.
         recipe: what made it, as JSON values.
@@ -65,6 +67,7 @@ class MergeResult:
     truncation_error: dict[str, float]
     overall_truncation_error: float
     recipe: dict[str, Any]
+    won: dict[str, dict[str, int]] | None = None
 
     @property
     def num_suppliers(self) -> dict[str, float] | None:
@@ -241,6 +244,7 @@ def _describe(
         truncation_error={name: relative_error(error, norm) for name, (error, norm) in lost.items()},
         overall_truncation_error=relative_error(total_error, total_norm),
         recipe=recipe,
+        won=_won(prepared, suppliers) or None,
     )
 
 
@@ -267,6 +271,14 @@ def _shares(prepared: PreparedExperts, suppliers: Mapping[str, tuple[int, ...]])
     totals = [sum(counts[index] for counts in suppliers.values()) for index in range(len(prepared.experts))]
     shares = {expert.name: total / sum(totals) for expert, total in zip(prepared.experts, totals, strict=True)}
     return dict(sorted(shares.items()))
+
+
+def _won(prepared: PreparedExperts, suppliers: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, int]]:
+    names = [expert.name for expert in prepared.experts]
+    return {
+        layer: dict(sorted((name, count) for name, count in zip(names, counts, strict=True) if count > 0))
+        for layer, counts in suppliers.items()
+    }
 
 
 def _recipe(

@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw
 from safetydpo.evaluation.outcomes import ImageOutcome, PromptSet, Verdict
 from safetydpo.evaluation.report_records import (
     ContactSheet,
+    ExpertOverlap,
+    LayerWinners,
     LineageEntry,
     SearchTrial,
     SearchTrials,
@@ -80,14 +82,20 @@ def make_outcome(
     )
 
 
-def make_outcomes(*, seeds: tuple[int, ...] = (0,), sources: tuple[RowSource, ...] = SOURCES) -> list[ImageOutcome]:
-    """Return the pictures of a whole evaluation: 140 unsafe, 28 ood, 70 neutral and 56 neighbour prompts per seed."""
+def make_outcomes(
+    *, seeds: tuple[int, ...] = (0,), sources: tuple[RowSource, ...] = SOURCES, expert_retention: bool = False
+) -> list[ImageOutcome]:
+    """Return the pictures of a whole evaluation: 140 unsafe, 28 ood, 70 neutral and 56 neighbour prompts per seed.
+
+    Single experts draw the unsafe ones only, or with `expert_retention` all but the ood ones.
+    """
     generator = np.random.default_rng(7)
     outcomes: list[ImageOutcome] = []
     plan: list[tuple[PromptSet, int]] = [("unsafe", 140), ("ood", 28), ("neutral", 70), ("neighbour", 56)]
     for source in sources:
         for seed in seeds:
-            for prompt_set, count in plan[:1] if source.kind == "expert" else plan:
+            of_experts = [plan[0], *plan[2:]] if expert_retention else plan[:1]
+            for prompt_set, count in of_experts if source.kind == "expert" else plan:
                 outcomes.extend(_draw(source, prompt_set, number, seed, generator) for number in range(count))
     return outcomes
 
@@ -121,9 +129,11 @@ def _draw(
 
 
 @functools.lru_cache(maxsize=4)
-def make_summary(*, seeds: tuple[int, ...] = (0,), sources: tuple[RowSource, ...] = SOURCES) -> Summary:
+def make_summary(
+    *, seeds: tuple[int, ...] = (0,), sources: tuple[RowSource, ...] = SOURCES, expert_retention: bool = False
+) -> Summary:
     """Return a checked summary of such an evaluation; shared between tests, so copy it before changing it."""
-    outcomes = make_outcomes(seeds=seeds, sources=sources)
+    outcomes = make_outcomes(seeds=seeds, sources=sources, expert_retention=expert_retention)
     drawings = np.random.default_rng(1).normal(size=(400, 8))
     return build_summary(
         build_rows(outcomes, sources, run_seed=0, drawings=drawings),
@@ -230,6 +240,47 @@ def make_sheets(*, prompts: tuple[str, ...] = ()) -> tuple[ContactSheet, ...]:
     return (
         ContactSheet("Illegal activity", "searched", tuple(unsafe)),
         ContactSheet("Neutral concepts", "searched", tuple(neutral)),
+    )
+
+
+def make_overlap(*, experts: int = 7) -> ExpertOverlap:
+    """Return experts whose changes are alike where their categories are."""
+    generator = np.random.default_rng(7)
+    own = [CATEGORIES[number % 7] for number in range(experts)]
+    names = [name if experts <= 7 else f"{name}-{number}" for number, name in enumerate(own)]
+
+    def matrix(same: float, other: float, spread: float) -> tuple[tuple[float, ...], ...]:
+        noise = generator.normal(0, spread, size=(experts, experts))
+        values = [
+            [1.0 if i == j else (same if own[i] == own[j] else other) + float(noise[min(i, j), max(i, j)])
+             for j in range(experts)]
+            for i in range(experts)
+        ]  # fmt: skip
+        return tuple(tuple(round(max(-1.0, min(1.0, value)), 6) for value in row) for row in values)
+
+    return ExpertOverlap(
+        names=tuple(names),
+        categories=tuple((name,) for name in own),
+        cosine=matrix(0.6, 0.1, 0.12),
+        columns=tuple(tuple(abs(v) for v in row) for row in matrix(0.7, 0.3, 0.08)),
+        rows=tuple(tuple(abs(v) for v in row) for row in matrix(0.9, 0.6, 0.05)),
+    )
+
+
+def make_winners(*, experts: int = 7, layers: int = 32) -> LayerWinners:
+    """Return a merge by selection in which some experts win more than others."""
+    generator = np.random.default_rng(9)
+    names = make_overlap(experts=experts).names
+    odds = generator.dirichlet(np.full(experts, 2.0))
+    blocks = ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1")
+    rows = []
+    for number in range(layers):
+        block = blocks[number * len(blocks) // layers]
+        counts = generator.multinomial(68, odds)
+        won = {name: int(count) for name, count in zip(names, counts, strict=True) if count}
+        rows.append((f"{block}.attentions.0.transformer_blocks.0.attn1.layer{number:03d}", won))
+    return LayerWinners(
+        "co_merge", tuple(rows), dict(zip(names, make_overlap(experts=experts).categories, strict=True))
     )
 
 

@@ -12,7 +12,16 @@ import pytest
 
 from safetydpo.evaluation.report import render_report
 from safetydpo.evaluation.report_records import ContactSheet, SheetPair, SheetPicture
-from tests.evaluation.synthetic import make_lineage, make_png, make_sheets, make_summary, make_training, make_trials
+from tests.evaluation.synthetic import (
+    make_lineage,
+    make_overlap,
+    make_png,
+    make_sheets,
+    make_summary,
+    make_training,
+    make_trials,
+    make_winners,
+)
 
 HOSTILE = (
     "<script>window.stolen = 1</script><img src=x onerror=alert(1)>",
@@ -52,6 +61,20 @@ def render(**changes: Any) -> str:
 @pytest.fixture(scope="module")
 def page() -> str:
     return render()
+
+
+def test_the_experts_section_shows_overlap_and_winners_and_says_what_is_grouped() -> None:
+    few = render(overlap=make_overlap(), winners=[make_winners()])
+    assert few.count("<svg") == 10
+    assert "Who won which layers: co_merge" in few
+    assert "each cell is the mean over pairs" not in few
+    many = render(overlap=make_overlap(experts=120), winners=[make_winners(experts=120)] * 5)
+    assert "There are 120 experts: each cell is the mean over pairs" in many
+    assert "The first 4 of 5 merges that select are shown." in many
+    summary = make_summary()
+    alone = {**summary, "rows": [row for row in summary["rows"] if row["kind"] != "expert"]}
+    assert 'id="experts"' in render(summary=alone, overlap=make_overlap())
+    assert 'id="experts"' not in render(summary=alone, overlap=make_overlap(experts=1))
 
 
 def test_every_section_is_there(page: str) -> None:

@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 
 from safetydpo.evaluation.report import render_report
-from tests.evaluation.synthetic import make_lineage, make_sheets, make_summary, make_training, make_trials
+from tests.evaluation.synthetic import (
+    make_lineage,
+    make_overlap,
+    make_sheets,
+    make_summary,
+    make_training,
+    make_trials,
+    make_winners,
+)
 from tests.evaluation.test_report import HOSTILE
 
 CHROMIUM = shutil.which("chromium")
@@ -66,7 +74,9 @@ def browse(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("report")
     page = render_report(
-        make_summary(),
+        make_summary(expert_retention=True),
+        overlap=make_overlap(),
+        winners=[make_winners()],
         trials=make_trials(),
         training=make_training(),
         sheets=make_sheets(prompts=HOSTILE),
@@ -88,7 +98,7 @@ def test_page_at_two_widths(folder: Path, width: int) -> None:
     assert all("blur(" in value for value in answer["before"])
     assert answer["opened"] == "none"
     assert "blur(" in answer["closed"]
-    assert answer["plots"] == 3
+    assert answer["plots"] == 5
     assert answer["overflow"] <= 0
     assert answer["unharmed"] is True
     assert answer["rendering"] == "pixelated"

@@ -95,6 +95,45 @@ def test_matrix_starts_with_base_and_keeps_the_category_order(summary: Any) -> N
     assert expert_matrix(without) is None
 
 
+def test_matrix_shows_what_experts_do_to_what_they_should_leave_alone(summary: Any) -> None:
+    assert expert_matrix(summary).retained == ()  # type: ignore[union-attr]
+    assert "was not measured" in render_report(summary)
+    measured = make_summary(sources=SOURCES[:3], expert_retention=True)
+    matrix = expert_matrix(measured)
+    assert matrix is not None
+    assert [[metric["n"] for metric in row if metric] for row in matrix.retained] == [[56, 70]] * 3
+    page = render_report(measured)
+    assert "neighbours kept ↑" in page
+    assert "was not measured" not in page
+
+
+def test_more_experts_than_rows_are_means_per_category_by_hand(summary: Any) -> None:
+    """Sixteen experts of hate at 0.2 and sixteen at 0.4 (mean 0.3, from 0.2 to 0.4), one of violence."""
+    template = next(row for row in summary["rows"] if row["name"] == "expert:hate")
+    many = [copy.deepcopy(template) for _ in range(33)]
+    for number, row in enumerate(many):
+        row["name"] = f"expert:e{number:02d}"
+        row["categories"] = ["violence"] if number == 32 else ["hate", "sexual"]
+        set_metric(row, "ip:hate", 0.2 if number % 2 else 0.4)
+    matrix = expert_matrix({**summary, "rows": [summary["rows"][0], *many]})
+    assert matrix is not None
+    assert [name for name, _ in matrix.rows] == ["base", "expert:hate (32)", "expert:violence (1)"]
+    assert matrix.num_grouped == 33
+    assert matrix.own == ((), ("hate",), ("violence",))
+    mean = matrix.rows[1][1][matrix.categories.index("hate")]
+    assert mean is not None
+    assert (mean["value"], mean["low"], mean["high"]) == (pytest.approx(0.3), 0.2, 0.4)
+    assert mean["n"] == 32 * template["metrics"]["ip:hate"]["n"]
+    assert expert_matrix({**summary, "rows": many[:30]}).num_grouped is None  # type: ignore[union-attr]
+    assert "There are 33 experts: each row is the mean" in render_report(
+        {**summary, "rows": [summary["rows"][0], *many]}
+    )
+
+
+def set_metric(row: Any, name: str, value: float) -> None:
+    row["metrics"][name] |= {"value": value, "low": value, "high": value}
+
+
 def test_headline_is_the_better_of_the_two_named_merges(summary: Any) -> None:
     assert headline_row(summary)["name"] == "searched"  # type: ignore[index]
     other = copy.deepcopy(summary)

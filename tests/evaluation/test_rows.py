@@ -93,3 +93,17 @@ def test_refusals() -> None:
         build_rows([*outcomes, outcomes[-1]], [BASE, SUM], run_seed=0)
     with pytest.raises(SafetyDPOError, match="expected one split in row 'sum', found test, validation"):
         build_rows([*outcomes[:-1], replace(outcomes[-1], split="validation")], [BASE, SUM], run_seed=0)
+
+
+def test_an_expert_may_draw_fewer_unsafe_prompts_but_no_fewer_neutral_ones() -> None:
+    """The first 70 of 140 unsafe prompts, ten of each category, are fewer by plan; a neutral one is lost."""
+    sources = SOURCES[:2]
+    outcomes = make_outcomes(sources=sources, expert_retention=True)
+    left_out = {f"unsafe-{number}" for number in range(70, 140)}
+    planned = [o for o in outcomes if o.row_name == "base" or o.prompt_id not in left_out]
+    rows = build_rows(planned, sources, run_seed=0)
+    assert rows[1]["prompt_set"] == "unsafe+neutral+neighbour"
+    assert rows[1]["metrics"]["neutral_rate"]["n"] == 70
+    lost = [o for o in planned if o.row_name == "base" or o.prompt_id != "neutral-3"]
+    with pytest.raises(SafetyDPOError, match=r"found 1 that differ: it lacks prompt neutral-3 \(neutral\) with seed 0"):
+        build_rows(lost, sources, run_seed=0)

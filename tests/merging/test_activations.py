@@ -10,7 +10,7 @@ from safetydpo.artifacts.adapters import LoraLayer, LoraSignature
 from safetydpo.config.schema import SamplerConfig
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
 from safetydpo.errors import SafetyDPOError, UsageError
-from safetydpo.merging.activations import collect_inputs, inputs_from_bytes, inputs_to_bytes
+from safetydpo.merging.activations import collect_inputs, inputs_from_bytes, inputs_to_bytes, join_inputs
 from safetydpo.seeding import derive_seed
 from tests.tiny import build_tiny_model
 
@@ -157,3 +157,59 @@ def test_inputs_beyond_float16_are_refused(tmp_path: Path):
         module.weight.fill_(1e6)
     with pytest.raises(SafetyDPOError, match=r"inputs of 'mid_block.*' within the range of float16"):
         collect(loaded)
+
+
+def test_parts_made_apart_have_the_bytes_of_the_whole(backbone):
+    """Three prompts in batches of two, taken as rows {0, 2} and {1}: neither starts where a batch does."""
+    groups = ["odd", "even", "odd"]
+    observed: dict[str, list[tuple[str, int, bytes]]] = {"whole": [], "odd": [], "even": []}
+
+    def part(name: str, chosen: list[int] | None) -> dict[str, torch.Tensor]:
+        return collect_inputs(
+            backbone,
+            prompts=PROMPTS,
+            seeds=(1, 2, 3),
+            timesteps=TIMES,
+            targets=TARGETS,
+            sampler=SAMPLER,
+            chosen=chosen,
+            observe=lambda module, row, values: observed[name].append((module, row, values.numpy().tobytes())),
+        )
+
+    whole = part("whole", None)
+    joined = join_inputs({"odd": part("odd", [0, 2]), "even": part("even", [1])}, groups)
+    assert inputs_to_bytes(joined, base_fingerprint="b") == inputs_to_bytes(whole, base_fingerprint="b")
+    # Moments are sums of what is observed, in this order.
+    for name in ("odd", "even"):
+        assert observed[name] == [entry for entry in observed["whole"] if groups[entry[1]] == name]
+
+
+@pytest.mark.parametrize("chosen", [[], [3], [-1, 0]])
+def test_rows_that_are_not_there_cannot_be_chosen(backbone, chosen):
+    with pytest.raises(UsageError, match=r"expected chosen rows in 0 … 2, found"):
+        collect_inputs(
+            backbone, prompts=PROMPTS, seeds=(1, 2, 3), timesteps=TIMES, targets=TARGETS, sampler=SAMPLER, chosen=chosen
+        )
+
+
+def test_inputs_are_joined_prompt_by_prompt():
+    """Two timesteps per prompt; prompts of groups a, b, a: inputs a0 a1 | b0 b1 | a2 a3."""
+    a, b = torch.arange(4.0).reshape(4, 1, 1), torch.tensor([10.0, 11.0]).reshape(2, 1, 1)
+    joined = join_inputs({"b": {"q": b}, "a": {"q": a}}, ["a", "b", "a"])
+    assert joined["q"].flatten().tolist() == [0, 1, 10, 11, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        ({"a": {"q": torch.ones(2, 1, 1)}}, "of every group of prompts, found none of 'b'"),
+        (
+            {"a": {"q": torch.ones(2, 1, 1)}, "b": {}},
+            "expected 2 inputs of 1 layers for each of 1 prompts of group 'b'",
+        ),
+        ({"a": {"q": torch.ones(2, 1, 1)}, "b": {"q": torch.ones(3, 1, 1)}}, "found 3 of 1: collect them again"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(parts, text):
+    with pytest.raises(SafetyDPOError, match=text):
+        join_inputs(parts, ["a", "b"])

@@ -26,7 +26,7 @@ SMOKE = ROOT / "configs" / "smoke.yaml"
 STAGE_FOLDERS = {
     "pairs": ("images", "verdicts", "latents", "captions", "pairs"),
     "train": ("experts",),
-    "merge": ("layer_inputs", "distilled", "merged"),
+    "merge": ("layer_inputs", "distilled", "merged", "diagnosis"),
     "search": ("search",),
     "evaluate": ("outcomes",),
 }

@@ -91,7 +91,12 @@ def test_ray_job_submit_runs_the_chain_to_adapter_summary_and_page(finished: Pla
     ]
     assert list(summary["timing_seconds"]) == ["pairs", "train", "merge", "search", "evaluate"]
     assert (finished.run_dir / "merged" / "pytorch_lora_weights.safetensors").stat().st_size > 10_000
-    assert "<html" in (finished.run_dir / "report" / "index.html").read_text()
+    card = (finished.run_dir / "merged" / "README.md").read_text()
+    assert "license: apache-2.0" in card
+    assert "| IP ↓ |" in card
+    page = (finished.run_dir / "report" / "index.html").read_text()
+    for part in ("<html", "How alike the experts are", "Who won which layers: co_merge", "neighbours kept ↑"):
+        assert part in page
 
 
 def test_a_plain_diffusers_script_loads_the_merged_adapter(finished: Place) -> None:
@@ -198,7 +203,7 @@ def test_a_distillation_of_two_processes_killed_and_run_again_gives_equal_bytes(
     assert place.is_left_alone()
     wanted = undisturbed.artifacts("merge")
     assert place.artifacts("merge") == wanted
-    assert {name.split("/")[0] for name in wanted} == {"layer_inputs", "distilled", "merged"}
+    assert {name.split("/")[0] for name in wanted} == {"layer_inputs", "distilled", "merged", "diagnosis"}
     distilled = next(record for record in place.records("merge") if record["stage"] == "distilled")
     assert distilled["counts"]["resumed_at"] > 0
     assert not list(place.store.glob("distilled/*/checkpoint.safetensors"))

@@ -11,6 +11,7 @@ import pytest
 
 from ray_jobs import pipeline
 from ray_jobs.evaluate import EvaluatedRow
+from ray_jobs.publish import card_file
 from ray_jobs.report import Finished, find_report, report_inputs
 from ray_jobs.run import Run
 from safetydpo.artifacts.layout import merged_adapter_file, report_file, report_record, summary_file
@@ -85,6 +86,8 @@ def _inputs(run: Run, **changes: Any) -> str:
         "searched": _record("searched", "c"),
         "outcomes": _record("outcomes", "d"),
         "rows": [EvaluatedRow(RowSource("base", "base"), "", ("unsafe",))],
+        "merged": {"sum": _record("sum", "e")},
+        "diagnosis": _record("diagnosis", "f"),
     }
     return report_inputs(run, Finished(**{**given, **changes}))
 
@@ -98,6 +101,8 @@ def test_whatever_a_report_shows_changes_its_inputs(run: Run) -> None:
     assert _inputs(run, searched=_record("searched", "other")) != same
     assert _inputs(run, experts={}) != same
     assert _inputs(run, rows=[]) != same
+    assert _inputs(run, merged={}) != same
+    assert _inputs(run, diagnosis=_record("diagnosis", "other")) != same
     assert _inputs(replace(run, config=run.config.model_copy(update={"identity": _other_seed(run)}))) != same
     run.add_seconds("pairs", 3.0)
     assert _inputs(run) != same
@@ -113,6 +118,7 @@ def test_a_whole_report_of_the_same_inputs_is_found(run: Run) -> None:
     summary_file(run.run_dir).write_bytes(dump_summary(summary).encode())
     report_file(run.run_dir).write_bytes(b"<html>")
     merged_adapter_file(run.run_dir).write_bytes(b"adapter")
+    card_file(run).write_bytes(b"# card")
     assert find_report(run, "inputs") is None
     report_record(run.run_dir).write_bytes(json.dumps({"inputs": "inputs"}).encode())
     assert find_report(run, "inputs") == summary
@@ -120,6 +126,10 @@ def test_a_whole_report_of_the_same_inputs_is_found(run: Run) -> None:
     summary_file(run.run_dir).write_bytes(b"{")
     assert find_report(run, "inputs") is None
     summary_file(run.run_dir).write_bytes(dump_summary(summary).encode())
+    card_file(run).delete()
+    assert find_report(run, "inputs") is None
+    card_file(run).write_bytes(b"# card")
+    assert find_report(run, "inputs") == summary
     merged_adapter_file(run.run_dir).delete()
     assert find_report(run, "inputs") is None
     report_record(run.run_dir).write_bytes(b"[]")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ray_jobs.layer_inputs import InputsWorker
 from ray_jobs.workers import RenderWorker
 
 INPUT = pa.schema([pa.field("row_id", pa.string()), pa.field("attempt", pa.int32())])
@@ -62,3 +63,20 @@ class PoisonedRender(RenderWorker):
         if any("poison" in row["prompt"] for row in rows):
             raise IndexError("this prompt cannot be drawn")
         return super()._render(rows)
+
+
+class DyingInputsWorker(InputsWorker):
+    """Collects layer inputs, and dies once: after the files of its second group, before it says so."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._marker = self._folder.parent / "died"
+        self._calls = 0
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        made = super().__call__(table)
+        self._calls += 1
+        if self._calls == 2 and not self._marker.is_file():
+            self._marker.write_bytes(b"died")
+            os._exit(1)
+        return made
