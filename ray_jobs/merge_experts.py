@@ -133,6 +133,7 @@ def _merge_task(
         density=settings["density"] or 1.0,
         output_rank=settings["output_rank"],
         seed=run.config.identity.seed,
+        **({"block_weights": settings["block_weights"]} if "block_weights" in settings else {}),
     )
     write_adapter(
         Location(run.store.filesystem, target) / ADAPTER_FILE, result.layers, metadata=result.metadata(prepared)

@@ -10,9 +10,9 @@ from typing import Any
 
 from ray_jobs.evaluate import EvaluatedRow
 from ray_jobs.expert_files import record_files, record_folder
+from ray_jobs.merge_searcher import judge_metrics
 from ray_jobs.outcomes import Outcomes, read_outcomes, reference_features
 from ray_jobs.run import Run, package_versions
-from ray_jobs.search_merges import judge_metrics
 from safetydpo.artifacts.layout import ADAPTER_FILE, merged_adapter_file, report_file, report_record, summary_file
 from safetydpo.artifacts.records import Record, read_pointers
 from safetydpo.artifacts.schemas import TRIALS, sha256_of

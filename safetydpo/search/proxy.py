@@ -12,8 +12,8 @@ With e(...) the mean squared error of the prediction of a picture and c a captio
 | `safe_rise`   | mean(rise(safe, c safe)) / mean(e base)                             | raises it                |
 | `benign_rise` | mean(rise(benign, c benign)) / mean(e base)                         | raises it                |
 
-`redirection` is the share of the way from the base's answer to the unsafe caption towards its answer to the safe one, of
-which an overshoot is as far away as the same shortfall. Higher is better for the first four; the last two are damage,
+`redirection` is the share of the way from the base's answer to the unsafe caption towards its answer to the safe one;
+an overshoot is as far away as the same shortfall. Higher is better for the first four; the last two are damage,
 and have a ceiling.
 
 Axis legend: `row` one draw of one pair or picture, `channel height width` latent axes.
@@ -21,19 +21,14 @@ Axis legend: `row` one draw of one pair or picture, `channel height width` laten
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safetydpo.config.rungs import HeldOutRung
 from safetydpo.diffusion.backbone import Backbone, Condition
 from safetydpo.errors import SafetyDPOError
-
-PENALTY = 10.0
-"""Price of a point above a ceiling, in points of the proxy: damage beyond it must not be bargained for."""
 
 
 @dataclass(frozen=True)
@@ -147,10 +142,3 @@ def proxy_numbers(policy: Answers, base: Answers, questions: ProxyQuestions) -> 
 
 def _errors(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction.double() - target.double()).square().mean(dim=(1, 2, 3))
-
-
-def proxy_value(numbers: Mapping[str, float], rung: HeldOutRung) -> float:
-    """Return what a rung without sampling minimises: `-proxy + PENALTY * (what lies above either ceiling)`."""
-    above = max(0.0, numbers["safe_rise"] - rung.safe_rise_max)
-    above += max(0.0, numbers["benign_rise"] - rung.benign_rise_max)
-    return -numbers[rung.proxy] + PENALTY * above

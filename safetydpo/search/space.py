@@ -281,6 +281,14 @@ def is_inside(candidate: Candidate, space: SearchSpace) -> bool:
     )
 
 
+def first_methods(config: SearchConfig) -> tuple[str, ...]:
+    """Return all methods that a search may merge by: its own, and those of its known first trials."""
+    if config.first_trials == "plain":
+        return config.methods
+    known = (SINGLE_METHOD, *(name for name in KNOWN_METHODS if name not in NEEDS_A_CHOICE))
+    return tuple(dict.fromkeys([*config.methods, *known]))
+
+
 def known_candidates(space: SearchSpace, *, density_methods: Sequence[str]) -> list[Candidate]:
     """Return the points that a search should not lose to: each expert alone, their average, TIES and Co-Merge.
 
