@@ -11,7 +11,7 @@ import numpy as np
 import ray
 
 from ray_jobs.merge_evaluator import MergeEvaluator
-from ray_jobs.merge_searcher import BudgetReached, budget_of, concurrent_trials, judge_metrics, why_not
+from ray_jobs.merge_searcher import BudgetError, budget_of, concurrent_trials, judge_metrics, why_not
 from ray_jobs.run import Run
 from ray_jobs.trial_log import BASE, MeasurementLog, TrialLog
 from safetydpo.artifacts.layout import demo_weights
@@ -44,7 +44,7 @@ def choose_finalist(
     front of IP, CLIP retention, neutral rate and neighbour retention.
 
     Raises:
-        BudgetReached: if a budget is used up before.
+        BudgetError: if a budget is used up before.
     """
     search = run.config.identity.search
     rows = [row for row in log.rows() if row["status"] == OK]
@@ -149,7 +149,7 @@ def _measure(
     for start in range(0, len(pending), at_once):
         reason = why_not(measurements, budget_of(execution), pending[start][0], [])
         if reason is not None:
-            raise BudgetReached(f"search stopped at its {reason}: its finalists are not measured yet")
+            raise BudgetError(f"search stopped at its {reason}: its finalists are not measured yet")
         running = [
             task.remote(dict(evaluator), rung, [one.to_json() if one else "" for one in missing])
             for rung, missing in pending[start : start + at_once]
@@ -192,7 +192,7 @@ def _measure_seed(evaluator: dict[str, Any], rung: int, candidates: list[str]) -
 
 
 def _caption_margins(prompts: Sequence[Prompt]) -> Any:
-    """Return a function of pictures: 100 x cosine to the own caption minus that to another's; 0 but for neutral ones."""
+    """Return a function of pictures: 100 x cosine to the own caption minus that to another's; 0 if not neutral."""
     import torch
 
     from safetydpo.evaluation.distances import mismatched_captions

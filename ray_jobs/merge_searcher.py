@@ -30,7 +30,7 @@ LABEL = "merge candidates"
 TRIAL_ATTEMPTS = 3
 
 
-class BudgetReached(SafetyDPOError):
+class BudgetError(SafetyDPOError):
     """A search ended at one of its budgets, with all of its measurements whole; the same command goes on."""
 
 
@@ -234,7 +234,7 @@ def run_trials(
     """Measure what the plan asks for until it is over.
 
     Raises:
-        BudgetReached: if a budget ended it before; everything measured is in the logs.
+        BudgetError: if a budget ended it before; everything measured is in the logs.
         SafetyDPOError: if Ray Tune ended before the plan was over.
     """
     search, execution = run.config.identity.search, run.config.execution
@@ -279,7 +279,5 @@ def run_trials(
         return
     ended = len(log.rows())
     if searcher.stopped_by is not None:
-        raise BudgetReached(
-            f"search stopped at its {searcher.stopped_by}: {ended} of {search.trials} trials have ended"
-        )
+        raise BudgetError(f"search stopped at its {searcher.stopped_by}: {ended} of {search.trials} trials have ended")
     raise SafetyDPOError(f"expected {search.trials} finished trials, found {ended}: run the same command again")

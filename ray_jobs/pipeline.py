@@ -186,13 +186,13 @@ def _merge(chain: Chain) -> None:
 
 
 def _search(chain: Chain) -> None:
-    from ray_jobs.merge_searcher import BudgetReached
+    from ray_jobs.merge_searcher import BudgetError
     from ray_jobs.search_merges import search_merges
 
     assert chain.pairs is not None
     try:
         chain.search, chain.searched = search_merges(chain.run, chain.experts, chain.pairs, chain.pairs_folder)
-    except BudgetReached as reached:
+    except BudgetError as reached:
         # What was asked for: not a failure, but nothing that a later stage could go on from.
         chain.search_stopped = str(reached)
 

@@ -20,7 +20,7 @@ from ray_jobs.finalists import choose_finalist
 from ray_jobs.generate_pairs import SELECT_JUDGE
 from ray_jobs.merge_evaluator import MergeEvaluator
 from ray_jobs.merge_experts import merge_aids, merged_artifact
-from ray_jobs.merge_searcher import BudgetReached, judge_metrics, run_trials, values_of
+from ray_jobs.merge_searcher import BudgetError, judge_metrics, run_trials, values_of
 from ray_jobs.prompt_tables import split_prompts, spread_prompts, what_to_add
 from ray_jobs.run import Run
 from ray_jobs.search_checks import check_benchmarks, units_of_pairs
@@ -69,7 +69,7 @@ def search_merges(
     """Make or find the search and the adapter it chose; return (record of the search, record of the adapter).
 
     Raises:
-        BudgetReached: if a budget ended the search before its last trial.
+        BudgetError: if a budget ended the search before its last trial.
     """
     from safetydpo.merging.registry import find_method
 
@@ -187,11 +187,11 @@ def _search(run: Run, folder: Location, searched: Searched, guard: Mapping[str, 
     try:
         if not plan.is_over:
             run_trials(run, plan, (log, measurements), evaluator, base)
-    except BudgetReached as reached:
+    except BudgetError as reached:
         if not any(row["status"] == OK for row in log.rows()):
             raise
         best = describe_choice(choose(log, full, search)["details"], search)
-        raise BudgetReached(f"{reached}; best so far: {best}") from None
+        raise BudgetError(f"{reached}; best so far: {best}") from None
     made = choose(log, full, search)
     details = dict(made["details"])
     if search.finalists:
