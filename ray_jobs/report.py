@@ -73,6 +73,7 @@ def write_report(run: Run, finished: Finished) -> Summary:
     page = render_report(
         summary,
         trials=_trials(run, finished.search),
+        search_details=finished.search.details,
         training=_curves(run, finished.experts),
         sheets=_sheets(summary, joined),
         lineage=_lineage(run),

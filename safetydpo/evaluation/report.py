@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -34,6 +35,7 @@ def render_report(
     summary: Summary,
     *,
     trials: SearchTrials | None = None,
+    search_details: Mapping[str, Any] | None = None,
     training: Sequence[TrainingCurve] = (),
     sheets: Sequence[ContactSheet] = (),
     matrix: ExpertMatrix | None = None,
@@ -45,6 +47,7 @@ def render_report(
     Args:
         summary: Checked scores.
         trials: The search, if there was one.
+        search_details: What its record says of it (`ladder`, `finalists`, `benchmarks`), as far as there is.
         training: One curve per expert.
         sheets: Base and aligned pictures side by side.
         matrix: Expert x category; None = taken from the summary.
@@ -75,6 +78,7 @@ def render_report(
             categories=_categories(compared),
             search_plot=None if trials is None or not trials.trials else plot_search(trials),
             trials=trials,
+            search_details=_search_details(search_details),
             training_plot=plot_training(training) if any(curve.values for curve in training) else None,
             matrix=matrix if matrix is not None else expert_matrix(summary),
             gaps=[row for row in compared if "ip_select" in row["metrics"] and "ip" in row["metrics"]],
@@ -83,6 +87,13 @@ def render_report(
             longest_seconds=max(summary["timing_seconds"].values(), default=0.0),
         )
     )
+
+
+def _search_details(details: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what the page asks for; empty where a search has none of it, as before there was any."""
+    found = {} if details is None else dict(details)
+    shown = {name: found.get(name) for name in ("ladder", "finalists", "benchmarks")}
+    return {**shown, "trial": found.get("trial")} if any(shown.values()) else {}
 
 
 def _environment() -> jinja2.Environment:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from ray_jobs import search_merges
-from ray_jobs.run import Run
 from ray_jobs.merge_searcher import MergeSearcher
+from ray_jobs.run import Run
 from ray_jobs.search_merges import choose, validation_prompts
 from ray_jobs.trial_log import MeasurementLog, TrialLog
 from safetydpo.artifacts.storage import open_location

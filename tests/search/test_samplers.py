@@ -23,7 +23,9 @@ def run(sampler: str, *, stop: int = 24, log: list[LoggedTrial] | None = None) -
         trial = study.pending()[0]
         candidate = study.ask(trial)
         value = abs(candidate.global_scale - 0.9) + sum(abs(weight - 0.8) for _, weight in candidate.weights)
-        rows.append(LoggedTrial(trial, candidate, value, (value, candidate.global_scale, dict(candidate.weights)["hate"])))
+        rows.append(
+            LoggedTrial(trial, candidate, value, (value, candidate.global_scale, dict(candidate.weights)["hate"]))
+        )
         study.tell(trial, value, values=rows[-1].values)
     return rows
 
