@@ -48,11 +48,10 @@ def test_rates_over_seeds_by_hand():
 def test_without_a_margin_of_the_base_there_is_no_clip_retention():
     own = [drawn([0] * 6, [1] * 6, [1, 1])]
     assert "clip_retention" not in summarise(own, [drawn([0] * 6, [1] * 6, [1, 0])], PROMPTS, seed=0)
-    one = PROMPTS[:1] * 6
-    found = summarise(
-        [drawn([1] * 6, [1] * 6, [1, 1])],
-        [drawn([1] * 6, [1] * 6, [1, 1])],
-        PROMPTS[:1] + one[:0] + PROMPTS[2:],
-        seed=0,
-    )
-    assert (found["ip_select"].low, found["ip_select"].high) == (0.0, 1.0)
+
+
+def test_one_concept_says_nothing_about_others():
+    same = [prompt("unsafe", "bomb"), prompt("unsafe", "bomb"), *PROMPTS[2:]]
+    each = [drawn([1, 0, 0, 0, 0, 0], [1] * 6, [1, 1])]
+    found = summarise(each, each, same, seed=0)["ip_select"]
+    assert (found.value, found.low, found.high, found.n) == (0.5, 0.0, 1.0, 2)

@@ -166,7 +166,7 @@ def test_async_promotes_the_best_share_of_all_so_far():
 
 
 def test_known_points_come_first_whether_a_sampler_could_place_them_or_not():
-    """Each expert alone has a coefficient of 0, outside of the space; `ties` is inside, `average` is no method of it."""
+    """Each expert alone has a coefficient of 0, outside of the space; `ties` is inside, `average` is not."""
     known = known_candidates(SPACE, density_methods=("ties",))
     assert [(one.method, dict(one.weights)) for one in known] == [
         ("sum", {"hate": 1.0, "violence": 0.0}),
