@@ -47,7 +47,7 @@ from safetydpo.artifacts.storage import Location
 from safetydpo.config.load import load_config
 from safetydpo.config.schema import Config
 from safetydpo.errors import UsageError
-from safetydpo.search.budget import spend_of
+from safetydpo.search.budget import Span, spend_of
 from safetydpo.search.objective import IP, NEIGHBOUR, best_index
 from safetydpo.search.space import Candidate
 from safetydpo.seeding import derive_numpy
@@ -83,12 +83,12 @@ class Finished:
 
     @property
     def driver_seconds_per_trial(self) -> float:
-        """Time between its first and last measurement during which none ran, per trial."""
-        spans = MeasurementLog(self.folder / "measurements").spans()
+        """Time between its first and last measurement of a candidate during which none ran, per trial."""
+        rows = [row for row in MeasurementLog(self.folder / "measurements").rows() if row["candidate"]]
+        spans = [Span(row["started_at"], row["seconds"]) for row in rows]
         wall = max(one.started_at + one.seconds for one in spans) - min(one.started_at for one in spans)
-        return (wall - spend_of(spans, price_per_second=0.0).busy_seconds) / len(
-            TrialLog(self.folder / "trials").rows()
-        )
+        busy = spend_of(spans, price_per_second=0.0).busy_seconds
+        return (wall - busy) / len(TrialLog(self.folder / "trials").rows())
 
 
 def search_with(config: Config, place: Path, **search: Any) -> Finished:
