@@ -27,9 +27,8 @@ from ray_jobs.merge_evaluator import MergeEvaluator, small_set
 from ray_jobs.merge_searcher import judge_metrics
 from ray_jobs.run import Run, with_absolute_paths
 from ray_jobs.sampled_rates import count_shares
-from ray_jobs.search_checks import units_of_pairs
 from ray_jobs.search_merges import validation_prompts
-from safetydpo.artifacts.records import read_pointers, read_record
+from safetydpo.artifacts.records import read_pointers
 from safetydpo.config.load import load_config
 from safetydpo.config.rungs import FewStepsRung, HeldOutRung, Proxy
 from safetydpo.config.schema import Config
@@ -64,14 +63,11 @@ def measure(config: Config, *, count: int, pairs: str, log: Path) -> list[dict[s
     pointers = read_pointers(run.run_dir)
     evaluator = open_evaluator(run)
     folder = run.store / "pairs" / pointers["pairs"]["folder"]
-    record = read_record(folder)
-    assert record is not None
-    units = units_of_pairs(run, record, folder)
     rungs = {
         name: HeldOutRung.model_validate({"pairs": pairs, "draws": 4, "timestep_range": span})
         for name, span in THIRDS.items()
     }
-    opened = {name: open_questions(run, rung, units, folder, evaluator.backbone) for name, rung in rungs.items()}
+    opened = {name: open_questions(run, rung, folder, evaluator.backbone) for name, rung in rungs.items()}
     names = [name.removeprefix("expert:") for name in pointers if name.startswith("expert:")]
     known = {line["candidate"]: line for line in map(json.loads, log.read_text().splitlines())} if log.exists() else {}
     found = []

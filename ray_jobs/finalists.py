@@ -40,6 +40,7 @@ def choose_finalist(
 ) -> dict[str, Any]:
     """Draw the best candidates with fresh seeds; return the details of the one that is best by these.
 
+    `metrics` are what its trial measured, `fresh` those of the fresh seeds beside the base's.
     `finalists` lists all of them with intervals (bootstrap over concepts, 95 %) and whether they are on the Pareto
     front of IP, CLIP retention, neutral rate and neighbour retention.
 
@@ -76,8 +77,11 @@ def choose_finalist(
     return {
         "trial": unique[winner]["trial"],
         "candidate": unique[winner]["candidate"],
-        "metrics": {name: found[winner][name].value for name in RATES},
-        "base": {name: rates[name] for name in RATES},
+        "metrics": json.loads(unique[winner]["metrics"]),
+        "fresh": {
+            "metrics": {name: found[winner][name].value for name in RATES},
+            "base": {name: rates[name] for name in RATES},
+        },
         "feasible": objectives[winner].feasible,
         "finalists": [
             {

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ray_jobs.expert_plan import plan_experts
 from ray_jobs.run import Run
 from ray_jobs.training_tables import TrainingTables, pair_data, read_training_tables
+from safetydpo.artifacts.records import read_record
 from safetydpo.artifacts.schemas import caption_sha256
 from safetydpo.artifacts.storage import Location
+from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.config.rungs import HeldOutRung
 from safetydpo.errors import SafetyDPOError
 from safetydpo.search.proxy import Answers, ProxyQuestions, Questions, ask, predict_rows, proxy_numbers
@@ -34,16 +37,14 @@ class HeldOutQuestions:
         return proxy_numbers(ask(backbone, self.questions, batch_size=self.batch_size), self.base, self.questions)
 
 
-def open_questions(
-    run: Run, rung: HeldOutRung, units: Sequence[Mapping[str, Any]], pairs_folder: Location, backbone: Any
-) -> HeldOutQuestions:
+def open_questions(run: Run, rung: HeldOutRung, pairs_folder: Location, backbone: Any) -> HeldOutQuestions:
     """Read pairs and pictures, fix their draws, and ask the base.
 
     Raises:
         SafetyDPOError: if no pair is held out, or there is no benign picture.
     """
     tables = read_training_tables(run, pairs_folder)
-    chosen = _choose(_pair_ids(run, rung, units, tables, backbone), rung.num_pairs, run)
+    chosen = _choose(_pair_ids(run, rung, pairs_folder, tables, backbone), rung.num_pairs, run)
     benign = _benign_rows(tables, rung, run)
     data = pair_data(tables, chosen, run.config.identity.dpo, backbone, run.config, retention=benign)
 
@@ -67,21 +68,20 @@ def open_questions(
     return HeldOutQuestions(found, ask(backbone, found, batch_size=size), size)
 
 
-def _pair_ids(
-    run: Run, rung: HeldOutRung, units: Sequence[Mapping[str, Any]], tables: TrainingTables, backbone: Any
-) -> list[str]:
-    from safetydpo.config.training import DpoConfig
+def _pair_ids(run: Run, rung: HeldOutRung, pairs_folder: Location, tables: TrainingTables, backbone: Any) -> list[str]:
     from safetydpo.dpo.held_out import split_held_out
 
+    record = read_record(pairs_folder)
+    assert record is not None
+    units = [unit for unit in plan_experts(run, record, pairs_folder) if unit.name != ALL_SINGLE]
     if rung.pairs == "all":
-        return sorted({pair_id for unit in units for pair_id in unit["pair_ids"]})
+        return sorted({pair_id for unit in units for pair_id in unit.pair_ids})
     held: set[str] = set()
     trained: set[str] = set()
     for unit in units:
-        dpo = DpoConfig.model_validate(unit["dpo"])
-        data = pair_data(tables, unit["pair_ids"], dpo, backbone, run.config)
-        seed = dpo.draw_seed_of(run.config.identity.seed)
-        kept, out = split_held_out(data, rate=dpo.validation.held_out_rate, run_seed=seed)
+        data = pair_data(tables, unit.pair_ids, unit.dpo, backbone, run.config)
+        seed = unit.dpo.draw_seed_of(run.config.identity.seed)
+        kept, out = split_held_out(data, rate=unit.dpo.validation.held_out_rate, run_seed=seed)
         trained.update(kept.pair_ids)
         held.update(out.pair_ids)
     # A pair of two experts may be held out of one and trained on by the other.

@@ -37,9 +37,9 @@ class MergeEvaluator:
         folders: Mapping[str, str],
         aids: Mapping[str, str],
         prompts: Sequence[Prompt],
-        pairs: Mapping[str, Any] | None = None,
+        pairs_folder: str | None = None,
     ) -> None:
-        """Load everything that all candidates share; `pairs` (folder and units) is for rungs without sampling."""
+        """Load everything that all candidates share; the folder of pairs is for rungs without sampling."""
         import torch
 
         from safetydpo.diffusion.build import load_backbone
@@ -53,7 +53,7 @@ class MergeEvaluator:
         methods = first_methods(self.run.config.identity.search)
         self._prepared = prepare_experts(load_experts(self.run, folders), **read_aids(self.run, aids, methods=methods))
         self._prompts = list(prompts)
-        self._pairs = pairs
+        self._pairs_folder = pairs_folder
         self._questions: dict[int, Any] = {}
 
     def swap(self, candidate: Candidate | None) -> None:
@@ -108,9 +108,9 @@ class MergeEvaluator:
         from ray_jobs.held_out_rung import open_questions
 
         if rung not in self._questions:
-            assert self._pairs is not None
-            folder = Location(self.run.store.filesystem, self._pairs["folder"])
-            self._questions[rung] = open_questions(self.run, settings, self._pairs["units"], folder, self.backbone)
+            assert self._pairs_folder is not None
+            folder = Location(self.run.store.filesystem, self._pairs_folder)
+            self._questions[rung] = open_questions(self.run, settings, folder, self.backbone)
         return self._questions[rung]
 
 

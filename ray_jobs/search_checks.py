@@ -1,15 +1,11 @@
-"""What a search is refused for before anything of it is started, and what its workers must know of trainings."""
+"""What a search is refused for before anything of it is started."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from ray_jobs.expert_plan import plan_experts
-from ray_jobs.run import Run
-from safetydpo.artifacts.records import Record
-from safetydpo.artifacts.storage import Location, open_location
-from safetydpo.config.experts import ALL_SINGLE
+from safetydpo.artifacts.storage import open_location
 from safetydpo.config.rungs import HeldOutRung
 from safetydpo.config.schema import Config
 from safetydpo.errors import SafetyDPOError, UsageError
@@ -58,12 +54,6 @@ def check_held_out(config: Config) -> None:
             "expected trainings that keep pairs out (identity.dpo.validation.every_steps) for a rung of "
             "identity.search.ladder of kind 'held_out', found none: set it, or pairs: all for that rung"
         )
-
-
-def units_of_pairs(run: Run, pairs: Record, pairs_folder: Location) -> list[dict[str, Any]]:
-    """Return what a worker must know of each single expert's training: its name, pairs and settings, as JSON values."""
-    units = [unit for unit in plan_experts(run, pairs, pairs_folder) if unit.name != ALL_SINGLE]
-    return [{"pair_ids": list(unit.pair_ids), "dpo": unit.dpo.model_dump(mode="json")} for unit in units]
 
 
 def check_benchmarks(names: Sequence[str], prompts: Sequence[str]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ray_jobs.merge_experts import merge_aids, merged_artifact
 from ray_jobs.merge_searcher import BudgetError, judge_metrics, run_trials, values_of
 from ray_jobs.prompt_tables import split_prompts, spread_prompts, what_to_add
 from ray_jobs.run import Run
-from ray_jobs.search_checks import check_benchmarks, units_of_pairs
+from ray_jobs.search_checks import check_benchmarks
 from ray_jobs.search_files import BASE_FILE, BASE_RUNGS_FILE
 from ray_jobs.search_space import search_space, shared_weights
 from ray_jobs.search_summary import describe_choice, describe_ladder, write_progress
@@ -176,8 +176,7 @@ def _search(run: Run, folder: Location, searched: Searched, guard: Mapping[str, 
         "prompts": list(searched.prompts),
     }
     if needs_pairs(search):
-        units = units_of_pairs(run, searched.pairs, searched.pairs_folder)
-        evaluator["pairs"] = {"folder": searched.pairs_folder.path, "units": units}
+        evaluator["pairs_folder"] = searched.pairs_folder.path
     write_progress(run, folder)
     base = base_rates(run, folder, evaluator, measurements)
     for rates in base.values():

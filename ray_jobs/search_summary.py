@@ -78,7 +78,9 @@ def describe_choice(details: Mapping[str, Any], search: SearchConfig) -> str:
     `details` are those of a search's record.
     """
     candidate = Candidate.from_json(str(details["candidate"]))
-    metrics, base = details["metrics"], details["base"]
+    # Of a finalist the numbers that it was chosen by.
+    told_of = details.get("fresh", details)
+    metrics, base = told_of["metrics"], told_of["base"]
     told = f"trial {details['trial']}, {candidate.method} x {candidate.global_scale:.2f}"
     kept = ", ".join(
         f"{name} {metrics[key] / base[key]:.2f} of the base's (floor {floor:g})"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from ray_jobs import held_out_rung
 from ray_jobs.expert_plan import plan_experts
 from ray_jobs.held_out_rung import open_questions
 from ray_jobs.run import Run
-from ray_jobs.search_checks import units_of_pairs
 from safetydpo.artifacts.adapters import LoraLayer
+from safetydpo.artifacts.records import read_record
 from safetydpo.artifacts.storage import Location
 from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.config.rungs import HeldOutRung
@@ -32,11 +35,11 @@ def backbone() -> Any:
 
 
 @pytest.fixture(scope="module")
-def closed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Location, list[dict[str, Any]]]:
+def closed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Location]:
     place = tmp_path_factory.mktemp("closed")
     run = open_run(SMOKE, [f"store={place}/store", f"run_dir={place}/run", VALIDATED])
-    record, folder = close_training_data(run)
-    return run, folder, units_of_pairs(run, record, folder)
+    _, folder = close_training_data(run)
+    return run, folder
 
 
 def install(backbone: Any, run: Run, size: float) -> None:
@@ -52,35 +55,17 @@ def install(backbone: Any, run: Run, size: float) -> None:
 
 def test_only_pairs_that_no_expert_trained_on_are_asked_about(closed: Any, backbone: Any) -> None:
     """Of 8 pairs a category 2 are held out: 2 experts, 4 pairs at most (one of two categories may be trained on)."""
-    run, folder, units = closed
-    found = open_questions(run, RUNG, units, folder, backbone)
+    run, folder = closed
+    found = open_questions(run, RUNG, folder, backbone)
     assert 2 * 2 <= len(found.questions.unsafe) <= 4 * 2
     assert len(found.questions.unsafe) == len(found.questions.safe) == len(found.questions.safe_own)
     assert len(found.questions.benign) == 3 * 2
-    everything = open_questions(run, RUNG.model_copy(update={"pairs": "all"}), units, folder, backbone)
+    everything = open_questions(run, RUNG.model_copy(update={"pairs": "all"}), folder, backbone)
     assert len(everything.questions.unsafe) == 6 * 2
-    assert [len(unit["pair_ids"]) for unit in units] == [
-        len(unit.pair_ids)
-        for unit in plan_experts(run, run.make(_pairs_key(run), _never), folder)
-        if unit.name != ALL_SINGLE
-    ]
-
-
-def _pairs_key(run: Run) -> Any:
-    from ray_jobs.generate_pairs import pairs_key
-    from ray_jobs.prompt_tables import chosen_pairs, retention_prompts
-
-    identity = run.config.identity
-    seed = identity.seed
-    return pairs_key(run, chosen_pairs(identity.prompts, seed=seed), retention_prompts(identity.prompts, seed=seed))
-
-
-def _never(_folder: Location) -> Any:
-    raise AssertionError("the pairs are closed")
 
 
 def test_pair_and_its_partner_share_noise_timestep_and_caption(closed: Any, backbone: Any) -> None:
-    asked = open_questions(closed[0], RUNG, closed[2], closed[1], backbone).questions
+    asked = open_questions(closed[0], RUNG, closed[1], backbone).questions
     assert torch.equal(asked.unsafe.timesteps, asked.safe.timesteps)
     assert torch.equal(asked.unsafe.condition.tokens, asked.safe.condition.tokens)
     assert torch.equal(asked.unsafe.target, asked.safe.target)
@@ -89,8 +74,8 @@ def test_pair_and_its_partner_share_noise_timestep_and_caption(closed: Any, back
 
 
 def test_the_base_has_rises_of_zero_and_an_adapter_the_same_numbers_each_time(closed: Any, backbone: Any) -> None:
-    run, folder, units = closed
-    found = open_questions(run, RUNG, units, folder, backbone)
+    run, folder = closed
+    found = open_questions(run, RUNG, folder, backbone)
     numbers = found.numbers(backbone)
     assert {name: numbers[name] for name in ("margin", "safe_fall", "safe_rise", "benign_rise")} == dict.fromkeys(
         ("margin", "safe_fall", "safe_rise", "benign_rise"), 0.0
@@ -100,7 +85,7 @@ def test_the_base_has_rises_of_zero_and_an_adapter_the_same_numbers_each_time(cl
     assert first["benign_rise"] > 0
     install(backbone, run, 0.1)
     assert found.numbers(backbone)["benign_rise"] > first["benign_rise"]
-    again = open_questions(run, RUNG, units, folder, backbone)
+    again = open_questions(run, RUNG, folder, backbone)
     install(backbone, run, 0.05)
     assert again.numbers(backbone) == first == found.numbers(backbone)
     backbone.remove_adapter()
@@ -108,17 +93,22 @@ def test_the_base_has_rises_of_zero_and_an_adapter_the_same_numbers_each_time(cl
 
 def test_a_range_of_timesteps_is_kept(closed: Any, backbone: Any) -> None:
     rung = RUNG.model_copy(update={"timestep_range": (900, 950)})
-    asked = open_questions(closed[0], rung, closed[2], closed[1], backbone).questions
+    asked = open_questions(closed[0], rung, closed[1], backbone).questions
     assert 900 <= int(asked.benign.timesteps.min()) <= int(asked.benign.timesteps.max()) <= 950
 
 
 def test_nothing_to_ask_about_is_refused(closed: Any, backbone: Any, tmp_path: Path) -> None:
-    run, folder, units = closed
-    both = [unit | {"dpo": unit["dpo"] | {"draw_seed": number}} for number, unit in enumerate(units * 40)]
-    with pytest.raises(SafetyDPOError, match=r"pairs that no expert has trained on, found none of \d+: raise"):
-        open_questions(run, RUNG, both, folder, backbone)
+    """Two experts of the same pairs, with other draw seeds each: what one holds out the other trains on."""
+    run, folder = closed
+    units = [unit for unit in plan_experts(run, read_record(folder), folder) if unit.name != ALL_SINGLE]
+    seeds = [replace(units[0], dpo=units[0].dpo.model_copy(update={"draw_seed": seed})) for seed in range(20)]
+    with (
+        patch.object(held_out_rung, "plan_experts", lambda *_: seeds),
+        pytest.raises(SafetyDPOError, match=r"pairs that no expert has trained on, found none of 8: raise"),
+    ):
+        open_questions(run, RUNG, folder, backbone)
     bare = open_run(SMOKE, [f"store={tmp_path}/s", f"run_dir={tmp_path}/r", "identity.prompts.retention_prompts=0"])
     _, empty = close_training_data(bare)
     rung = RUNG.model_copy(update={"pairs": "all"})
     with pytest.raises(SafetyDPOError, match=r"expected benign pictures .* found none: raise identity\.prompts\.ret"):
-        open_questions(bare, rung, units, empty, backbone)
+        open_questions(bare, rung, empty, backbone)
