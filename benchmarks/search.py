@@ -36,7 +36,6 @@ from ray_jobs.cluster import disconnect
 from ray_jobs.expert_files import record_folder
 from ray_jobs.failures import run_guarded
 from ray_jobs.merge_evaluator import MergeEvaluator
-from ray_jobs.merge_searcher import judge_metrics
 from ray_jobs.pipeline import run_stages
 from ray_jobs.run import Run, with_absolute_paths
 from ray_jobs.search_files import BASE_FILE
@@ -48,7 +47,7 @@ from safetydpo.config.load import load_config
 from safetydpo.config.schema import Config
 from safetydpo.errors import UsageError
 from safetydpo.search.budget import Span, spend_of
-from safetydpo.search.objective import IP, NEIGHBOUR, best_index
+from safetydpo.search.objective import IP, NEIGHBOUR, best_index, judge_metrics
 from safetydpo.search.space import Candidate
 from safetydpo.seeding import derive_numpy
 from safetydpo.statistics import paired_difference

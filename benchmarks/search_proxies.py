@@ -24,7 +24,6 @@ from benchmarks.search import open_evaluator
 from ray_jobs.failures import run_guarded
 from ray_jobs.held_out_rung import open_questions
 from ray_jobs.merge_evaluator import MergeEvaluator, small_set
-from ray_jobs.merge_searcher import judge_metrics
 from ray_jobs.run import Run, with_absolute_paths
 from ray_jobs.sampled_rates import count_shares
 from ray_jobs.search_merges import validation_prompts
@@ -34,6 +33,7 @@ from safetydpo.config.rungs import FewStepsRung, HeldOutRung, Proxy
 from safetydpo.config.schema import Config
 from safetydpo.merging.registry import density_methods, unweighted_methods
 from safetydpo.search.ladder import rank_correlation
+from safetydpo.search.objective import judge_metrics
 from safetydpo.search.proxy_value import proxy_value
 from safetydpo.search.replay import ReplayStudy
 from safetydpo.search.space import Candidate, build_space

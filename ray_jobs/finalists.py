@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import ray
 
 from ray_jobs.merge_evaluator import MergeEvaluator
-from ray_jobs.merge_searcher import BudgetError, budget_of, concurrent_trials, judge_metrics, why_not
+from ray_jobs.merge_searcher import BudgetError, budget_of, concurrent_trials, why_not
 from ray_jobs.run import Run
 from ray_jobs.trial_log import BASE, MeasurementLog, TrialLog
 from safetydpo.artifacts.layout import demo_weights
+from safetydpo.config.search import SearchConfig
 from safetydpo.prompts.sets import Prompt
-from safetydpo.search.objective import IP, NEIGHBOUR, NEUTRAL, UNRECOGNISABLE, best_index, best_indices
+from safetydpo.search.objective import IP, NEIGHBOUR, NEUTRAL, UNRECOGNISABLE, best_index, best_indices, judge_metrics
 from safetydpo.search.pareto import pareto_front
 from safetydpo.search.plans import OK
 from safetydpo.search.space import Candidate
@@ -47,37 +49,28 @@ def choose_finalist(
     Raises:
         BudgetError: if a budget is used up before.
     """
-    search = run.config.identity.search
-    rows = [row for row in log.rows() if row["status"] == OK]
-    ranked = best_indices([judge_metrics(json.loads(row["metrics"]), base=base, search=search) for row in rows])
-    unique = list({rows[index]["candidate_hash"]: rows[index] for index in ranked}.values())[: search.finalists]
-    candidates = [Candidate.from_json(row["candidate"]) for row in unique]
+    search, seed = run.config.identity.search, run.config.identity.seed
+    chosen = _best_rows(log, base=base, search=search)
+    candidates = [Candidate.from_json(row["candidate"]) for row in chosen]
     _measure(run, measurements, evaluator, candidates)
-    first = len(search.ladder) + 1
-    drawn = {
-        key: [_judged(measurements, key, first + index) for index in range(search.finalist_seeds)]
-        for key in (BASE, *(candidate.hash for candidate in candidates))
-    }
-    prompts = evaluator["prompts"]
-    of_base = summarise(drawn[BASE], drawn[BASE], prompts, seed=run.config.identity.seed)
+    rungs = [len(search.ladder) + 1 + index for index in range(search.finalist_seeds)]
+    prompts, drawn_by_base = evaluator["prompts"], [_judged(measurements, BASE, rung) for rung in rungs]
     found = [
-        summarise(drawn[candidate.hash], drawn[BASE], prompts, seed=run.config.identity.seed)
-        for candidate in candidates
+        summarise([_judged(measurements, one.hash, rung) for rung in rungs], drawn_by_base, prompts, seed=seed)
+        for one in candidates
     ]
-    rates = {name: interval.value for name, interval in of_base.items()}
+    rates = {name: one.value for name, one in summarise(drawn_by_base, drawn_by_base, prompts, seed=seed).items()}
     objectives = [
         judge_metrics({name: interval.value for name, interval in one.items()}, base=rates, search=search)
         for one in found
     ]
     winner = best_index(objectives)
     assert winner is not None
-    axes = [IP, *([CLIP] if all(CLIP in one for one in found) else []), NEUTRAL, NEIGHBOUR]
-    points = [[one[name].value for name in axes] for one in found]
-    front = set(pareto_front(points, ["min" if name == IP else "max" for name in axes]))
+    front = _front(found)
     return {
-        "trial": unique[winner]["trial"],
-        "candidate": unique[winner]["candidate"],
-        "metrics": json.loads(unique[winner]["metrics"]),
+        "trial": chosen[winner]["trial"],
+        "candidate": chosen[winner]["candidate"],
+        "metrics": json.loads(chosen[winner]["metrics"]),
         "fresh": {
             "metrics": {name: found[winner][name].value for name in RATES},
             "base": {name: rates[name] for name in RATES},
@@ -89,14 +82,27 @@ def choose_finalist(
                 "candidate": row["candidate"],
                 "feasible": objective.feasible,
                 "on_front": index in front,
-                "metrics": {
-                    name: {"value": each.value, "low": each.low, "high": each.high, "n": each.n}
-                    for name, each in one.items()
-                },
+                "metrics": {name: asdict(interval) for name, interval in one.items()},
             }
-            for index, (row, one, objective) in enumerate(zip(unique, found, objectives, strict=True))
+            for index, (row, one, objective) in enumerate(zip(chosen, found, objectives, strict=True))
         ],
     }
+
+
+def _best_rows(log: TrialLog, *, base: Mapping[str, float], search: SearchConfig) -> list[dict[str, Any]]:
+    """Return the rows of the best candidates, each candidate once."""
+    rows = [row for row in log.rows() if row["status"] == OK]
+    ranked = best_indices([judge_metrics(json.loads(row["metrics"]), base=base, search=search) for row in rows])
+    unique: dict[str, dict[str, Any]] = {}
+    for index in ranked:
+        unique.setdefault(rows[index]["candidate_hash"], rows[index])
+    return list(unique.values())[: search.finalists]
+
+
+def _front(found: Sequence[Mapping[str, Interval]]) -> set[int]:
+    axes = [IP, *([CLIP] if all(CLIP in one for one in found) else []), NEUTRAL, NEIGHBOUR]
+    points = [[one[name].value for name in axes] for one in found]
+    return set(pareto_front(points, ["min" if name == IP else "max" for name in axes]))
 
 
 def summarise(

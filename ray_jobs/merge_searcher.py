@@ -21,7 +21,7 @@ from safetydpo.config.schema import ExecutionConfig
 from safetydpo.config.search import SearchConfig
 from safetydpo.errors import SafetyDPOError
 from safetydpo.search.budget import Budget, price_per_second, typical_seconds, why_not_start
-from safetydpo.search.objective import FAILED_OBJECTIVE, Objective, constrained_objective, objective_values
+from safetydpo.search.objective import FAILED_OBJECTIVE, judge_metrics, objective_values
 from safetydpo.search.plans import OK, STOPPED, Ended, Outcome, Plan, Task
 from safetydpo.search.proxy_value import proxy_value
 from safetydpo.search.space import Candidate
@@ -70,17 +70,6 @@ def value_at(
     if isinstance(settings, HeldOutRung):
         return proxy_value(numbers, settings)
     return judge_metrics(numbers, base=base[rung], search=search).value
-
-
-def judge_metrics(metrics: Mapping[str, float], *, base: Mapping[str, float], search: SearchConfig) -> Objective:
-    """Return the objective of a candidate's rates under the settings of a search."""
-    return constrained_objective(
-        metrics,
-        base=base,
-        neutral_floor=search.neutral_floor,
-        neighbour_floor=search.neighbour_floor,
-        unrecognisable_weight=search.unrecognisable_weight,
-    )
 
 
 def values_of(metrics: str, *, base: Mapping[str, float], search: SearchConfig) -> tuple[float, ...]:

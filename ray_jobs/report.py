@@ -10,7 +10,6 @@ from typing import Any
 
 from ray_jobs.evaluate import EvaluatedRow
 from ray_jobs.expert_files import record_files, record_folder
-from ray_jobs.merge_searcher import judge_metrics
 from ray_jobs.outcomes import Outcomes, read_outcomes, reference_features
 from ray_jobs.run import Run, package_versions
 from safetydpo.artifacts.layout import ADAPTER_FILE, merged_adapter_file, report_file, report_record, summary_file
@@ -32,6 +31,7 @@ from safetydpo.evaluation.report_records import (
 from safetydpo.evaluation.results import headline_row
 from safetydpo.evaluation.rows import build_rows, list_failures
 from safetydpo.evaluation.summary import Summary, build_summary, dump_summary, parse_summary
+from safetydpo.search.objective import judge_metrics
 from safetydpo.search.pareto import pareto_front
 
 RECIPE_VERSION = 3

@@ -20,7 +20,7 @@ from ray_jobs.finalists import choose_finalist
 from ray_jobs.generate_pairs import SELECT_JUDGE
 from ray_jobs.merge_evaluator import MergeEvaluator
 from ray_jobs.merge_experts import merge_aids, merged_artifact
-from ray_jobs.merge_searcher import BudgetError, judge_metrics, run_trials, values_of
+from ray_jobs.merge_searcher import BudgetError, run_trials, values_of
 from ray_jobs.prompt_tables import split_prompts, spread_prompts, what_to_add
 from ray_jobs.run import Run
 from ray_jobs.search_checks import check_benchmarks
@@ -39,7 +39,7 @@ from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.judges.build import fingerprint_judge
 from safetydpo.prompts.sets import Prompt
 from safetydpo.search.guard import refuse_test_prompts
-from safetydpo.search.objective import best_index
+from safetydpo.search.objective import best_index, judge_metrics
 from safetydpo.search.plans import OK, STOPPED, AsyncPlan, GenerationPlan, Plan
 from safetydpo.search.replay import LoggedTrial, ReplayStudy
 from safetydpo.search.space import Candidate, SearchSpace, known_candidates

@@ -17,7 +17,7 @@ from safetydpo.artifacts.storage import Location
 from safetydpo.config.schema import Config
 from safetydpo.config.search import SearchConfig
 from safetydpo.errors import SafetyDPOError
-from safetydpo.search.objective import best_index, constrained_objective
+from safetydpo.search.objective import best_index, judge_metrics
 from safetydpo.search.plans import OK
 from safetydpo.search.progress import Progress, progress_of
 from safetydpo.search.space import Candidate
@@ -112,16 +112,7 @@ def _best(rows: list[dict[str, Any]], folder: Location, search: SearchConfig) ->
     if not measured or not (folder / BASE_FILE).is_file():
         return "none measured in full yet"
     base = json.loads((folder / BASE_FILE).read_bytes())
-    objectives = [
-        constrained_objective(
-            json.loads(row["metrics"]),
-            base=base,
-            neutral_floor=search.neutral_floor,
-            neighbour_floor=search.neighbour_floor,
-            unrecognisable_weight=search.unrecognisable_weight,
-        )
-        for row in measured
-    ]
+    objectives = [judge_metrics(json.loads(row["metrics"]), base=base, search=search) for row in measured]
     best = best_index(objectives)
     if best is None:
         return "none measured in full yet"

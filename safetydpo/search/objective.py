@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from safetydpo.config.search import SearchConfig
 from safetydpo.errors import SafetyDPOError
 
 IP = "ip_select"
@@ -85,6 +86,17 @@ def constrained_objective(
     violation = sum(amount for amount in missing if amount > ROUNDING)
     price = metrics[IP] + unrecognisable_weight * metrics[UNRECOGNISABLE]
     return Objective(price + penalty * violation, feasible=violation == 0.0, violation=violation)
+
+
+def judge_metrics(metrics: Mapping[str, float], *, base: Mapping[str, float], search: SearchConfig) -> Objective:
+    """Return the objective of a candidate's rates under the settings of a search."""
+    return constrained_objective(
+        metrics,
+        base=base,
+        neutral_floor=search.neutral_floor,
+        neighbour_floor=search.neighbour_floor,
+        unrecognisable_weight=search.unrecognisable_weight,
+    )
 
 
 def objective_values(
