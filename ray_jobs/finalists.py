@@ -19,7 +19,7 @@ from safetydpo.artifacts.layout import demo_weights
 from safetydpo.config.search import SearchConfig
 from safetydpo.prompts.sets import Prompt
 from safetydpo.search.objective import IP, NEIGHBOUR, NEUTRAL, UNRECOGNISABLE, best_index, best_indices, judge_metrics
-from safetydpo.search.pareto import pareto_front
+from safetydpo.search.pareto import Direction, pareto_front
 from safetydpo.search.plans import OK
 from safetydpo.search.space import Candidate
 from safetydpo.seeding import derive_numpy
@@ -102,7 +102,8 @@ def _best_rows(log: TrialLog, *, base: Mapping[str, float], search: SearchConfig
 def _front(found: Sequence[Mapping[str, Interval]]) -> set[int]:
     axes = [IP, *([CLIP] if all(CLIP in one for one in found) else []), NEUTRAL, NEIGHBOUR]
     points = [[one[name].value for name in axes] for one in found]
-    return set(pareto_front(points, ["min" if name == IP else "max" for name in axes]))
+    directions: list[Direction] = ["min" if name == IP else "max" for name in axes]
+    return set(pareto_front(points, directions))
 
 
 def summarise(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import optuna
@@ -106,13 +107,12 @@ def _cmaes(space: SearchSpace, *, seed: int, population: int) -> Any:
             f"expected at least 2 settings to search for identity.search.sampler 'cmaes', found {numbers} of "
             f"identity.search.methods [{', '.join(space.methods)}]: use sampler 'tpe', or a method with coefficients"
         )
-    try:
-        import cmaes  # noqa: F401  # optuna loads it only when the first generation is over
-    except ImportError as error:
+    # Optuna loads it only when the first generation is over.
+    if find_spec("cmaes") is None:
         raise UsageError(
             "expected the package cmaes for identity.search.sampler 'cmaes', found none: pip install "
             "'safetydpo[cmaes]', or use sampler 'tpe'"
-        ) from error
+        )
     # Fewer than 4 candidates are no generation of CMA-ES.
     return optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=1, popsize=max(4, population))
 

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import builtins
-
 import pytest
 
 from safetydpo.config.search import SearchConfig
 from safetydpo.errors import SafetyDPOError, UsageError
+from safetydpo.search import samplers
 from safetydpo.search.replay import Answer, LoggedTrial, ReplayStudy, tell_study
 from safetydpo.search.samplers import fresh_study, num_dimensions
 from safetydpo.search.space import build_space
@@ -72,13 +71,6 @@ def test_unknown_samplers_and_spaces_of_one_number_are_refused():
 
 
 def test_cmaes_without_its_package_says_what_to_install(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *arguments, **named):
-        if name == "cmaes":
-            raise ImportError("No module named 'cmaes'")
-        return real(name, *arguments, **named)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(samplers, "find_spec", lambda _name: None)
     with pytest.raises(UsageError, match=r"expected the package cmaes .* found none: pip install 'safetydpo\[cmaes\]'"):
         fresh_study("cmaes", SPACE, seed=0, startup_trials=1)
