@@ -64,7 +64,7 @@ def measure(config: Config, *, count: int, pairs: str, log: Path) -> list[dict[s
     evaluator = open_evaluator(run)
     folder = run.store / "pairs" / pointers["pairs"]["folder"]
     rungs = {
-        name: HeldOutRung.model_validate({"pairs": pairs, "draws": 4, "timestep_range": span})
+        name: HeldOutRung.model_validate({"pairs": pairs, "benign_pictures": 32, "timestep_range": span})
         for name, span in THIRDS.items()
     }
     opened = {name: open_questions(run, rung, folder, evaluator.backbone) for name, rung in rungs.items()}
