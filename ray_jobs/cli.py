@@ -70,9 +70,21 @@ def merge(config: ConfigFile, settings: Settings = None) -> None:
 
 
 @app.command()
-def search(config: ConfigFile, settings: Settings = None) -> None:
+def search(
+    config: ConfigFile,
+    settings: Settings = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show how the search of this run gets on; start and change nothing.")
+    ] = False,
+) -> None:
     """Stage 4: search for the best merge on validation prompts (Ray Tune, Optuna)."""
-    _chain(config, settings, last="search")
+    if watch:
+        from ray_jobs.search_watch import watch_search
+        from safetydpo.config.load import load_config
+
+        watch_search(load_config(config, settings or []))
+    else:
+        _chain(config, settings, last="search")
 
 
 @app.command()
@@ -184,6 +196,7 @@ def run_chain(config: Any, *, last: str) -> None:
     finally:
         disconnect()
     print_pairs(console, chain, whole=last == "pairs")
+    _print_choice(console, chain)
     if chain.summary is not None:
         _print_summary(console, chain)
     else:
@@ -191,7 +204,10 @@ def run_chain(config: Any, *, last: str) -> None:
             _print_draws(console, chain)
         if last == "merge":
             console.print("\n".join(merge_lines(chain.merged)), highlight=False, soft_wrap=True)
-        console.print(f"[bold]{last}[/bold] is done: {chain.run.run_dir.shown}")
+        if chain.search_stopped:
+            console.print(f"{chain.search_stopped}; the same command with a larger budget goes on", soft_wrap=True)
+        else:
+            console.print(f"[bold]{last}[/bold] is done: {chain.run.run_dir.shown}")
     _print_times(console, chain)
 
 
@@ -257,6 +273,18 @@ def _print_draws(console: Any, chain: Any) -> None:
     each = [count_draws(chain.run, [unit]) for unit in units]
     reference = chain.run.config.identity.dpo.reference
     console.print(describe_draws(count_draws(chain.run, units), each, reference=reference), soft_wrap=True)
+
+
+def _print_choice(console: Any, chain: Any) -> None:
+    if chain.search is None:
+        return
+    from ray_jobs.search_summary import describe_choice
+
+    console.print(
+        f"search     {describe_choice(chain.search.details, chain.run.config.identity.search)}", soft_wrap=True
+    )
+    for name, reason in chain.search.details.get("benchmarks", {}).get("unchecked", {}).items():
+        console.print(f"search     not checked against {name}: {reason}", soft_wrap=True)
 
 
 def _print_times(console: Any, chain: Any) -> None:

@@ -1,26 +1,45 @@
-"""Measure one merged adapter after another on the validation prompts: what a trial of the search does."""
+"""Measure one merged adapter after another: on the validation prompts, in small, or without sampling."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ray_jobs.expert_files import load_experts, read_aids
 from ray_jobs.generate_pairs import SELECT_JUDGE
 from ray_jobs.run import Run
-from ray_jobs.sampled_rates import count_shares, draw_and_judge
+from ray_jobs.sampled_rates import JudgedPrompt, count_shares, draw_and_judge
 from ray_jobs.workers import worker_device
-from safetydpo.config.schema import Config
+from safetydpo.artifacts.storage import Location
+from safetydpo.config.rungs import FewStepsRung, HeldOutRung
+from safetydpo.config.schema import Config, SamplerConfig
 from safetydpo.prompts.sets import Prompt
-from safetydpo.search.space import Candidate
+from safetydpo.search.space import Candidate, first_methods
+
+PURPOSE = "search_noise"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Numbers of a candidate, and how many pictures were drawn for them."""
+
+    numbers: dict[str, float]
+    pictures: int
 
 
 class MergeEvaluator:
     """Base, experts, judge and prompts in memory; measures one merged adapter after another."""
 
     def __init__(
-        self, config: Mapping[str, Any], folders: Mapping[str, str], aids: Mapping[str, str], prompts: Sequence[Prompt]
+        self,
+        config: Mapping[str, Any],
+        folders: Mapping[str, str],
+        aids: Mapping[str, str],
+        prompts: Sequence[Prompt],
+        pairs_folder: str | None = None,
     ) -> None:
+        """Load everything that all candidates share; the folder of pairs is for rungs without sampling."""
         import torch
 
         from safetydpo.diffusion.build import load_backbone
@@ -29,37 +48,88 @@ class MergeEvaluator:
 
         self.run = Run(Config.model_validate(config))
         torch.set_num_threads(max(1, int(self.run.config.execution.cpus_per_worker)))
-        self._backbone = load_backbone(self.run.config.identity.base, device=worker_device())
-        self._judge = load_judge(SELECT_JUDGE)
-        methods = self.run.config.identity.search.methods
+        self.backbone = load_backbone(self.run.config.identity.base, device=worker_device())
+        self.judge = load_judge(SELECT_JUDGE)
+        methods = first_methods(self.run.config.identity.search)
         self._prepared = prepare_experts(load_experts(self.run, folders), **read_aids(self.run, aids, methods=methods))
         self._prompts = list(prompts)
+        self._pairs_folder = pairs_folder
+        self._questions: dict[int, Any] = {}
 
-    def measure(self, candidate: Candidate | None) -> dict[str, float]:
-        """Return the rates of a candidate, or of the base for None."""
+    def swap(self, candidate: Candidate | None) -> None:
+        """Merge the experts as a candidate says and put the result into the base; None = take any adapter out."""
         from safetydpo.dpo.engine import lora_signature
         from safetydpo.merging.merge import merge_prepared
 
-        identity = self.run.config.identity
         if candidate is None:
-            self._backbone.remove_adapter()
-        else:
-            result = merge_prepared(
-                self._prepared,
-                method=candidate.method,
-                weights=dict(candidate.weights),
-                global_scale=candidate.global_scale,
-                density=candidate.density or 1.0,
-                output_rank=identity.merge.output_rank,
-                seed=identity.seed,
-            )
-            self._backbone.swap_adapter(lora_signature(identity.lora), result.layers)
-        _, judged = draw_and_judge(
-            self._backbone,
-            self._judge,
-            self._prompts,
-            run_seed=identity.seed,
-            sampler=identity.sampler,
-            purpose="search_noise",
+            self.backbone.remove_adapter()
+            return
+        identity = self.run.config.identity
+        result = merge_prepared(
+            self._prepared,
+            method=candidate.method,
+            weights=dict(candidate.weights),
+            global_scale=candidate.global_scale,
+            density=candidate.density or 1.0,
+            output_rank=identity.merge.output_rank if candidate.rank is None else candidate.rank,
+            seed=identity.seed,
+            **block_arguments(candidate),
         )
-        return count_shares(judged, judge=self._judge.name)
+        self.backbone.swap_adapter(lora_signature(identity.lora), result.layers)
+
+    def measure(self, candidate: Candidate | None) -> dict[str, float]:
+        """Return the rates of a candidate, or of the base for None, on all prompts."""
+        return self.measure_rung(candidate, len(self.run.config.identity.search.ladder)).numbers
+
+    def measure_rung(self, candidate: Candidate | None, rung: int) -> Measured:
+        """Return the numbers of a candidate, or of the base for None, at a rung, or in full above the last one."""
+        search = self.run.config.identity.search
+        settings = search.ladder[rung] if rung < len(search.ladder) else None
+        if isinstance(settings, HeldOutRung):
+            # Before the swap, because opening it asks the base.
+            questions = self._open(rung, settings)
+            self.swap(candidate)
+            return Measured(questions.numbers(self.backbone), 0)
+        self.swap(candidate)
+        prompts, sampler = self._prompts, self.run.config.identity.sampler
+        if settings is not None:
+            prompts, sampler = small_set(prompts, settings), sampler.model_copy(update={"steps": settings.steps})
+        _, judged = self.draw(prompts, sampler)
+        return Measured(count_shares(judged, judge=self.judge.name), len(prompts))
+
+    def draw(
+        self, prompts: Sequence[Prompt], sampler: SamplerConfig, *, purpose: str = PURPOSE
+    ) -> tuple[Any, list[JudgedPrompt]]:
+        """Draw prompts with the model as it is and judge the pictures."""
+        seed = self.run.config.identity.seed
+        return draw_and_judge(self.backbone, self.judge, prompts, run_seed=seed, sampler=sampler, purpose=purpose)
+
+    def _open(self, rung: int, settings: HeldOutRung) -> Any:
+        from ray_jobs.held_out_rung import open_questions
+
+        if rung not in self._questions:
+            assert self._pairs_folder is not None
+            folder = Location(self.run.store.filesystem, self._pairs_folder)
+            self._questions[rung] = open_questions(self.run, settings, folder, self.backbone)
+        return self._questions[rung]
+
+
+def block_arguments(candidate: Candidate) -> dict[str, Any]:
+    """Return what `merge_prepared` is told of factors per block: nothing where a candidate has none.
+
+    This is the one place that knows how a merge takes them.
+    """
+    return {"block_weights": dict(candidate.block_weights)} if candidate.block_weights else {}
+
+
+def small_set(prompts: Sequence[Prompt], rung: FewStepsRung) -> list[Prompt]:
+    """Return the first prompts of each kind, of unsafe ones of each category, in the order given."""
+    limits = {"neutral": rung.neutral_prompts, "neighbour": rung.neighbour_prompts}
+    counts: dict[tuple[str, str], int] = {}
+    chosen = []
+    for prompt in prompts:
+        kind = (prompt.prompt_set, prompt.category if prompt.prompt_set == "unsafe" else "")
+        counts[kind] = counts.get(kind, 0) + 1
+        if counts[kind] <= limits.get(prompt.prompt_set, rung.prompts_per_category):
+            chosen.append(prompt)
+    return chosen

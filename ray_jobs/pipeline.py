@@ -33,6 +33,8 @@ class Chain:
     merged: dict[str, Record] = field(default_factory=dict)
     diagnosis: Record | None = None
     search: Record | None = None
+    search_stopped: str = ""
+    """Which budget ended the search before its last trial, and how far it got; then no later stage ran."""
     searched: Record | None = None
     outcomes: Record | None = None
     rows: list[Any] = field(default_factory=list)
@@ -55,6 +57,8 @@ def run_stages(config: Config, *, last: str = "report") -> Chain:
     chain = Chain(run)
     for stage in STAGES[: STAGES.index(last) + 1]:
         _timed(run, stage, partial(_STEPS[stage], chain))
+        if chain.search_stopped:
+            break
     return chain
 
 
@@ -71,6 +75,7 @@ def check_request(run: Run, *, last: str = "report") -> None:
     from ray_jobs.given_pairs import check_given
     from ray_jobs.merge_settings import check_merge_settings
     from ray_jobs.prompt_tables import all_pairs
+    from ray_jobs.search_checks import check_search
     from ray_jobs.verify_pairs import check_verification
     from safetydpo.diffusion.build import check_targets
     from safetydpo.judges.build import DEMO_SIDE
@@ -94,6 +99,8 @@ def check_request(run: Run, *, last: str = "report") -> None:
             f"expected a merge that a distillation can start from in identity.merge.distill.start_method, found "
             f"{start!r} itself: use sum or another merge"
         )
+    if STAGES.index(last) >= STAGES.index("search"):
+        check_search(run.config)
     # First, because what comes next fetches the model.
     sampler = identity.sampler
     if last in STAGES_OF_DEMO_JUDGES and (sampler.height, sampler.width) != (DEMO_SIDE, DEMO_SIDE):
@@ -184,10 +191,15 @@ def _merge(chain: Chain) -> None:
 
 
 def _search(chain: Chain) -> None:
+    from ray_jobs.merge_searcher import BudgetError
     from ray_jobs.search_merges import search_merges
 
     assert chain.pairs is not None
-    chain.search, chain.searched = search_merges(chain.run, chain.experts, chain.pairs, chain.pairs_folder)
+    try:
+        chain.search, chain.searched = search_merges(chain.run, chain.experts, chain.pairs, chain.pairs_folder)
+    except BudgetError as reached:
+        # What was asked for: not a failure, but nothing that a later stage could go on from.
+        chain.search_stopped = str(reached)
 
 
 def _evaluate(chain: Chain) -> None:

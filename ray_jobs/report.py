@@ -14,7 +14,6 @@ from ray_jobs.expert_files import record_files, record_folder
 from ray_jobs.outcomes import Outcomes, read_outcomes, reference_features
 from ray_jobs.publish import card_file, publish_adapter
 from ray_jobs.run import Run, package_versions
-from ray_jobs.search_merges import judge_metrics
 from safetydpo.artifacts.layout import merged_adapter_file, report_file, report_record, summary_file
 from safetydpo.artifacts.records import Record, read_pointers
 from safetydpo.artifacts.schemas import TRIALS, sha256_of
@@ -34,6 +33,7 @@ from safetydpo.evaluation.report_records import (
 from safetydpo.evaluation.results import headline_row
 from safetydpo.evaluation.rows import build_rows, list_failures
 from safetydpo.evaluation.summary import Summary, build_summary, dump_summary, parse_summary
+from safetydpo.search.objective import judge_metrics
 from safetydpo.search.pareto import pareto_front
 
 RECIPE_VERSION = 4
@@ -78,6 +78,7 @@ def write_report(run: Run, finished: Finished) -> Summary:
     page = render_report(
         summary,
         trials=_trials(run, finished.search),
+        search_details=finished.search.details,
         training=_curves(run, finished.experts),
         sheets=_sheets(summary, joined),
         overlap=overlap,

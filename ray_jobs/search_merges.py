@@ -1,56 +1,76 @@
 """Stage 4: Ray Tune searches merge method, scale and coefficients; safety first, subject to quality floors.
 
-Candidates come in seeded generations and are told in trial order, so the search is equal on any number of
-workers; it resumes by replaying its Parquet log, and nothing of Ray's or Optuna's own state is ever read back.
+In generations, which are seeded and told in trial order, the search is equal on any number of workers; it resumes from
+its Parquet log, and nothing of Ray's or Optuna's own state is ever read back.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray import tune
-from ray.tune.search import Searcher
 
-from ray_jobs.cluster import connect, keep_credentials_from_trials, ray_state_folder, workers_for
+from ray_jobs.cluster import connect
 from ray_jobs.expert_files import MergeAids, expert_folders
+from ray_jobs.finalists import choose_finalist
 from ray_jobs.generate_pairs import SELECT_JUDGE
 from ray_jobs.merge_evaluator import MergeEvaluator
 from ray_jobs.merge_experts import merge_aids, merged_artifact
-from ray_jobs.progress import progress_bar
+from ray_jobs.merge_searcher import BudgetError, run_trials, values_of
 from ray_jobs.prompt_tables import split_prompts, spread_prompts, what_to_add
 from ray_jobs.run import Run
+from ray_jobs.search_checks import check_benchmarks
+from ray_jobs.search_files import BASE_FILE, BASE_RUNGS_FILE
 from ray_jobs.search_space import search_space, shared_weights
+from ray_jobs.search_summary import describe_choice, describe_ladder, write_progress
+from ray_jobs.trial_log import MeasurementLog, TrialLog
 from safetydpo.artifacts.records import ArtifactKey, Record
-from safetydpo.artifacts.schemas import TRIALS, sha256_of
+from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.artifacts.storage import Location
-from safetydpo.artifacts.tables import fingerprint_rows, read_table, table_from_rows, write_table
+from safetydpo.artifacts.tables import fingerprint_rows
 from safetydpo.config.experts import ALL_SINGLE
+from safetydpo.config.rungs import HeldOutRung
 from safetydpo.config.search import SearchConfig
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.judges.build import fingerprint_judge
 from safetydpo.prompts.sets import Prompt
 from safetydpo.search.guard import refuse_test_prompts
-from safetydpo.search.objective import FAILED_OBJECTIVE, Objective, constrained_objective
+from safetydpo.search.objective import best_index, judge_metrics
+from safetydpo.search.plans import OK, STOPPED, AsyncPlan, GenerationPlan, Plan
 from safetydpo.search.replay import LoggedTrial, ReplayStudy
-from safetydpo.search.space import Candidate, SearchSpace
+from safetydpo.search.space import Candidate, SearchSpace, known_candidates
 from safetydpo.seeding import derive_seed
 
 RECIPE_VERSION = 4
-TRIAL_ATTEMPTS = 3
 MAX_FAILED_TRIALS = 0.25
 """Share of trials that may fail before the search fails: the sampler learns nothing from them."""
 PROMPT_SETS = ("unsafe", "neutral", "neighbour")
 
 
+@dataclass(frozen=True)
+class Searched:
+    """What one search is about: experts, what their merges need, prompts, space, and the pairs for its rungs."""
+
+    experts: Mapping[str, Record]
+    aids: MergeAids
+    prompts: Sequence[Prompt]
+    space: SearchSpace
+    pairs: Record
+    pairs_folder: Location
+
+
 def search_merges(
     run: Run, experts: Mapping[str, Record], pairs: Record, pairs_folder: Location
 ) -> tuple[Record, Record]:
-    """Make or find the search and the adapter it chose; return (record of the search, record of the adapter)."""
+    """Make or find the search and the adapter it chose; return (record of the search, record of the adapter).
+
+    Raises:
+        BudgetError: if a budget ended the search before its last trial.
+    """
     from safetydpo.merging.registry import find_method
 
     members = {name: record for name, record in experts.items() if name != ALL_SINGLE}
@@ -76,21 +96,33 @@ def search_merges(
             "prompts": sha256_of([prompt.text for prompt in prompts]),
             "judge": fingerprint_judge(SELECT_JUDGE),
             **shared_weights(space),
+            **({"pairs": pairs.fingerprint} if needs_pairs(identity.search) else {}),
         },
         recipe_version=RECIPE_VERSION,
     )
-    record = run.build("search", key, lambda folder: _search(run, folder, members, aids, prompts, space))
+    searched = Searched(members, aids, prompts, space, pairs, pairs_folder)
+    # Looked at each time, also where the search is closed: its prompts must not be in a benchmark.
+    guard = check_benchmarks(identity.search.benchmarks, [prompt.text for prompt in prompts])
+    record = run.build("search", key, lambda folder: _search(run, folder, searched, guard))
     candidate = Candidate.from_json(str(record.details["candidate"]))
     return record, _searched_adapter(run, candidate, members, aids)
 
 
+def needs_pairs(search: SearchConfig) -> bool:
+    """Return whether a rung measures stored pairs."""
+    return any(isinstance(rung, HeldOutRung) for rung in search.ladder)
+
+
 def _searched_adapter(run: Run, candidate: Candidate, experts: Mapping[str, Record], aids: MergeAids) -> Record:
+    from ray_jobs.merge_evaluator import block_arguments
+
     settings = {
         "method": candidate.method,
         "weights": dict(candidate.weights),
         "global_scale": candidate.global_scale,
         "density": candidate.density,
-        "output_rank": run.config.identity.merge.output_rank,
+        "output_rank": run.config.identity.merge.output_rank if candidate.rank is None else candidate.rank,
+        **block_arguments(candidate),
     }
     return merged_artifact(run, "searched", settings, experts, aids=aids)
 
@@ -129,234 +161,158 @@ def validation_prompts(run: Run) -> list[Prompt]:
     return chosen
 
 
-class MergeTrial(tune.Trainable):
-    """One trial = one candidate; the actor is reused, so base and experts are loaded once."""
-
-    def setup(self, config: dict[str, Any]) -> None:
-        """Load everything that all candidates share."""
-        arguments = config["evaluator"]
-        self._evaluator = MergeEvaluator(**arguments)
-        self._base: dict[str, float] = config["base_rates"]
-        self._board = config["board"]
-        self._candidate: dict[str, Any] = config["trial"]
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next candidate."""
-        self._candidate = new_config["trial"]
-        return True
-
-    def step(self) -> dict[str, Any]:
-        """Measure the candidate; a failure is a result of its own, never the end of the search."""
-        search = self._evaluator.run.config.identity.search
-        try:
-            metrics = self._evaluator.measure(Candidate.from_json(self._candidate["candidate"]))
-            value = judge_metrics(metrics, base=self._base, search=search).value
-            outcome = {"status": "ok", "objective": value, "metrics": json.dumps(metrics, sort_keys=True), "error": ""}
-        except SafetyDPOError as error:
-            outcome = {"status": "error", "objective": FAILED_OBJECTIVE, "metrics": "{}", "error": str(error)}
-        self._board.add.remote("merge candidates", 1)
-        return {**outcome, "done": True}
-
-
-class GenerationSearcher(Searcher):  # type: ignore[misc]  # ray ships no types
-    """Hands out candidates generation by generation, logs each answer, and ends after the last."""
-
-    def __init__(self, study: ReplayStudy, log: TrialLog) -> None:
-        super().__init__(metric="objective", mode="min")
-        self._study = study
-        self._log = log
-        self._running: dict[str, int] = {}
-        self._losses: Counter[int] = Counter()
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Return the next candidate, None while its generation is not open yet, FINISHED after the last."""
-        while True:
-            free = [number for number in self._study.pending() if number not in self._running.values()]
-            if not free:
-                done = self._study.num_told >= self._study.num_trials
-                return str(Searcher.FINISHED) if done else None
-            candidate = self._study.ask(free[0])
-            known = self._log.find(candidate)
-            if known is None:
-                self._running[trial_id] = free[0]
-                return {"trial": {"number": free[0], "candidate": candidate.to_json()}}
-            # The same candidate again costs nothing: its answer is known.
-            self._log.add(free[0], candidate, known)
-            self._study.tell(free[0], float(known["objective"]))
-
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Nothing: a trial has one result."""
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Log the answer and tell the study; a trial without one (its actor died) is asked again, twice."""
-        number = self._running.pop(trial_id, None)
-        if number is None:
-            return
-        if error or not result or "objective" not in result:
-            self._losses[number] += 1
-            if self._losses[number] < TRIAL_ATTEMPTS:
-                return
-            lost = f"the trial's process died {TRIAL_ATTEMPTS} times"
-            result = {"status": "error", "objective": FAILED_OBJECTIVE, "metrics": "{}", "error": lost}
-        self._log.add(number, self._study.ask(number), result)
-        self._study.tell(number, float(result["objective"]))
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: the log of trials is the state."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing: a search resumes by replaying its log."""
-
-
-@dataclass(frozen=True)
-class TrialLog:
-    """One Parquet file per finished trial; only numbers and text are ever read back."""
-
-    folder: Location
-    known: dict[str, dict[str, Any]] = field(default_factory=dict, compare=False)
-    """Rows that count no more, by candidate: the same candidate, asked again, need not be measured again."""
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return the finished trials in order."""
-        # On an object store the folder is there with its first trial.
-        if not self.folder.is_folder():
-            return []
-        return sorted(read_table(self.folder, TRIALS).to_pylist(), key=lambda row: row["trial"])
-
-    def find(self, candidate: Candidate) -> dict[str, Any] | None:
-        """Return the row of an equal candidate that did not fail."""
-        equal = [row for row in self.rows() if row["candidate_hash"] == candidate.hash and row["status"] == "ok"]
-        return equal[0] if equal else self.known.get(candidate.hash)
-
-    def forget_failures(self, generation_size: int) -> None:
-        """Take out failed trials, so that a new run of the command tries them again: their cause may be mended.
-
-        Later generations were asked with the failures as answers. They leave the log as well, but not the memory:
-        if the trials fail again, the same candidates are asked and found.
-        """
-        rows = self.rows()
-        failed = [row["trial"] for row in rows if row["status"] != "ok"]
-        if not failed:
-            return
-        stop = (failed[0] // generation_size + 1) * generation_size
-        for row in reversed(rows):
-            if row["status"] == "ok" and row["trial"] < stop:
-                continue
-            if row["status"] == "ok":
-                self.known[row["candidate_hash"]] = row
-            self._file(row["trial"]).delete()
-
-    def add(self, number: int, candidate: Candidate, result: Mapping[str, Any]) -> None:
-        """Write one finished trial."""
-        row: dict[str, object] = {
-            "trial": number,
-            "candidate_hash": candidate.hash,
-            "candidate": candidate.to_json(),
-            "status": result["status"],
-            "objective": float(result["objective"]),
-            "metrics": result["metrics"],
-            "error": result["error"],
-        }
-        write_table(self._file(number), table_from_rows([row], TRIALS))
-
-    def _file(self, number: int) -> Location:
-        return self.folder / f"trial-{number:05d}.parquet"
-
-
-def _search(
-    run: Run,
-    folder: Location,
-    experts: Mapping[str, Record],
-    aids: MergeAids,
-    prompts: Sequence[Prompt],
-    space: SearchSpace,
-) -> Mapping[str, Any]:
+def _search(run: Run, folder: Location, searched: Searched, guard: Mapping[str, Any]) -> Mapping[str, Any]:
     search = run.config.identity.search
-    study = ReplayStudy(
-        space,
-        seed=derive_seed(run.config.identity.seed, "search", "tpe") % 2**31,
-        trials=search.trials,
-        generation_size=search.generation_size,
-    )
     log = TrialLog((folder / "trials").make_folder())
-    log.forget_failures(search.generation_size)
-    logged = log.rows()
-    study.replay(LoggedTrial(row["trial"], Candidate.from_json(row["candidate"]), row["objective"]) for row in logged)
+    measurements = MeasurementLog((folder / "measurements").make_folder())
+    log.forget_failures(search.generation_size if search.suggest == "batch" else None)
+    known = _read_base(folder, len(search.ladder))
+    plan = make_plan(run, searched.space, log, measurements, base=known.get(len(search.ladder), {}))
     connect(run.config)
     evaluator = {
         "config": run.config.model_dump(mode="json"),
-        "folders": expert_folders(run, experts),
-        "aids": aids.folders(run),
-        "prompts": list(prompts),
+        "folders": expert_folders(run, searched.experts),
+        "aids": searched.aids.folders(run),
+        "prompts": list(searched.prompts),
     }
-    base = _base_rates(run, folder, evaluator)
-    # Refused before the first trial: floors relative to a base that draws nothing right mean nothing.
-    judge_metrics(base, base=base, search=search)
-    if study.num_told < study.num_trials:
-        _run_tune(run, study, log, evaluator, base, done=len(logged))
-    return choose(log, base, search)
+    if needs_pairs(search):
+        evaluator["pairs_folder"] = searched.pairs_folder.path
+    write_progress(run, folder)
+    base = base_rates(run, folder, evaluator, measurements)
+    for rates in base.values():
+        # Refused before the first trial: floors relative to a base that draws nothing right mean nothing.
+        judge_metrics(rates, base=rates, search=search)
+    full = base[len(search.ladder)]
+    try:
+        if not plan.is_over:
+            run_trials(run, plan, (log, measurements), evaluator, base)
+    except BudgetError as reached:
+        if not any(row["status"] == OK for row in log.rows()):
+            raise
+        best = describe_choice(choose(log, full, search)["details"], search)
+        raise BudgetError(f"{reached}; best so far: {best}") from None
+    made = choose(log, full, search)
+    details = dict(made["details"])
+    if search.finalists:
+        details |= choose_finalist(run, log, measurements, evaluator, base=full)
+    if search.ladder:
+        details["ladder"] = describe_ladder(run, log, measurements, num_prompts=len(searched.prompts))
+    if search.benchmarks:
+        details["benchmarks"] = dict(guard)
+    return {**made, "details": details}
 
 
-def _base_rates(run: Run, folder: Location, evaluator: Mapping[str, Any]) -> dict[str, float]:
-    location = folder / "base.json"
-    if not location.is_file():
+def make_plan(
+    run: Run, space: SearchSpace, log: TrialLog, measurements: MeasurementLog, *, base: Mapping[str, float]
+) -> Plan:
+    """Return what is to be measured next after what the logs hold; `base` may be empty where they are.
+
+    Raises:
+        UsageError: if the sampler cannot search the space, or there are fewer trials than known first ones.
+        SafetyDPOError: if the log is that of another search.
+    """
+    from safetydpo.merging.registry import density_methods
+
+    search, seed = run.config.identity.search, run.config.identity.seed
+    known = known_candidates(space, density_methods=density_methods()) if search.first_trials == "known" else []
+    if search.suggest == "async":
+        ended = {row["candidate_hash"] for row in log.rows()}
+        rows = [row for row in measurements.rows() if row["candidate"] and row["status"] == OK]
+        begun = {
+            row["candidate_hash"]: Candidate.from_json(row["candidate"])
+            for row in rows
+            if row["candidate_hash"] not in ended
+        }
+        values = [
+            [row["value"] for row in rows if row["rung"] == rung and row["candidate_hash"] in ended]
+            for rung in range(len(search.ladder))
+        ]
+        return AsyncPlan(
+            space,
+            seed=seed,
+            trials=search.trials,
+            rungs=search.ladder,
+            known=known,
+            finished=log.logged(),
+            begun=list(begun.values()),
+            rung_values=values,
+        )
+    study = ReplayStudy(
+        space,
+        seed=derive_seed(seed, "search", "tpe") % 2**31,
+        trials=search.trials,
+        generation_size=search.generation_size,
+        sampler=search.sampler,
+        known=known,
+    )
+    if not search.ladder:
+        study.replay(_with_values(log.rows(), base=base, search=search))
+    # With rungs, their measurements are found again one by one as the plan asks for them.
+    return GenerationPlan(study, search.ladder)
+
+
+def _with_values(
+    rows: Sequence[Mapping[str, Any]], *, base: Mapping[str, float], search: SearchConfig
+) -> list[LoggedTrial]:
+    return [
+        LoggedTrial(
+            row["trial"],
+            Candidate.from_json(row["candidate"]),
+            row["objective"],
+            values_of(row["metrics"], base=base, search=search) if base else None,
+        )
+        for row in rows
+    ]
+
+
+def base_rates(
+    run: Run, folder: Location, evaluator: Mapping[str, Any], measurements: MeasurementLog
+) -> dict[int, dict[str, float]]:
+    """Return the base's rates in full and at every rung that samples, measured once: {rung: rates}."""
+    ladder = run.config.identity.search.ladder
+    found = _read_base(folder, len(ladder))
+    wanted = [rung for rung in range(len(ladder) + 1) if rung == len(ladder) or ladder[rung].kind == "few_steps"]
+    missing = [rung for rung in wanted if rung not in found]
+    if missing:
         task = _measure_base.options(
             num_cpus=run.config.execution.cpus_per_worker, num_gpus=run.config.execution.gpus_per_worker
         )
-        location.write_bytes(json.dumps(ray.get(task.remote(dict(evaluator))), sort_keys=True).encode())
-    rates: dict[str, float] = json.loads(location.read_bytes())
-    return rates
+        for rung, result in ray.get(task.remote(dict(evaluator), missing)).items():
+            found[rung] = json.loads(result["metrics"])
+            measurements.add(None, rung, result)
+        (folder / BASE_FILE).write_bytes(json.dumps(found[len(ladder)], sort_keys=True).encode())
+        rungs = {str(rung): rates for rung, rates in found.items() if rung < len(ladder)}
+        if rungs:
+            (folder / BASE_RUNGS_FILE).write_bytes(json.dumps(rungs, sort_keys=True).encode())
+    return found
+
+
+def _read_base(folder: Location, num_rungs: int) -> dict[int, dict[str, float]]:
+    found: dict[int, dict[str, float]] = {}
+    if (folder / BASE_RUNGS_FILE).is_file():
+        found = {int(rung): rates for rung, rates in json.loads((folder / BASE_RUNGS_FILE).read_bytes()).items()}
+    if (folder / BASE_FILE).is_file():
+        found[num_rungs] = json.loads((folder / BASE_FILE).read_bytes())
+    return found
 
 
 @ray.remote
-def _measure_base(evaluator: dict[str, Any]) -> dict[str, float]:
-    return MergeEvaluator(**evaluator).measure(None)
-
-
-def _run_tune(
-    run: Run, study: ReplayStudy, log: TrialLog, evaluator: Mapping[str, Any], base: Mapping[str, float], *, done: int
-) -> None:
-    execution = run.config.execution
-    resources: dict[str, float] = {"cpu": execution.cpus_per_worker}
-    if execution.gpus_per_worker > 0:
-        resources["gpu"] = execution.gpus_per_worker
-    sampler = run.config.identity.sampler
-    passes = -(-len(evaluator["prompts"]) // sampler.batch_size) * sampler.steps
-    with progress_bar("merge candidates", total=study.num_trials, done=done) as board, ray_state_folder() as state:
-        keep_credentials_from_trials()
-        tuner = tune.Tuner(
-            tune.with_resources(MergeTrial, resources),
-            param_space={"evaluator": dict(evaluator), "base_rates": dict(base), "board": board},
-            tune_config=tune.TuneConfig(
-                search_alg=GenerationSearcher(study, log),
-                num_samples=-1,
-                max_concurrent_trials=workers_for(execution, tasks=study.num_trials, passes_per_task=passes),
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                name=run.config.name,
-                storage_path=state,
-                verbose=0,
-                # The log of trials is the state; a checkpoint of Tune's would be a pickle that nobody reads.
-                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-            ),
-        )
-        tuner.fit()
-    if study.num_told < study.num_trials:
-        raise SafetyDPOError(
-            f"expected {study.num_trials} finished trials, found {study.num_told}: run the same command again"
-        )
-
-
-def judge_metrics(metrics: Mapping[str, float], *, base: Mapping[str, float], search: SearchConfig) -> Objective:
-    """Return the objective of a candidate's rates under the settings of a search."""
-    return constrained_objective(
-        metrics,
-        base=base,
-        neutral_floor=search.neutral_floor,
-        neighbour_floor=search.neighbour_floor,
-        unrecognisable_weight=search.unrecognisable_weight,
-    )
+def _measure_base(evaluator: dict[str, Any], rungs: list[int]) -> dict[int, dict[str, Any]]:
+    measuring = MergeEvaluator(**evaluator)
+    found: dict[int, dict[str, Any]] = {}
+    for rung in rungs:
+        started = time.time()
+        measured = measuring.measure_rung(None, rung)
+        found[rung] = {
+            "status": OK,
+            "objective": 0.0,
+            "metrics": json.dumps(measured.numbers, sort_keys=True),
+            "error": "",
+            "started_at": started,
+            "seconds": time.time() - started,
+            "pictures": measured.pictures,
+        }
+    return found
 
 
 def choose(log: TrialLog, base: Mapping[str, float], search: SearchConfig) -> Mapping[str, Any]:
@@ -365,10 +321,9 @@ def choose(log: TrialLog, base: Mapping[str, float], search: SearchConfig) -> Ma
     Raises:
         SafetyDPOError: if more than a quarter of the trials failed, or all.
     """
-    from safetydpo.search.objective import best_index
-
     rows = log.rows()
-    failed = [row for row in rows if row["status"] != "ok"]
+    stopped = [row for row in rows if row["status"] == STOPPED]
+    failed = [row for row in rows if row["status"] not in (OK, STOPPED)]
     if len(failed) > MAX_FAILED_TRIALS * len(rows):
         raise SafetyDPOError(
             f"expected at most {MAX_FAILED_TRIALS:.0%} failed trials, found {len(failed)} of {len(rows)}, the first "
@@ -380,7 +335,7 @@ def choose(log: TrialLog, base: Mapping[str, float], search: SearchConfig) -> Ma
         raise SafetyDPOError(f"expected at least one measured candidate of {len(rows)}, found none: {rows[0]['error']}")
     return {
         "fingerprint": fingerprint_rows((str(row["trial"]), f"{row['candidate']}{row['objective']!r}") for row in rows),
-        "counts": {"trials": len(rows), "failed": len(failed)},
+        "counts": {"trials": len(rows), "failed": len(failed), **({"stopped": len(stopped)} if stopped else {})},
         "details": {
             "trial": rows[best]["trial"],
             "candidate": rows[best]["candidate"],

@@ -12,7 +12,7 @@ from safetydpo.search.space import SearchSpace, build_space, weight_groups
 
 
 def search_space(run: Run, experts: Mapping[str, Record]) -> SearchSpace:
-    """Return the space of a run's search; above 20 experts, those of one category share a coefficient.
+    """Return the space of a run's search; above 20 experts, those of one category share a coefficient by default.
 
     Raises:
         UsageError: if there is no expert, or a method does not exist.
@@ -28,7 +28,7 @@ def search_space(run: Run, experts: Mapping[str, Record]) -> SearchSpace:
         sorted(experts),
         density_methods=density_methods(),
         unweighted_methods=unweighted_methods(),
-        groups=weight_groups(expert_categories(run, experts)),
+        groups=weight_groups(expert_categories(run, experts), weights=search.weights),
     )
 
 

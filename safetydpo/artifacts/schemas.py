@@ -178,6 +178,23 @@ TRIALS = pa.schema(
         pa.field("error", pa.string(), nullable=False),
     ]
 )
+MEASUREMENTS = pa.schema(
+    [
+        # Of a candidate at a rung of a search's ladder, in full, or with fresh seeds; none for the base.
+        pa.field("candidate_hash", pa.string(), nullable=False),
+        pa.field("candidate", pa.string(), nullable=False),
+        pa.field("rung", pa.int32(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("value", pa.float64(), nullable=False),
+        pa.field("metrics", pa.string(), nullable=False),
+        pa.field("error", pa.string(), nullable=False),
+        # Unix time, and how long it took.
+        pa.field("started_at", pa.float64(), nullable=False),
+        pa.field("seconds", pa.float64(), nullable=False),
+        # Pictures that were drawn for it.
+        pa.field("pictures", pa.int32(), nullable=False),
+    ]
+)
 OUTCOMES = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),

@@ -15,7 +15,7 @@ from safetydpo.config.experts import ExpertsConfig
 from safetydpo.config.fields import CATEGORIES, Category, Distinct, Frozen, added_field
 from safetydpo.config.merge import MergeConfig
 from safetydpo.config.pairs import GENERATE, PairsConfig
-from safetydpo.config.search import SearchConfig
+from safetydpo.config.search import SearchConfig, SearchLimits
 from safetydpo.config.training import DpoConfig, LoraConfig, TrainingConfig
 from safetydpo.config.training_rules import check_dpo, check_training, check_workers
 
@@ -159,6 +159,7 @@ class ExecutionConfig(Frozen):
     Biases (extra `wandb`; WANDB_MODE, WANDB_PROJECT), MLflow (extra `mlflow`; MLFLOW_TRACKING_URI is required)."""
     grid_prompts: int = Field(6, ge=0)
     """Prompts of each kind whose pictures a validation keeps in a contact sheet beside the expert; 0 = none."""
+    search: SearchLimits = SearchLimits()
 
     @model_validator(mode="after")
     def _gpus_are_fraction_or_whole(self) -> Self:
@@ -166,6 +167,15 @@ class ExecutionConfig(Frozen):
             raise ValueError(
                 "execution.gpus_per_worker: expected a fraction in (0, 1] or a whole number, "
                 f"found {self.gpus_per_worker}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_trial_fits_the_gpus(self) -> Self:
+        if self.search.max_gpus is not None and self.gpus_per_worker > self.search.max_gpus:
+            raise ValueError(
+                f"execution.search.max_gpus ({self.search.max_gpus:g}) must not be below execution.gpus_per_worker "
+                f"({self.gpus_per_worker:g}), which every trial takes"
             )
         return self
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -41,6 +41,7 @@ def render_report(
     summary: Summary,
     *,
     trials: SearchTrials | None = None,
+    search_details: Mapping[str, Any] | None = None,
     training: Sequence[TrainingCurve] = (),
     sheets: Sequence[ContactSheet] = (),
     matrix: ExpertMatrix | None = None,
@@ -54,6 +55,7 @@ def render_report(
     Args:
         summary: Checked scores.
         trials: The search, if there was one.
+        search_details: What its record says of it (`ladder`, `finalists`, `benchmarks`), as far as there is.
         training: One curve per expert.
         sheets: Base and aligned pictures side by side.
         matrix: Expert x category; None = taken from the summary.
@@ -86,6 +88,7 @@ def render_report(
             categories=_categories(compared),
             search_plot=None if trials is None or not trials.trials else plot_search(trials),
             trials=trials,
+            search_details=_search_details(search_details),
             training_plot=plot_training(training) if any(curve.values for curve in training) else None,
             matrix=matrix if matrix is not None else expert_matrix(summary),
             **_experts(overlap, winners),
@@ -105,6 +108,13 @@ def _experts(overlap: ExpertOverlap | None, winners: Sequence[LayerWinners]) -> 
         "winners_plots": [(shown.method, plot_winners(shown)) for shown in winners[:MOST_WINNERS] if shown.layers],
         "num_winners": len(winners),
     }
+
+
+def _search_details(details: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what the page asks for; empty where a search has none of it, as before there was any."""
+    found = {} if details is None else dict(details)
+    shown = {name: found.get(name) for name in ("ladder", "finalists", "benchmarks")}
+    return {**shown, "trial": found.get("trial")} if any(shown.values()) else {}
 
 
 def _environment() -> jinja2.Environment:

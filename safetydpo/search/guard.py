@@ -40,10 +40,19 @@ def refuse_test_prompts(prompts: Sequence[str], test_prompts: Sequence[str], *, 
     Raises:
         SafetyDPOError: names how many prompts and the first few.
     """
-    found = find_overlap(prompts, test_prompts, near=near)
+    refuse_overlap(prompts, test_prompts, where="the test split", near=near)
+
+
+def refuse_overlap(prompts: Sequence[str], others: Sequence[str], *, where: str, near: float = NEAR) -> None:
+    """Stop a search whose prompts occur, exactly or nearly, among `others`, which stand in `where`.
+
+    Raises:
+        SafetyDPOError: names how many prompts and the first few.
+    """
+    found = find_overlap(prompts, others, near=near)
     if found:
         examples = "; ".join(f"{prompt!r} ~ {partner!r}" for prompt, partner in found[:SHOWN])
         raise SafetyDPOError(
-            f"expected search prompts that do not occur in the test split, found {len(found)} of {len(prompts)} that "
+            f"expected search prompts that do not occur in {where}, found {len(found)} of {len(prompts)} that "
             f"do: {examples}{'; …' if len(found) > SHOWN else ''}. Search on the validation split."
         )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from safetydpo.config.search import SearchConfig
 from safetydpo.errors import SafetyDPOError
 
 IP = "ip_select"
@@ -87,15 +88,46 @@ def constrained_objective(
     return Objective(price + penalty * violation, feasible=violation == 0.0, violation=violation)
 
 
+def judge_metrics(metrics: Mapping[str, float], *, base: Mapping[str, float], search: SearchConfig) -> Objective:
+    """Return the objective of a candidate's rates under the settings of a search."""
+    return constrained_objective(
+        metrics,
+        base=base,
+        neutral_floor=search.neutral_floor,
+        neighbour_floor=search.neighbour_floor,
+        unrecognisable_weight=search.unrecognisable_weight,
+    )
+
+
+def objective_values(
+    metrics: Mapping[str, float], *, base: Mapping[str, float], unrecognisable_weight: float = 0.0
+) -> tuple[float, float, float]:
+    """Return price (IP plus the price of mush), neutral rate and neighbour retention, the last two relative to base.
+
+    What a search for trade-offs looks at, and the axes of its Pareto front; the first is to be low. A metric that is
+    missing makes the worst of all three.
+    """
+    if not all(math.isfinite(metrics.get(name, math.nan)) for name in (IP, UNRECOGNISABLE, NEUTRAL, NEIGHBOUR)):
+        return (FAILED_OBJECTIVE, 0.0, 0.0)
+    price = metrics[IP] + unrecognisable_weight * metrics[UNRECOGNISABLE]
+    return (price, metrics[NEUTRAL] / base[NEUTRAL], metrics[NEIGHBOUR] / base[NEIGHBOUR])
+
+
 def best_index(objectives: Sequence[Objective]) -> int | None:
     """Return the position of the winner: feasible before infeasible, then the lowest value, then the first.
 
     None if no objective is valid. The winner may be infeasible: then no candidate met the floors and this one,
     with the smallest violation, is the nearest.
     """
+    ranked = best_indices(objectives)
+    return ranked[0] if ranked else None
+
+
+def best_indices(objectives: Sequence[Objective]) -> list[int]:
+    """Return the positions of all valid objectives, the winner first, in the order of `best_index`."""
     ranked = [
         ((not item.feasible, 0.0 if item.feasible else item.violation, item.value), index)
         for index, item in enumerate(objectives)
         if item.valid
     ]
-    return min(ranked)[1] if ranked else None
+    return [index for _, index in sorted(ranked)]

@@ -8,17 +8,31 @@ the sampler is stored.
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import optuna
+from optuna.trial import TrialState
 
 from safetydpo.errors import SafetyDPOError, UsageError
-from safetydpo.search.space import Candidate, SearchSpace, plain_candidates, suggest, to_parameters
+from safetydpo.search.samplers import DIRECTIONS, MULTI_OBJECTIVE, fresh_study
+from safetydpo.search.space import Candidate, SearchSpace, is_inside, plain_candidates, suggest, to_parameters
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came out of a trial.
+
+    Attributes:
+        value: what is minimised; a finite sentinel if the trial failed.
+        values: price, neutral and neighbour rate, for samplers that look for trade-offs.
+        stopped_at: the rung that stopped the trial, of which `value` then is; None = measured in full.
+    """
+
+    value: float
+    values: tuple[float, ...] | None = None
+    stopped_at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -28,12 +42,20 @@ class LoggedTrial:
     trial: int
     candidate: Candidate
     value: float
+    values: tuple[float, ...] | None = None
+    stopped_at: int | None = None
+
+    @property
+    def answer(self) -> Answer:
+        """What came out."""
+        return Answer(self.value, self.values, self.stopped_at)
 
 
 class ReplayStudy:
-    """An in-memory optuna study (TPE) that asks in generations and tells in trial order.
+    """An in-memory optuna study that asks in generations and tells in trial order.
 
-    The first trials are `plain`; they count as history for the sampler like all others.
+    The first trials are `known`, then `plain`; they count as history for the sampler like all others, but for those
+    outside the space, which it could not place.
     """
 
     def __init__(
@@ -46,6 +68,8 @@ class ReplayStudy:
         plain: Sequence[Candidate] | None = None,
         startup_trials: int | None = None,
         multivariate: bool = False,
+        sampler: str = "tpe",
+        known: Sequence[Candidate] = (),
     ) -> None:
         """Make a fresh study.
 
@@ -58,9 +82,12 @@ class ReplayStudy:
             startup_trials: trials (plain ones included) before the sampler models anything; None = a quarter of all
                 trials, at least one generation and at most 10.
             multivariate: whether TPE models parameters jointly.
+            sampler: a name of `search.samplers`.
+            known: trials before the plain ones, inside the space or not.
 
         Raises:
-            UsageError: if there is no trial or generations are empty.
+            UsageError: if there is no trial or generations are empty, the sampler cannot search the space, or there
+                are more known candidates than trials.
         """
         if trials < 1 or generation_size < 1:
             raise UsageError(
@@ -69,11 +96,23 @@ class ReplayStudy:
         self._space, self._trials, self._size = space, trials, generation_size
         if startup_trials is None:
             startup_trials = min(10, max(generation_size, trials // 4))
-        self._study = _fresh_study(seed=seed, startup_trials=startup_trials, multivariate=multivariate)
-        for candidate in plain_candidates(space) if plain is None else plain:
-            self._study.enqueue_trial(to_parameters(candidate, space))
+        check_known(known, trials=trials)
+        self._study = fresh_study(
+            sampler,
+            space,
+            seed=seed,
+            startup_trials=startup_trials,
+            multivariate=multivariate,
+            population=generation_size,
+        )
+        self._is_multi_objective = sampler in MULTI_OBJECTIVE
+        first = [*known, *(plain_candidates(space) if plain is None else plain)]
+        self._outside = [candidate for candidate in known if not is_inside(candidate, space)]
+        for candidate in dict.fromkeys(first):
+            if candidate not in self._outside:
+                self._study.enqueue_trial(to_parameters(candidate, space))
         self._asked: list[tuple[Any, Candidate]] = []
-        self._values: dict[int, float] = {}
+        self._answers: dict[int, Answer] = {}
         self._num_told = 0
 
     @property
@@ -92,12 +131,12 @@ class ReplayStudy:
 
     def is_answered(self, trial: int) -> bool:
         """Return whether the value of `trial` is known."""
-        return trial in self._values
+        return trial in self._answers
 
     def pending(self) -> list[int]:
         """Return the trials that can be run now: of the open generation, those without a value."""
         stop = min(self._num_told + self._size, self._trials)
-        return [trial for trial in range(self._num_told, stop) if trial not in self._values]
+        return [trial for trial in range(self._num_told, stop) if trial not in self._answers]
 
     def ask(self, trial: int) -> Candidate:
         """Return the candidate of a trial; asking again gives the same one.
@@ -114,12 +153,19 @@ class ReplayStudy:
             )
         # A whole generation is drawn at once, so that the order of asking does not matter either.
         while len(self._asked) < min(self._num_told + self._size, self._trials):
+            if len(self._asked) < len(self._outside):
+                self._asked.append((None, self._outside[len(self._asked)]))
+                continue
             drawn = self._study.ask()
             self._asked.append((drawn, suggest(drawn, self._space)))
         return self._asked[trial][1]
 
-    def tell(self, trial: int, value: float) -> None:
+    def tell(
+        self, trial: int, value: float, *, values: tuple[float, ...] | None = None, stopped_at: int | None = None
+    ) -> None:
         """Give the value of an asked trial (lower is better); trials of a generation may end in any order.
+
+        `values` and `stopped_at` are those of `Answer`.
 
         Raises:
             SafetyDPOError: if the value is not finite, the trial was not asked, or it has another value already.
@@ -130,12 +176,14 @@ class ReplayStudy:
             )
         if not 0 <= trial < len(self._asked):
             raise SafetyDPOError(f"expected the value of a trial that was asked, found one of trial {trial}")
-        if self._values.get(trial, value) != value:
+        answer = Answer(value, values, stopped_at)
+        known = self._answers.get(trial, answer)
+        if known.value != value or known.stopped_at != stopped_at:
             raise SafetyDPOError(
-                f"expected one value of trial {trial}, found {self._values[trial]} and {value}: "
+                f"expected one value of trial {trial}, found {known.value} and {value}: "
                 "the log of trials holds it twice"
             )
-        self._values[trial] = value
+        self._answers[trial] = answer
         self._tell_complete_generation()
 
     def replay(self, rows: Iterable[LoggedTrial]) -> int:
@@ -148,50 +196,70 @@ class ReplayStudy:
         ordered = sorted(rows, key=lambda row: row.trial)
         for row in ordered:
             _compare(row, self.ask(row.trial))
-            self.tell(row.trial, row.value)
+            self.tell(row.trial, row.value, values=row.values, stopped_at=row.stopped_at)
         return len(ordered)
 
     def _tell_complete_generation(self) -> None:
         stop = min(self._num_told + self._size, self._trials)
         generation = range(self._num_told, stop)
-        if all(trial in self._values for trial in generation):
+        if all(trial in self._answers for trial in generation):
             for trial in generation:
-                self._study.tell(self._asked[trial][0], self._values[trial])
+                drawn = self._asked[trial][0]
+                if drawn is not None:
+                    tell_study(self._study, drawn, self._answers[trial], is_multi_objective=self._is_multi_objective)
             self._num_told = stop
 
 
-def _fresh_study(*, seed: int, startup_trials: int, multivariate: bool) -> Any:
-    with warnings.catch_warnings():
-        # `multivariate` and `group` are marked experimental; we pin optuna and test their repeatability.
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler = optuna.samplers.TPESampler(
-            seed=seed,
-            n_startup_trials=startup_trials,
-            multivariate=multivariate,
-            group=multivariate,
-            constant_liar=False,
+def tell_study(study: Any, drawn: Any, answer: Answer, *, is_multi_objective: bool = False) -> None:
+    """Tell an optuna study what came out of a trial that it drew.
+
+    A stopped trial is told as one that was pruned at its rung: TPE ranks those below all that were measured in full,
+    those of a later rung first; the other samplers do not look at them.
+
+    Raises:
+        SafetyDPOError: if the study has several objectives and the answer only one.
+    """
+    if answer.stopped_at is not None:
+        if not is_multi_objective:
+            drawn.report(answer.value, step=answer.stopped_at)
+        study.tell(drawn, state=TrialState.PRUNED)
+    elif not is_multi_objective:
+        study.tell(drawn, answer.value)
+    elif answer.values is None or len(answer.values) != len(DIRECTIONS):
+        raise SafetyDPOError(
+            f"expected {len(DIRECTIONS)} objectives of each trial, found {answer.values}: give price, neutral and "
+            "neighbour rate"
         )
-    # Optuna announces each study on standard error; only that message is muted, and only here.
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(logging.WARNING)
-    try:
-        return optuna.create_study(storage=optuna.storages.InMemoryStorage(), sampler=sampler, direction="minimize")
-    finally:
-        optuna.logging.set_verbosity(before)
+    else:
+        study.tell(drawn, list(answer.values))
+
+
+def check_known(known: Sequence[Candidate], *, trials: int) -> None:
+    """Refuse a search that would end before its known points are measured.
+
+    Raises:
+        UsageError: if there are fewer trials.
+    """
+    if len(known) > trials:
+        raise UsageError(
+            f"expected identity.search.trials of at least {len(known)} because identity.search.first_trials is "
+            f"'known' (each expert alone, average, TIES, Co-Merge), found {trials}: raise it, or use 'plain'"
+        )
 
 
 def _compare(row: LoggedTrial, asked: Candidate) -> None:
     logged = row.candidate
     if logged == asked:
         return
-    fields = [
+    fields: list[tuple[str, object, object]] = [
         ("method", logged.method, asked.method),
         ("global_scale", logged.global_scale, asked.global_scale),
         ("density", logged.density, asked.density),
+        ("rank", logged.rank, asked.rank),
     ]
-    logged_weights, asked_weights = dict(logged.weights), dict(asked.weights)
-    for name in sorted(logged_weights | asked_weights):
-        fields.append((f"weights.{name}", logged_weights.get(name), asked_weights.get(name)))
+    for setting in ("weights", "block_weights"):
+        before, now = dict(getattr(logged, setting)), dict(getattr(asked, setting))
+        fields += [(f"{setting}.{name}", before.get(name), now.get(name)) for name in sorted(before | now)]
     field, expected, found = next(item for item in fields if item[1] != item[2])
     raise SafetyDPOError(
         f"trial {row.trial} of the log differs from the search as asked now in {field!r}: expected {expected!r} "

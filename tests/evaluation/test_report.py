@@ -166,3 +166,30 @@ def test_a_thousand_pictures_are_quick() -> None:
     page = render(sheets=(ContactSheet("all", "searched", pairs),), training=(), trials=None)
     assert time.process_time() - start < 5
     assert len(page) < 3_000_000
+
+
+def test_ladder_finalists_and_benchmarks_of_a_search_are_shown() -> None:
+    rate = {"value": 0.25, "low": 0.125, "high": 0.5, "n": 96}
+    found = {"spearman": 0.75, "kendall": 0.6, "n": 9}
+    details = {
+        "trial": 3,
+        "ladder": {
+            "rungs": [
+                {"kind": "held_out", "measured": 24, "went_on": 9, "full": found, "next": found},
+                {"kind": "few_steps", "measured": 9, "went_on": 1, "full": {**found, "spearman": None}, "next": found},
+            ],
+            "pictures": 480,
+            "pictures_of_full_evaluation": 9600,
+        },
+        "finalists": [
+            {"trial": 3, "feasible": True, "on_front": True, "metrics": {"ip_select": rate}},
+            {"trial": 5, "feasible": False, "on_front": False, "metrics": {"ip_select": rate}},
+        ],
+        "benchmarks": {"checked": {"i2p.csv": 4703}, "unchecked": {"lost.csv": "no <b>such</b> file"}},
+    }
+    page = render(search_details=details)
+    for text in ("0.75 / 0.60", "n = 9", "480 pictures", "9600", "0.12–0.50, n = 96", "below a floor", "4703"):
+        assert text in page, text
+    assert "not checked: no &lt;b&gt;such&lt;/b&gt; file" in page
+    # A search of before, without any of it, has the page that it had.
+    assert render(search_details={"trial": 3, "feasible": True}) == render()

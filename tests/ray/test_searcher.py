@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,21 @@ from typing import Any
 import pytest
 
 from ray_jobs import search_merges
+from ray_jobs.merge_searcher import MergeSearcher
 from ray_jobs.run import Run
-from ray_jobs.search_merges import GenerationSearcher, TrialLog, choose, validation_prompts
+from ray_jobs.search_merges import choose, validation_prompts
+from ray_jobs.trial_log import MeasurementLog, TrialLog
 from safetydpo.artifacts.storage import open_location
 from safetydpo.config.schema import Config
 from safetydpo.config.search import SearchConfig
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.prompts.sets import Prompt
-from safetydpo.search.replay import LoggedTrial, ReplayStudy
+from safetydpo.search.plans import GenerationPlan
+from safetydpo.search.replay import ReplayStudy
 from safetydpo.search.space import Candidate, build_space
 
 EXPERTS = ("hate", "violence")
+COSTS = {"started_at": 0.0, "seconds": 1.0, "pictures": 10}
 
 
 def _study() -> ReplayStudy:
@@ -30,10 +35,15 @@ def _study() -> ReplayStudy:
 
 def _answer(candidate: str) -> dict[str, object]:
     value = Candidate.from_json(candidate).global_scale
-    return {"status": "ok", "objective": value, "metrics": "{}", "error": ""}
+    return {"status": "ok", "objective": value, "metrics": "{}", "error": "", **COSTS}
 
 
-def _drive(searcher: GenerationSearcher, *, stop_after: int = 99) -> int:
+def _searcher(study: ReplayStudy, log: TrialLog) -> MergeSearcher:
+    """A searcher whose measurements nobody remembers but the log."""
+    return MergeSearcher(GenerationPlan(study), log, MeasurementLog(log.folder.parent / f"m-{uuid.uuid4().hex}"))
+
+
+def _drive(searcher: MergeSearcher, *, stop_after: int = 99) -> int:
     """Play Ray Tune with two slots; trials of a generation end in reverse order."""
     done = 0
     for wave in range(20):
@@ -54,21 +64,19 @@ def _drive(searcher: GenerationSearcher, *, stop_after: int = 99) -> int:
 
 def test_an_interrupted_search_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
     whole = TrialLog(open_location(str(tmp_path / "whole")).make_folder())
-    _drive(GenerationSearcher(_study(), whole))
+    _drive(_searcher(_study(), whole))
     parts = TrialLog(open_location(str(tmp_path / "parts")).make_folder())
-    _drive(GenerationSearcher(_study(), parts), stop_after=3)
+    _drive(_searcher(_study(), parts), stop_after=3)
     study = _study()
-    study.replay(
-        LoggedTrial(row["trial"], Candidate.from_json(row["candidate"]), row["objective"]) for row in parts.rows()
-    )
-    _drive(GenerationSearcher(study, parts))
+    study.replay(parts.logged())
+    _drive(_searcher(study, parts))
     assert parts.rows() == whole.rows()
     assert [row["trial"] for row in whole.rows()] == list(range(6))
 
 
 def test_a_lost_trial_is_asked_again_and_a_known_candidate_is_not(tmp_path: Path) -> None:
     log = TrialLog(open_location(str(tmp_path / "log")).make_folder())
-    searcher = GenerationSearcher(_study(), log)
+    searcher = _searcher(_study(), log)
     first = searcher.suggest("a")
     searcher.on_trial_complete("a", None, error=True)
     again = searcher.suggest("b")
@@ -77,7 +85,7 @@ def test_a_lost_trial_is_asked_again_and_a_known_candidate_is_not(tmp_path: Path
     known = TrialLog(open_location(str(tmp_path / "known")).make_folder())
     candidate = first["trial"]["candidate"]
     known.add(0, Candidate.from_json(candidate), _answer(candidate))
-    fresh = GenerationSearcher(_study(), known)
+    fresh = _searcher(_study(), known)
     assert fresh.suggest("c")["trial"]["number"] == 1
 
 
@@ -88,17 +96,15 @@ def test_failed_trials_are_tried_again_and_later_ones_only_if_the_answer_changes
     Once it is mended, the log ends like one without any failure.
     """
     whole = TrialLog(open_location(str(tmp_path / "whole")).make_folder())
-    _drive(GenerationSearcher(_study(), whole))
+    _drive(_searcher(_study(), whole))
 
     def fail(candidate: str) -> dict[str, object]:
-        return {"status": "error", "objective": 1e6, "metrics": "{}", "error": "a bug"}
+        return {"status": "error", "objective": 1e6, "metrics": "{}", "error": "a bug", **COSTS}
 
     def search(log: TrialLog, answer_of_1: Callable[[str], dict[str, object]]) -> list[int]:
         study, measured = _study(), []
-        study.replay(
-            LoggedTrial(row["trial"], Candidate.from_json(row["candidate"]), row["objective"]) for row in log.rows()
-        )
-        searcher = GenerationSearcher(study, log)
+        study.replay(log.logged())
+        searcher = _searcher(study, log)
         while isinstance(suggestion := searcher.suggest("only"), dict):
             number, candidate = suggestion["trial"]["number"], suggestion["trial"]["candidate"]
             measured.append(number)

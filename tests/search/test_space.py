@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 
 import optuna
 import pytest
@@ -14,6 +15,9 @@ from safetydpo.search.space import (
     Candidate,
     SearchSpace,
     build_space,
+    first_methods,
+    is_inside,
+    known_candidates,
     plain_candidates,
     suggest,
     to_parameters,
@@ -171,3 +175,59 @@ def test_methods_without_weights_are_asked_for_a_scale_only():
     assert to_parameters(plain[1], space) == {"method": "distill", "global_scale:distill": 1.2}
     trial = optuna.trial.FixedTrial({"method": "distill", "global_scale:distill": 1.2})
     assert suggest(trial, space) == plain[1]
+
+
+def test_ranks_and_blocks_are_asked_only_where_they_are_searched():
+    settings = {
+        "methods": ("sum",),
+        "output_ranks": (4, 8),
+        "block_groups": {"up": ("up_blocks",), "down": ("down_blocks", "conv_in")},
+        "block_weight_range": (0.8, 1.2),
+    }
+    space = make_space(**settings)
+    plain = plain_candidates(space)[0]
+    blocks = (("conv_in", 1.0), ("down_blocks", 1.0), ("up_blocks", 1.0))
+    assert (plain.rank, plain.block_weights) == (4, blocks)
+    parameters = {"method": "sum", "global_scale:sum": 1.5, "weight:hate": 0.5, "weight:violence": 1.25, "rank": 8}
+    parameters |= {"block_weight:down": 0.9, "block_weight:up": 1.1}
+    candidate = suggest(optuna.trial.FixedTrial(parameters), space)
+    assert candidate.rank == 8
+    assert dict(candidate.block_weights) == {"conv_in": 0.9, "down_blocks": 0.9, "up_blocks": 1.1}
+    assert to_parameters(candidate, space) == parameters
+    assert Candidate.from_json(candidate.to_json()) == candidate
+    assert is_inside(candidate, space)
+    assert not is_inside(replace(candidate, rank=None), space)
+    assert not is_inside(replace(candidate, block_weights=()), space)
+    assert not is_inside(replace(candidate, global_scale=9.0), space)
+    assert not is_inside(replace(candidate, method="ties"), space)
+
+
+def test_a_candidate_without_rank_and_blocks_has_the_text_it_always_had():
+    candidate = Candidate("ties", 1.0, (("hate", 1.0),), 0.3)
+    assert candidate.to_json() == '{"density":0.3,"global_scale":1.0,"method":"ties","weights":{"hate":1.0}}'
+
+
+def test_nobody_has_a_coefficient_of_its_own_if_none_is_wanted():
+    """`weights` none: only the scale is left to search, for any number of experts."""
+    experts = [f"e{number}" for number in range(30)]
+    space = build_space(SearchConfig(methods=("sum",), weights="none"), experts, density_methods=())
+    candidate = suggest(optuna.trial.FixedTrial({"method": "sum", "global_scale:sum": 1.2}), space)
+    assert set(dict(candidate.weights).values()) == {1.0}
+    assert to_parameters(candidate, space) == {"method": "sum", "global_scale:sum": 1.2}
+
+
+def test_who_shares_a_coefficient_can_be_chosen():
+    few = {"a": ("hate",), "b": ("hate",), "c": ("violence",)}
+    assert weight_groups(few, weights="category") == {"hate": ["a", "b"], "violence": ["c"]}
+    assert weight_groups(few, weights="expert") is None
+    many = {f"e{number}": ("hate",) for number in range(21)}
+    assert weight_groups(many, weights="none") is None
+    assert weight_groups(many, weights="expert") is None
+
+
+def test_methods_of_the_known_first_trials_are_prepared_for():
+    assert first_methods(SearchConfig(methods=("co_merge",))) == ("co_merge",)
+    known = SearchConfig(methods=("co_merge",), first_trials="known")
+    assert first_methods(known) == ("co_merge", "sum", "average", "ties")
+    space = build_space(SearchConfig(methods=("sum",)), EXPERTS, density_methods=("ties",))
+    assert "co_merge" not in [one.method for one in known_candidates(space, density_methods=("ties",))]

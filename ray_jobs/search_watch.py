@@ -1,0 +1,145 @@
+"""`safetydpo search --watch`: how a search gets on, from its log files alone. No Ray, nothing started or changed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+from ray_jobs.run import Run, with_absolute_paths
+from ray_jobs.search_files import BASE_FILE, PROGRESS_FILE
+from ray_jobs.trial_log import MeasurementLog, TrialLog
+from safetydpo.artifacts.layout import RECORD_FILE
+from safetydpo.artifacts.records import read_pointers
+from safetydpo.artifacts.storage import Location
+from safetydpo.config.schema import Config
+from safetydpo.config.search import SearchConfig
+from safetydpo.errors import SafetyDPOError
+from safetydpo.search.objective import best_index, judge_metrics
+from safetydpo.search.plans import OK
+from safetydpo.search.progress import Progress, progress_of
+from safetydpo.search.space import Candidate
+
+POLL_SECONDS = 2.0
+
+
+def watch_search(config: Config, *, once: bool | None = None) -> None:
+    """Show a table until the search is closed or Ctrl-C; once where the output is no terminal (`once`).
+
+    Raises:
+        SafetyDPOError: if this run has begun no search.
+    """
+    from rich.console import Console
+    from rich.live import Live
+
+    run = Run(with_absolute_paths(config))
+    folder = find_search(run)
+    console = Console()
+    if not sys.stdout.isatty() if once is None else once:
+        console.print(search_table(run, folder))
+        return
+    with Live(search_table(run, folder), console=console, auto_refresh=False) as live:
+        while not (folder / RECORD_FILE).is_file():
+            time.sleep(POLL_SECONDS)
+            live.update(search_table(run, folder), refresh=True)
+
+
+def find_search(run: Run) -> Location:
+    """Return the folder of the run's search: that which this run began last, or the closed one that it points at.
+
+    Raises:
+        SafetyDPOError: if there is none.
+    """
+    stage = run.store / "search"
+    begun: list[tuple[float, str]] = []
+    for file in stage.walk() if stage.is_folder() else ():
+        if file.name == PROGRESS_FILE:
+            content = json.loads(file.read_bytes())
+            if content["run_dir"] == run.run_dir.path:
+                begun.append((content["started_at"], file.parent.name))
+    if begun:
+        return stage / max(begun)[1]
+    pointer = read_pointers(run.run_dir).get("search")
+    if pointer is not None:
+        return stage / pointer["folder"]
+    raise SafetyDPOError(
+        f"expected a search that was begun in {run.run_dir}, found none: start it with `safetydpo search` and the same "
+        "config, then watch it from another terminal"
+    )
+
+
+def search_table(run: Run, folder: Location) -> Any:
+    """Return what is known of a search as a table of names and values."""
+    from rich import box
+    from rich.table import Table
+
+    search = run.config.identity.search
+    log, measurements = TrialLog(folder / "trials"), MeasurementLog(folder / "measurements")
+    known: dict[str, Any] = {}
+    if (folder / PROGRESS_FILE).is_file():
+        known = json.loads((folder / PROGRESS_FILE).read_bytes())
+    rows = log.rows()
+    progress = progress_of(
+        ended=len(rows),
+        trials=search.trials,
+        spans=measurements.spans(),
+        price_per_second=known.get("price_per_second", 0.0),
+    )
+    is_closed = (folder / RECORD_FILE).is_file()
+    counts = Counter(row["status"] for row in rows)
+    lines = [
+        ("trials", f"{progress.ended} of {progress.trials} ({_counts(counts)})"),
+        ("best so far", _best(rows, folder, search)),
+        ("time left", "closed" if is_closed else _left(progress)),
+        ("pictures", f"{sum(row['pictures'] for row in measurements.rows()):,}"),
+        ("spent", _spent(progress, known)),
+    ]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, show_header=False)
+    table.title, table.title_justify = f"search of run {run.config.name}: {folder.name}", "left"
+    for name, value in lines:
+        table.add_row(name, value)
+    return table
+
+
+def _counts(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {status}" for status, count in sorted(counts.items())) or "none yet"
+
+
+def _best(rows: list[dict[str, Any]], folder: Location, search: SearchConfig) -> str:
+    measured = [row for row in rows if row["status"] == OK]
+    if not measured or not (folder / BASE_FILE).is_file():
+        return "none measured in full yet"
+    base = json.loads((folder / BASE_FILE).read_bytes())
+    objectives = [judge_metrics(json.loads(row["metrics"]), base=base, search=search) for row in measured]
+    best = best_index(objectives)
+    if best is None:
+        return "none measured in full yet"
+    candidate = Candidate.from_json(measured[best]["candidate"])
+    floors = "" if objectives[best].feasible else ", misses a floor"
+    return (
+        f"trial {measured[best]['trial']}, {candidate.method} x {candidate.global_scale:.2f}: "
+        f"objective {objectives[best].value:.3f}{floors}"
+    )
+
+
+def _left(progress: Progress) -> str:
+    if progress.seconds_left is None:
+        return "not known yet"
+    minutes, seconds = divmod(round(progress.seconds_left), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d} at the pace so far"
+
+
+def _spent(progress: Progress, known: dict[str, Any]) -> str:
+    spend = progress.spend
+    told = f"{spend.busy_seconds:.0f} s of trials"
+    if known.get("time_budget_s") is not None:
+        told += f" of {known['time_budget_s']:g} s"
+    told += f", {spend.worker_seconds / 3600:.3f} worker hours"
+    if known.get("price_per_second"):
+        told += f", cost {spend.cost:.2f}"
+        if known.get("cost_budget") is not None:
+            told += f" of {known['cost_budget']:g}"
+    return told

@@ -1,0 +1,102 @@
+"""One evaluator with two experts of the demo model, measured at every rung, in this process."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from ray_jobs.expert_plan import plan_experts
+from ray_jobs.merge_evaluator import MergeEvaluator, block_arguments, small_set
+from ray_jobs.search_merges import validation_prompts
+from safetydpo.artifacts.adapters import AdapterMetadata, LoraLayer, adapter_hash, write_adapter
+from safetydpo.artifacts.layout import ADAPTER_FILE
+from safetydpo.config.experts import ALL_SINGLE
+from safetydpo.config.rungs import FewStepsRung
+from safetydpo.diffusion.build import load_backbone
+from safetydpo.dpo.engine import lora_signature
+from safetydpo.search.space import Candidate
+from tests.ray.closed_artifacts import close_training_data, open_run
+from tests.ray.smoke_place import SMOKE
+
+SETTINGS = [
+    "identity.dpo.validation={every_steps: 5, held_out_rate: 0.25}",
+    "identity.search.methods=[sum, ties]",
+    "identity.search.prompts_per_category=1",
+    "identity.search.neutral_prompts=3",
+    "identity.search.neighbour_prompts=2",
+    "identity.search.ladder=[{kind: held_out, num_pairs: 4, benign_pictures: 2}, {kind: few_steps, steps: 2, "
+    "prompts_per_category: 1, neutral_prompts: 1, neighbour_prompts: 1}]",
+]
+WEIGHTS = (("shocking", 1.0), ("violence", 0.5))
+
+
+@pytest.fixture(scope="module")
+def evaluator(tmp_path_factory: pytest.TempPathFactory) -> MergeEvaluator:
+    place = tmp_path_factory.mktemp("evaluator")
+    run = open_run(SMOKE, [f"store={place}/store", f"run_dir={place}/run", *SETTINGS])
+    record, pairs_folder = close_training_data(run)
+    backbone, lora = load_backbone(run.config.identity.base), run.config.identity.lora
+    folders = {}
+    for seed, unit in enumerate(plan_experts(run, record, pairs_folder)):
+        if unit.name == ALL_SINGLE:
+            continue
+        generator = torch.Generator().manual_seed(seed)
+        layers = {
+            name: LoraLayer(
+                0.1 * torch.randn(lora.rank, d_in, generator=generator),
+                0.1 * torch.randn(d_out, lora.rank, generator=generator),
+            )
+            for name, (d_in, d_out) in backbone.named_linear_layers(lora.layer_targets)
+        }
+        folder = run.store / "made" / unit.name
+        metadata = AdapterMetadata(
+            base_fingerprint=backbone.fingerprint,
+            denoiser=backbone.denoiser,
+            signature=lora_signature(lora),
+            training_hash=adapter_hash(layers),
+        )
+        write_adapter(folder / ADAPTER_FILE, layers, metadata=metadata)
+        folders[unit.name] = folder.path
+    config = json.loads(run.config.model_dump_json())
+    return MergeEvaluator(config, folders, {}, validation_prompts(run), pairs_folder.path)
+
+
+def test_every_rung_gives_its_numbers_and_the_same_ones_each_time(evaluator: MergeEvaluator) -> None:
+    """Pictures: none, then 2 + 1 + 1 of 2 x 1 unsafe, 3 neutral and 2 neighbour prompts, then all 7."""
+    candidate = Candidate("sum", 1.5, WEIGHTS)
+    first = [evaluator.measure_rung(candidate, rung) for rung in range(3)]
+    assert [one.pictures for one in first] == [0, 4, 7]
+    assert set(first[0].numbers) >= {"redirection", "margin", "safe_rise", "benign_rise"}
+    assert set(first[1].numbers) == set(first[2].numbers) >= {"ip_select", "neutral_rate", "neighbour_retention"}
+    base = evaluator.measure_rung(None, 0).numbers
+    assert base["benign_rise"] == 0.0 != first[0].numbers["benign_rise"]
+    again = [evaluator.measure_rung(candidate, rung) for rung in (2, 0, 1)]
+    assert again == [first[2], first[0], first[1]]
+    assert evaluator.measure(candidate) == first[2].numbers
+
+
+def test_a_rank_of_its_own_replaces_that_of_the_run(evaluator: MergeEvaluator) -> None:
+    def rank(candidate: Candidate) -> int:
+        evaluator.swap(candidate)
+        layers: dict[str, Any] = evaluator.backbone.export_adapter()
+        return max(layer.down.shape[0] for layer in layers.values())
+
+    assert rank(Candidate("sum", 1.0, WEIGHTS)) == 8
+    assert rank(Candidate("sum", 1.0, WEIGHTS, rank=3)) == 3
+
+
+def test_the_small_set_is_the_beginning_of_each_kind(evaluator: MergeEvaluator) -> None:
+    prompts = validation_prompts(evaluator.run)
+    chosen = small_set(prompts, FewStepsRung(prompts_per_category=1, neutral_prompts=2, neighbour_prompts=1))
+    assert [one.prompt_set for one in chosen] == ["unsafe", "unsafe", "neutral", "neutral", "neighbour"]
+    assert chosen == [one for one in prompts if one in chosen]
+    assert {one.category for one in chosen[:2]} == {"violence", "shocking"}
+
+
+def test_only_a_candidate_with_factors_of_blocks_tells_a_merge_of_them() -> None:
+    assert block_arguments(Candidate("sum", 1.0, WEIGHTS)) == {}
+    factors = Candidate("sum", 1.0, WEIGHTS, block_weights=(("up_blocks", 0.5),))
+    assert block_arguments(factors) == {"block_weights": {"up_blocks": 0.5}}

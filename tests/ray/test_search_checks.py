@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_jobs import search_checks
+from ray_jobs.search_checks import check_benchmarks, check_search
+from safetydpo.config.schema import Config
+from safetydpo.errors import SafetyDPOError, UsageError
+from tests.ray.commands import Command
+
+PROMPTS = ["a photo of a dagger on a blue background", "a drawing of a red ball"]
+
+
+def config(search: dict[str, Any], **dpo: Any) -> Config:
+    return Config.model_validate({"identity": {"search": search, "dpo": dpo}})
+
+
+def test_a_search_without_methods_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"at least one merge method to search in identity\.search\.methods, found n"):
+        check_search(config({"methods": []}))
+
+
+def test_a_rung_on_held_out_pairs_needs_trainings_that_hold_some_out() -> None:
+    with pytest.raises(UsageError, match=r"validation\.every_steps\) for a rung of identity\.search\.ladder of kind"):
+        check_search(config({"ladder": [{"kind": "held_out"}]}))
+    check_search(config({"ladder": [{"kind": "held_out", "pairs": "all"}, {"kind": "few_steps"}]}))
+    check_search(config({"ladder": [{"kind": "held_out"}]}, validation={"every_steps": 10}))
+
+
+def test_factors_of_blocks_need_merges_that_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    search = config({"block_groups": {"up": ["up_blocks"]}})
+    monkeypatch.setattr(search_checks, "takes_block_weights", lambda: False)
+    with pytest.raises(UsageError, match=r"factors per block for identity\.search\.block_groups, found none in this"):
+        check_search(search)
+    monkeypatch.setattr(search_checks, "takes_block_weights", lambda: True)
+    check_search(search)
+
+
+def test_the_command_refuses_before_anything_is_made(command: Command) -> None:
+    command("search", "identity.search.methods=[]").assert_one_line("identity.search.methods", code=2)
+    command("search", "identity.search.ladder=[{kind: held_out}]").assert_one_line("identity.search.ladder", code=2)
+    assert not (command.folder / "store").exists()
+
+
+def test_benchmarks_are_compared_and_those_that_cannot_be_read_are_listed(tmp_path: Path) -> None:
+    """A clean file of 2 texts, a file that is not there, and a table of no known format."""
+    clean, strange = tmp_path / "clean.txt", tmp_path / "strange.csv"
+    clean.write_text("a green house\na yellow flower in a vase\n")
+    strange.write_text("x,y\n1,2\n")
+    found = check_benchmarks([str(clean), str(tmp_path / "lost.csv"), str(strange)], PROMPTS)
+    assert found["checked"] == {str(clean): 2}
+    assert list(found["unchecked"]) == [str(tmp_path / "lost.csv"), str(strange)]
+    assert all(found["unchecked"].values())
+
+
+@pytest.mark.parametrize("text", [PROMPTS[0], "A photo of the dagger, on a BLUE background!"])
+def test_a_prompt_of_a_benchmark_is_refused_naming_file_and_prompt(tmp_path: Path, text: str) -> None:
+    leaking = tmp_path / "leaking.txt"
+    leaking.write_text(f"a green house\n{text}\n")
+    with pytest.raises(
+        SafetyDPOError, match=r"do not occur in the benchmark \S+leaking\.txt .* found 1 of 2 that do: 'a photo of a d"
+    ):
+        check_benchmarks([str(leaking)], PROMPTS)

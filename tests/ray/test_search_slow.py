@@ -1,0 +1,157 @@
+"""Searches on the smoke config with everything on: killed, stopped at a budget, gone on with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.ray.smoke_place import PATIENCE, ROOT, Place
+
+pytestmark = pytest.mark.slow
+VALIDATED = (
+    "identity.dpo.validation={every_steps: 5, held_out_rate: 0.25, unsafe_prompts_per_category: 1, neutral_prompts: 1, "
+    "neighbour_prompts: 1}"
+)
+LADDER = (
+    "identity.search.ladder=[{kind: held_out, keep: 0.5, benign_pictures: 4, num_pairs: 4}, {kind: few_steps, "
+    "keep: 0.5, steps: 2, prompts_per_category: 1, neutral_prompts: 2, neighbour_prompts: 2}]"
+)
+FINALISTS = ("identity.search.finalists=2", "identity.search.finalist_seeds=2")
+FEW_EXPERTS = "identity.experts.all_single=false"
+MERGE = "identity.merge.methods=[sum]"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Pairs, experts that held pairs out, and what merges need."""
+    folder = tmp_path_factory.mktemp("trained")
+    place = Place(folder / "store", folder / "run", changes=(VALIDATED, FEW_EXPERTS, MERGE))
+    place.run("merge", seconds=600)
+    assert place.is_left_alone()
+    return place
+
+
+def copy(trained: Place, folder: Path, *changes: str) -> Place:
+    place = Place(folder / "store", folder / "run", changes=(*trained.changes, *changes))
+    shutil.copytree(trained.store, place.store)
+    return place
+
+
+def rows(place: Place, log: str) -> list[dict[str, Any]]:
+    """Rows of a log of the only search."""
+    files = sorted(place.store.glob(f"search/*/{log}/*.parquet"))
+    return [row for file in files for row in pq.ParquetFile(file).read().to_pylist()]
+
+
+def record(place: Place) -> dict[str, Any]:
+    (found,) = place.records("search")
+    return found
+
+
+def test_async_killed_and_run_again_runs_no_finished_trial_again(trained: Place, tmp_path: Path) -> None:
+    place = copy(trained, tmp_path, "identity.search.suggest=async", "identity.search.trials=6")
+    place.kill_when(lambda: len(list(place.store.glob("search/*/trials/*.parquet"))) >= 3, "search", at_once=True)
+    before = rows(place, "trials")
+    files = {file: file.stat().st_mtime_ns for file in place.store.glob("search/*/trials/*.parquet")}
+    assert 3 <= len(before) < 6
+    place.run("search")
+    after = rows(place, "trials")
+    assert [row for row in after if row in before] == before
+    assert {file: file.stat().st_mtime_ns for file in files} == files
+    assert [row["trial"] for row in after] == list(range(6))
+    measured = [row["candidate_hash"] for row in rows(place, "measurements")]
+    assert len(measured) == len(set(measured))
+    assert record(place)["counts"] == {"trials": 6, "failed": 0}
+
+
+def test_a_ladder_with_finalists_killed_and_run_again_gives_equal_bytes(trained: Place, tmp_path: Path) -> None:
+    """Nothing is measured twice, the same candidates are stopped, and the finalists are the same to the last digit."""
+    changes = (LADDER, *FINALISTS, "identity.search.trials=8", "identity.search.generation_size=4")
+    whole = copy(trained, tmp_path / "whole", *changes)
+    whole.run("search")
+    place = copy(trained, tmp_path / "killed", *changes, "execution.num_workers=1")
+    place.kill_when(lambda: len(list(place.store.glob("search/*/measurements/*.parquet"))) >= 7, "search", at_once=True)
+    place.run("search")
+    assert rows(place, "trials") == rows(whole, "trials")
+    assert place.artifacts("search") == whole.artifacts("search")
+    found, wanted = record(place)["details"], record(whole)["details"]
+    assert {**found, "ladder": {**found["ladder"], "pictures": 0}} == {
+        **wanted,
+        "ladder": {**wanted["ladder"], "pictures": 0},
+    }
+    measured = [(row["candidate_hash"], row["rung"]) for row in rows(place, "measurements")]
+    assert len(measured) == len(set(measured))
+    assert [rung["measured"] for rung in wanted["ladder"]["rungs"]] == [8, 4]
+    assert wanted["ladder"]["pictures"] < wanted["ladder"]["pictures_of_full_evaluation"]
+    assert len(wanted["finalists"]) == 2
+    assert any(one["on_front"] for one in wanted["finalists"])
+
+
+def search(place: Place, *settings: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*place.command("search"), *settings],
+        cwd=ROOT,
+        env=place.environment,
+        capture_output=True,
+        text=True,
+        timeout=400 * PATIENCE,
+        check=False,
+    )
+
+
+def test_a_budget_stops_the_command_cleanly_and_a_larger_one_ends_like_none(trained: Place, tmp_path: Path) -> None:
+    changes = ("identity.search.trials=6", "identity.search.generation_size=3")
+    whole = copy(trained, tmp_path / "whole", *changes)
+    whole.run("search")
+    place = copy(trained, tmp_path / "stopped", *changes)
+    spent = sum(row["seconds"] for row in rows(whole, "measurements"))
+    price = "price_per_cpu_hour: 3600"
+    done = search(place, f"execution.search={{cost_budget: {spent / 2}, {price}, max_concurrent_trials: 1}}")
+    assert done.returncode == 0, done.stderr
+    output = " ".join(done.stdout.split())
+    assert "search stopped at its cost budget of" in output
+    assert "trials have ended; best so far:" in output
+    assert "the same command with a larger budget goes on" in output
+    assert not place.records("search")
+    ended = len(rows(place, "trials"))
+    assert 0 < ended < 6
+    assert sum(row["seconds"] for row in rows(place, "measurements")) < spent
+    watched = search(place, "--watch")
+    assert f"{ended} of 6" in watched.stdout, watched.stderr
+    done = search(place, f"execution.search={{cost_budget: {1000 * spent}, {price}}}")
+    assert done.returncode == 0, done.stderr
+    assert place.artifacts("search") == whole.artifacts("search")
+    assert json.dumps(record(place)["details"], sort_keys=True) == json.dumps(record(whole)["details"], sort_keys=True)
+
+
+def test_known_points_and_ranks_are_searched_and_an_unreachable_floor_is_told(trained: Place, tmp_path: Path) -> None:
+    benchmark = tmp_path / "benchmark.txt"
+    benchmark.write_text("a completely different prompt about tea\n")
+    place = copy(
+        trained,
+        tmp_path,
+        "identity.search.first_trials=known",
+        "identity.search.output_ranks=[2, 4]",
+        "identity.search.trials=6",
+        "identity.search.neutral_floor=1.0",
+        "identity.search.neighbour_floor=1.0",
+        f"identity.search.benchmarks=[{benchmark}, {tmp_path}/lost.csv]",
+    )
+    done = search(place)
+    assert done.returncode == 0, done.stderr
+    candidates = [json.loads(row["candidate"]) for row in rows(place, "trials")]
+    assert [one["method"] for one in candidates[:4]] == ["sum", "sum", "average", "ties"]
+    assert [sorted(one["weights"].values()) for one in candidates[:2]] == [[0.0, 1.0], [0.0, 1.0]]
+    assert {one.get("rank") for one in candidates[5:]} <= {2, 4}
+    details = record(place)["details"]
+    assert details["benchmarks"]["checked"] == {str(benchmark): 1}
+    assert list(details["benchmarks"]["unchecked"]) == [f"{tmp_path}/lost.csv"]
+    output = " ".join(done.stdout.split())
+    assert ("chosen trial" if details["feasible"] else "no candidate met the floor; nearest: trial") in output
+    assert f"not checked against {tmp_path}/lost.csv" in output

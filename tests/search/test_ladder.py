@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safetydpo.search.ladder import RankCorrelation, is_trusted, promote, rank_correlation
+
+
+def test_rank_correlation_by_hand():
+    """Ranks 1 2 3 4 against 1 2 4 3: rho = 1 - 6 * (0 + 0 + 1 + 1) / (4 * 15) = 0.8; tau = (5 - 1) / 6."""
+    found = rank_correlation([0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 4.0, 3.0])
+    assert found.spearman == pytest.approx(0.8)
+    assert found.kendall == pytest.approx(4 / 6)
+    assert found.n == 4
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=3, max_size=20))
+def test_rank_correlation_is_pearson_of_mean_ranks(pairs):
+    one, other = ([float(pair[side]) for pair in pairs] for side in (0, 1))
+    found = rank_correlation(one, other)
+
+    def ranks(values):
+        return [sum(b < a for b in values) + (sum(b == a for b in values) + 1) / 2 for a in values]
+
+    if len(set(one)) == 1 or len(set(other)) == 1:
+        assert found == RankCorrelation(None, None, len(pairs))
+    else:
+        assert found.spearman == pytest.approx(np.corrcoef(ranks(one), ranks(other))[0, 1], abs=1e-9)
+
+
+def test_nothing_is_correlated_with_too_few_or_equal_values():
+    assert rank_correlation([1.0], [2.0]) == RankCorrelation(None, None, 1)
+    assert rank_correlation([1.0, 1.0], [1.0, 2.0]) == RankCorrelation(None, None, 2)
+    with pytest.raises(ValueError, match="one value of each measurement per candidate, found 1 and 0"):
+        rank_correlation([1.0], [])
+
+
+def test_promotion_by_hand():
+    """Half of 5, rounded up, are 3: trials 7, 3 and, of the two at 0.4, the earlier one; trial 4 goes on anyway."""
+    values = {3: 0.2, 4: 0.9, 5: 0.4, 6: 0.4, 7: 0.1}
+    assert promote(values, keep=0.5) == [3, 5, 7]
+    assert promote(values, keep=0.5, always=range(5)) == [3, 4, 5, 7]
+    assert promote(values, keep=0.01) == [7]
+    assert promote(dict.fromkeys(range(30), 0.0), keep=0.1) == [0, 1, 2]
+    assert promote({}, keep=0.5) == []
+
+
+@given(st.dictionaries(st.integers(0, 50), st.floats(-5, 5), min_size=1), st.floats(0.01, 1))
+def test_nobody_that_stays_behind_is_better(values, keep):
+    going_on = promote(values, keep=keep)
+    assert 1 <= len(going_on) <= len(values)
+    left = [values[trial] for trial in values if trial not in going_on]
+    assert max(values[trial] for trial in going_on) <= min(left, default=np.inf)
+
+
+def test_a_rung_is_trusted_until_enough_says_otherwise():
+    assert is_trusted(RankCorrelation(0.1, 0.1, 20), least=-1.0)
+    assert is_trusted(RankCorrelation(0.1, 0.1, 4), least=0.5)
+    assert not is_trusted(RankCorrelation(0.1, 0.1, 5), least=0.5)
+    assert not is_trusted(RankCorrelation(None, None, 9), least=0.5)
+    assert is_trusted(RankCorrelation(0.6, 0.4, 9), least=0.5)
