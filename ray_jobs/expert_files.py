@@ -13,7 +13,8 @@ from safetydpo.artifacts.layout import ADAPTER_FILE
 from safetydpo.artifacts.records import ArtifactKey, Record, artifact_folder, files_folder
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError
-from safetydpo.merging.registry import MergeMethod, find_method
+from safetydpo.merging.method import MergeMethod
+from safetydpo.merging.registry import find_method
 
 MERGE_RECIPE_VERSION = 2
 """How experts become a merged adapter."""

@@ -28,7 +28,7 @@ from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows
 from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.config.schema import Config
-from safetydpo.merging.registry import MergeMethod
+from safetydpo.merging.method import MergeMethod
 
 
 def merge_experts(run: Run, experts: Mapping[str, Record], pairs: Record, pairs_folder: Location) -> dict[str, Record]:

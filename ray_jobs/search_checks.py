@@ -16,29 +16,14 @@ def check_search(config: Config) -> None:
     """Refuse settings of a search that cannot work, before hours of training.
 
     Raises:
-        UsageError: if there is nothing to choose from, a rung needs pairs that trainings do not hold out, or factors
-            of blocks are asked for and merges take none.
+        UsageError: if there is nothing to choose from, or a rung needs pairs that trainings do not hold out.
     """
     search = config.identity.search
     if not search.methods:
         raise UsageError(
             "expected at least one merge method to search in identity.search.methods, found none: add one, such as sum"
         )
-    if search.block_groups and not takes_block_weights():
-        raise UsageError(
-            "expected merges that take factors per block for identity.search.block_groups, found none in this version: "
-            "leave it out"
-        )
     check_held_out(config)
-
-
-def takes_block_weights() -> bool:
-    """Return whether merges take factors per block."""
-    import inspect
-
-    from safetydpo.merging.merge import merge_prepared
-
-    return "block_weights" in inspect.signature(merge_prepared).parameters
 
 
 def check_held_out(config: Config) -> None:

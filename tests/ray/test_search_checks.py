@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from ray_jobs import search_checks
 from ray_jobs.search_checks import check_benchmarks, check_search
 from safetydpo.config.schema import Config
 from safetydpo.errors import SafetyDPOError, UsageError
@@ -28,15 +27,6 @@ def test_a_rung_on_held_out_pairs_needs_trainings_that_hold_some_out() -> None:
         check_search(config({"ladder": [{"kind": "held_out"}]}))
     check_search(config({"ladder": [{"kind": "held_out", "pairs": "all"}, {"kind": "few_steps"}]}))
     check_search(config({"ladder": [{"kind": "held_out"}]}, validation={"every_steps": 10}))
-
-
-def test_factors_of_blocks_need_merges_that_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    search = config({"block_groups": {"up": ["up_blocks"]}})
-    monkeypatch.setattr(search_checks, "takes_block_weights", lambda: False)
-    with pytest.raises(UsageError, match=r"factors per block for identity\.search\.block_groups, found none in this"):
-        check_search(search)
-    monkeypatch.setattr(search_checks, "takes_block_weights", lambda: True)
-    check_search(search)
 
 
 def test_the_command_refuses_before_anything_is_made(command: Command) -> None:
