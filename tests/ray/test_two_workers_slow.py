@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+
 import pytest
+import torch
 
 from ray_jobs.expert_plan import plan_experts
 from ray_jobs.expert_worker import load_training_base
 from ray_jobs.train_experts import train_experts
 from ray_jobs.training_tables import preference_data, read_training_tables
-from safetydpo.artifacts.adapters import read_adapter
+from safetydpo.artifacts.adapters import LoraLayer, read_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE, attempt_folder
 from safetydpo.dpo.engine import open_engine
 from safetydpo.dpo.held_out import split_held_out
 from safetydpo.dpo.trainer import train_expert
-from tests.dpo.runs import largest_difference
+from tests.dpo.slot import start_layers
 from tests.ray.closed_artifacts import close_training_data, open_run
 from tests.ray.commands import Command
 
@@ -45,9 +49,11 @@ LOOKS += ", clip: safetydpo/demo/weights/clip}"
 def test_two_workers_of_a_lane_train_the_expert_of_one_process(
     command: Command, root: object, monkeypatch: pytest.MonkeyPatch, changes: tuple[str, ...]
 ) -> None:
-    """Two steps of 4 pairs and 4 benign pictures, half of them on each worker; the adapters agree to 1e-5.
+    """Two steps of 4 pairs and 4 benign pictures, half of them on each worker: the same weights to 1e-3 of their way.
 
-    Sums over rows have another order then, and ZeRO 3 changes sums inside the network (`test_two_processes.py`).
+    Sums over rows have another order then, and ZeRO 3 changes sums inside the network. AdamW divides each gradient by
+    its own size: one that is all rounding moves its weight anywhere within a step of 2e-3 (3e-5 was seen with ZeRO 3),
+    so that the way of all weights together is compared; losses agree to 1e-5.
     """
     monkeypatch.chdir(str(root))
     settings = [*command.places, *SETTINGS, *changes]
@@ -67,8 +73,6 @@ def test_two_workers_of_a_lane_train_the_expert_of_one_process(
     data = preference_data(read_training_tables(run, folder), unit, backbone, run.config)
     if unit.dpo.validation.every_steps is not None:
         data, _ = split_held_out(data, rate=0.25, run_seed=run.config.identity.seed)
-        if record.details["validation"]["published"]["step"] == 0:
-            alone = alone.model_copy(update={"learning_rate": 1e-30})
     lora = run.config.identity.lora
     trained = train_expert(
         backbone,
@@ -79,4 +83,16 @@ def test_two_workers_of_a_lane_train_the_expert_of_one_process(
         expert_name=unit.name,
         engine=open_engine(backbone, config=alone, lora=lora),
     )
-    assert largest_difference(trained.layers, layers) < 1e-5
+    start = start_layers(backbone, lora)
+    # A validation may find nothing better than the base: then that is what is published.
+    is_last = record.details.get("validation", {"published": {"step": 2}})["published"]["step"] == 2
+    wanted = trained.layers if is_last else start
+    assert distance(layers, wanted) < 1e-3 * distance(start, trained.layers)
+    logged = [json.loads(line)["loss"] for line in (files / "training.jsonl").read_bytes().splitlines()]
+    assert logged == pytest.approx([step.loss for step in trained.history], rel=1e-5)
+
+
+def distance(one: Mapping[str, LoraLayer], other: Mapping[str, LoraLayer]) -> float:
+    """Return the 2-norm of the difference of all weights."""
+    parts = [(one[name].down - other[name].down, one[name].up - other[name].up) for name in one]
+    return float(torch.stack([part.double().square().sum() for pair in parts for part in pair]).sum().sqrt())
