@@ -14,6 +14,8 @@ from safetydpo.errors import UsageError
 from safetydpo.merging import methods
 from safetydpo.merging.method import MergeMethod
 
+__all__ = ["METHODS", "MergeMethod", "collect_methods", "density_methods", "find_method", "unweighted_methods"]
+
 
 def collect_methods() -> dict[str, MergeMethod]:
     """Return the entries of every file of `safetydpo.merging.methods`, by name.

@@ -8,10 +8,14 @@ import pytest
 import torch
 
 from ray_jobs.expert_files import load_experts
+from ray_jobs.merge_experts import _merge_task
 from ray_jobs.merge_settings import check_merge_settings, merge_request, requested_methods, run_merge
+from ray_jobs.merge_table import merge_lines
 from ray_jobs.run import Run
-from safetydpo.artifacts.adapters import AdapterMetadata, LoraLayer, adapter_hash, write_adapter
+from safetydpo.artifacts.adapters import AdapterMetadata, LoraLayer, adapter_hash, read_adapter, write_adapter
+from safetydpo.artifacts.layout import ADAPTER_FILE
 from safetydpo.artifacts.lazy_tensors import LazyLayers
+from safetydpo.artifacts.records import Record
 from safetydpo.artifacts.storage import open_location
 from safetydpo.config.merge import MergeConfig
 from safetydpo.config.schema import Config, IdentityConfig
@@ -158,3 +162,25 @@ def test_experts_larger_than_a_limit_are_read_as_they_are_needed(tmp_path):
     assert [(e.name, e.hash, e.metadata) for e in kept] == [(e.name, e.hash, e.metadata) for e in read]
     one, other = (run_merge(request("ties"), which, NO_AIDS, seed=0)[0] for which in (kept, read))
     assert adapter_hash(one.layers) == adapter_hash(other.layers)
+
+
+def test_a_worker_writes_the_adapter_and_what_is_known_of_it(tmp_path, experts):
+    """The task's own function, without Ray: category merges below, a growing rank above."""
+    config = Config.model_validate({"execution": {"store": str(tmp_path)}}).model_dump(mode="json")
+    folders = {}
+    for expert in experts:
+        (tmp_path / expert.name).mkdir()
+        file = open_location(str(tmp_path / expert.name / ADAPTER_FILE))
+        write_adapter(file, expert.layers, metadata=expert.metadata)
+        folders[expert.name] = str(tmp_path / expert.name)
+    asked = request("max_magnitude", within_category={"method": "random_winner"})
+    made = _merge_task._function(config, folders, asked, {}, str(tmp_path))
+    layers, metadata = read_adapter(open_location(str(tmp_path / ADAPTER_FILE)))
+    assert made["fingerprint"] == adapter_hash(layers) == metadata.training_hash
+    assert made["counts"] == {"experts": 3, "rank": 2}
+    assert made["details"]["suppliers"]["experts"] == 2
+    assert set(made["details"]["categories"]) == {"hate", "violence"}
+    assert made["details"]["recipe"] == metadata.recipe
+    assert merge_lines({"max_magnitude": Record("merged", "x", "h", 2, {}, {}, **made)})[0].startswith(
+        "max_magnitude  rank 2, truncation error 0.0%, "
+    )
