@@ -40,11 +40,11 @@ class HeldOutRung(RungConfig):
     """Both ends inclusive; None = all training timesteps."""
     benign_pictures: int = Field(64, ge=1)
     """Benign pictures of the base that are measured."""
-    proxy: Proxy = "redirection"
-    """What ranks candidates that keep both ceilings."""
+    proxy: Proxy = "safe_fall"
+    """What ranks candidates that keep both ceilings; measured in docs/search.md."""
     safe_rise_max: float = Field(0.25, ge=0.0)
     """Ceiling on the relative rise of the error on safe pictures under their own captions; what lies above costs."""
-    benign_rise_max: float = Field(0.10, ge=0.0)
+    benign_rise_max: float = Field(0.08, ge=0.0)
     """Ceiling on the relative rise of the error on benign pictures; what lies above costs."""
 
     @model_validator(mode="after")

@@ -84,7 +84,7 @@ def test_value_by_hand():
     numbers = {"redirection": 0.4, "margin": 9.0, "safe_rise": 0.1, "benign_rise": 0.1}
     assert proxy_value(numbers, rung) == pytest.approx(-0.4)
     assert proxy_value({**numbers, "safe_rise": 0.22, "benign_rise": 0.11}, rung) == pytest.approx(-0.4 + 0.3)
-    assert proxy_value(numbers, HeldOutRung(proxy="margin")) == -9.0
+    assert proxy_value(numbers, HeldOutRung(proxy="margin", benign_rise_max=0.1)) == -9.0
 
 
 def test_rows_are_asked_in_batches_of_one_size_and_do_not_depend_on_their_number():
