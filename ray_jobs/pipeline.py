@@ -14,7 +14,7 @@ from safetydpo.artifacts.records import Record
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.config.load import load_config
 from safetydpo.config.pairs import GENERATE
-from safetydpo.config.schema import Config
+from safetydpo.config.schema import Config, IdentityConfig
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.prompts.imported import is_imported
 
@@ -73,32 +73,14 @@ def check_request(run: Run, *, last: str = "report") -> None:
     from ray_jobs.expert_plan import group_prompt_pairs, is_grouped
     from ray_jobs.expert_watch import check_watch
     from ray_jobs.given_pairs import check_given
-    from ray_jobs.merge_settings import check_merge_settings
     from ray_jobs.prompt_tables import all_pairs
     from ray_jobs.search_checks import check_search
     from ray_jobs.verify_pairs import check_verification
     from safetydpo.diffusion.build import check_targets
     from safetydpo.judges.build import DEMO_SIDE
-    from safetydpo.merging.registry import find_method
 
     identity = run.config.identity
-    for setting, names in (
-        ("merge.methods", identity.merge.methods),
-        ("search.methods", identity.search.methods),
-        ("merge.distill.start_method", [identity.merge.distill.start_method]),
-    ):
-        for name in names:
-            try:
-                find_method(name)
-            except UsageError as error:
-                raise UsageError(f"{error}: correct identity.{setting}") from error
-    check_merge_settings(identity)
-    start = identity.merge.distill.start_method
-    if find_method(start).needs_distilled:
-        raise UsageError(
-            f"expected a merge that a distillation can start from in identity.merge.distill.start_method, found "
-            f"{start!r} itself: use sum or another merge"
-        )
+    _check_methods(identity)
     if STAGES.index(last) >= STAGES.index("search"):
         check_search(run.config)
     # First, because what comes next fetches the model.
@@ -124,6 +106,29 @@ def check_request(run: Run, *, last: str = "report") -> None:
     # Computed once per run and kept: asking here costs nothing.
     _ = run.base_fingerprint
     check_targets(identity.base, identity.lora.layer_targets, attention=identity.lora.attention)
+
+
+def _check_methods(identity: IdentityConfig) -> None:
+    from ray_jobs.merge_settings import check_merge_settings
+    from safetydpo.merging.registry import find_method
+
+    for setting, names in (
+        ("merge.methods", identity.merge.methods),
+        ("search.methods", identity.search.methods),
+        ("merge.distill.start_method", [identity.merge.distill.start_method]),
+    ):
+        for name in names:
+            try:
+                find_method(name)
+            except UsageError as error:
+                raise UsageError(f"{error}: correct identity.{setting}") from error
+    check_merge_settings(identity)
+    start = identity.merge.distill.start_method
+    if find_method(start).needs_distilled:
+        raise UsageError(
+            f"expected a merge that a distillation can start from in identity.merge.distill.start_method, found "
+            f"{start!r} itself: use sum or another merge"
+        )
 
 
 def _check_places(run: Run, *, last: str) -> None:

@@ -64,7 +64,6 @@ def render_report(
         lineage: Artifacts behind the result.
         title: Heading and page title.
     """
-    script = _package_text("report.js")
     best = headline_row(summary)
     compared = [row for row in overall_rows(summary) if row["kind"] != "expert"]
     return (
@@ -73,8 +72,7 @@ def render_report(
         .render(
             title=title,
             style=Markup(_package_text("report.css")),
-            script=Markup(script),
-            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            **_script(),
             summary=summary,
             base=find_base(summary),
             best=best,
@@ -98,6 +96,13 @@ def render_report(
             longest_seconds=max(summary["timing_seconds"].values(), default=0.0),
         )
     )
+
+
+def _script() -> dict[str, Any]:
+    """Return the page's script and the hash under which its policy lets it run."""
+    script = _package_text("report.js")
+    digest = hashlib.sha256(script.encode()).digest()
+    return {"script": Markup(script), "script_hash": base64.b64encode(digest).decode()}
 
 
 def _experts(overlap: ExpertOverlap | None, winners: Sequence[LayerWinners]) -> dict[str, Any]:
