@@ -62,7 +62,7 @@ class Variant:
 
 VARIANTS: Mapping[str, Variant] = {
     "as configured": Variant(),
-    "captions: safe": Variant(dpo={"captions": "safe"}),
+    "captions: safe, which leaves nothing to redirect": Variant(dpo={"captions": "safe", "redirection_weight": 0.0}),
     "captions: both": Variant(dpo={"captions": "both"}),
     "50 % of the pairs": Variant(pair_share=0.5),
     "25 % of the pairs": Variant(pair_share=0.25),
