@@ -93,7 +93,8 @@ def read_winners(
         file = record_folder(run, record) / WINNERS_FILE
         if file.is_file():
             won = json.loads(file.read_bytes())
-            found.append(
-                LayerWinners(method, tuple((layer, dict(counts)) for layer, counts in won.items()), categories)
-            )
+            # What a merge in levels chose among are categories.
+            members = [expert["name"] for expert in record.details["recipe"]["experts"]]
+            own = {name: categories.get(name, (name,)) for name in members}
+            found.append(LayerWinners(method, tuple((layer, dict(counts)) for layer, counts in won.items()), own))
     return found

@@ -216,7 +216,13 @@ def _prepare(units: Sequence[PlannedUnit], of_seed: Sequence[PlannedUnit]) -> Ch
     chain = run_stages(run.config, last="train")
     _refuse_other_experts(chain, of_seed)
     last = max(needed, key=STAGES.index)
-    return chain if last == "train" else run_stages(run.config, last=last)
+    chain = chain if last == "train" else run_stages(run.config, last=last)
+    if chain.search_stopped:
+        raise SafetyDPOError(
+            f"expected a finished search of seed {units[0].seed}, found one that a budget ended "
+            f"({chain.search_stopped}): take the budgets out of execution.search"
+        )
+    return chain
 
 
 def _refuse_other_experts(chain: Chain, planned: Sequence[PlannedUnit]) -> None:

@@ -9,7 +9,8 @@ pass at the border of two groups is made for each of them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from ray_jobs.pools import PoolStage, fill_pool
 from ray_jobs.prompt_tables import needed_prompts, split_prompts, spread_prompts
 from ray_jobs.run import Run
 from ray_jobs.workers import worker_device
+from safetydpo.artifacts.leases import LeaseTaken, hold_lease
 from safetydpo.artifacts.records import ArtifactKey, Record, find_closed
 from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.artifacts.storage import Location
@@ -80,9 +82,26 @@ def collect_layer_inputs(run: Run) -> Record:
         },
         recipe_version=RECIPE_VERSION,
     )
-    if find_closed(run.store, key) is None:
-        run.folder(key).make_folder()
-    return run.build("layer_inputs", key, lambda folder: _make(run, folder, prompts))
+    # One command at a time from the first part to the record: the parts are deleted once it stands.
+    with one_maker(run, key):
+        record = run.build("layer_inputs", key, lambda folder: _make(run, folder, prompts))
+        parts = run.folder(key) / PARTS_FOLDER
+        if parts.is_folder():
+            parts.delete()
+    return record
+
+
+@contextmanager
+def one_maker(run: Run, key: ArtifactKey) -> Iterator[None]:
+    """Hold the artifact's lease while the block runs, waiting as long as another command makes it."""
+    with ExitStack() as stack:
+        while find_closed(run.store, key) is None:
+            try:
+                stack.enter_context(hold_lease(run.folder(key).make_folder(), patience_seconds=60.0))
+                break
+            except LeaseTaken:
+                continue
+        yield
 
 
 def chosen_prompts(run: Run) -> list[GroupedPrompt]:
@@ -130,7 +149,6 @@ def _make(run: Run, folder: Location, prompts: Sequence[GroupedPrompt]) -> Mappi
     task = _join_task.options(num_cpus=execution.cpus_per_worker)
     config = run.config.model_dump(mode="json")
     made: Mapping[str, Any] = ray.get(task.remote(config, run.base_fingerprint, pairs, folder.path))
-    parts.delete()
     return made
 
 

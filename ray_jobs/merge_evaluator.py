@@ -58,23 +58,17 @@ class MergeEvaluator:
 
     def swap(self, candidate: Candidate | None) -> None:
         """Merge the experts as a candidate says and put the result into the base; None = take any adapter out."""
+        from ray_jobs.merge_settings import candidate_request, request_settings
         from safetydpo.dpo.engine import lora_signature
-        from safetydpo.merging.merge import merge_prepared
+        from safetydpo.merging.merge import merge_with
 
         if candidate is None:
             self.backbone.remove_adapter()
             return
         identity = self.run.config.identity
-        result = merge_prepared(
-            self._prepared,
-            method=candidate.method,
-            weights=dict(candidate.weights),
-            global_scale=candidate.global_scale,
-            density=candidate.density or 1.0,
-            output_rank=identity.merge.output_rank if candidate.rank is None else candidate.rank,
-            seed=identity.seed,
-            **block_arguments(candidate),
-        )
+        request = candidate_request(identity.merge, candidate)
+        names = [expert.name for expert in self._prepared.experts]
+        result = merge_with(self._prepared, request_settings(request, seed=identity.seed, names=names))
         self.backbone.swap_adapter(lora_signature(identity.lora), result.layers)
 
     def measure(self, candidate: Candidate | None) -> dict[str, float]:
@@ -112,14 +106,6 @@ class MergeEvaluator:
             folder = Location(self.run.store.filesystem, self._pairs_folder)
             self._questions[rung] = open_questions(self.run, settings, folder, self.backbone)
         return self._questions[rung]
-
-
-def block_arguments(candidate: Candidate) -> dict[str, Any]:
-    """Return what `merge_prepared` is told of factors per block: nothing where a candidate has none.
-
-    This is the one place that knows how a merge takes them.
-    """
-    return {"block_weights": dict(candidate.block_weights)} if candidate.block_weights else {}
 
 
 def small_set(prompts: Sequence[Prompt], rung: FewStepsRung) -> list[Prompt]:

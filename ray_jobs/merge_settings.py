@@ -12,6 +12,7 @@ from safetydpo.merging.levels import Level, category_groups, merge_in_levels
 from safetydpo.merging.merge import Expert, MergeResult, MergeSettings, PreparedExperts, merge_with, prepare_experts
 from safetydpo.merging.method import MergeMethod, MethodOptions
 from safetydpo.merging.registry import find_method
+from safetydpo.search.space import Candidate
 
 WITHIN = "within_category"
 
@@ -37,6 +38,42 @@ def merge_request(merge: MergeConfig, method: MergeMethod) -> dict[str, Any]:
     if used:
         request["options"] = {name: getattr(merge, name) for name in sorted(used)}
     return request
+
+
+def candidate_request(merge: MergeConfig, candidate: Candidate) -> dict[str, Any]:
+    """Return what decides the merge of a search's candidate: its own numbers and, where it has none, the run's.
+
+    Levels and `expert_block_weights` are not searched: candidates have neither.
+    """
+    request: dict[str, Any] = {
+        "method": candidate.method,
+        "weights": dict(candidate.weights),
+        "global_scale": candidate.global_scale,
+        "density": candidate.density,
+        "output_rank": merge.output_rank if candidate.rank is None else candidate.rank,
+    }
+    if merge.rank_growth and candidate.rank is None:
+        request["rank_growth"] = merge.rank_growth
+    if candidate.block_weights:
+        request["block_weights"] = dict(candidate.block_weights)
+        request |= {"blocks": merge.model_dump(mode="json")["blocks"]} if merge.blocks else {}
+    options = find_method(candidate.method).options
+    if options:
+        request["options"] = {name: getattr(merge, name) for name in sorted(options)}
+    return request
+
+
+def searched_settings(identity: IdentityConfig) -> dict[str, Any]:
+    """Return the settings of `identity.merge` that candidates of this search are merged with, for the search's key.
+
+    Nothing where all have their defaults, so that searches of before keep their keys.
+    """
+    merge, search = identity.merge, identity.search
+    options = {name for method in search.methods for name in find_method(method).options}
+    found: dict[str, Any] = {name: getattr(merge, name) for name in sorted(options)}
+    found |= {"rank_growth": merge.rank_growth} if merge.rank_growth else {}
+    found |= {"blocks": merge.model_dump(mode="json")["blocks"]} if merge.blocks and search.block_groups else {}
+    return {"merge": found} if found else {}
 
 
 def requested_methods(request: Mapping[str, Any]) -> list[MergeMethod]:
@@ -86,7 +123,7 @@ def run_merge(
     """
     if not request.get(WITHIN):
         names = [expert.name for expert in experts]
-        settings = _settings(request, seed=seed, names=names, blocks=request.get("block_weights", {}))
+        settings = request_settings(request, seed=seed, names=names)
         prepared = prepare_experts(experts, **aids)
         return merge_with(prepared, settings), prepared, {}
     groups = category_groups(experts)
@@ -106,6 +143,11 @@ def run_merge(
         for (_, name), part in merged.parts.items()
     }
     return merged.result, merged.prepared, parts
+
+
+def request_settings(request: Mapping[str, Any], *, seed: int, names: Sequence[str]) -> MergeSettings:
+    """Return the settings of a merge without levels; `names` are its experts'."""
+    return _settings(request, seed=seed, names=names, blocks=request.get("block_weights", {}))
 
 
 def _settings(

@@ -71,6 +71,7 @@ def search_merges(
     Raises:
         BudgetError: if a budget ended the search before its last trial.
     """
+    from ray_jobs.merge_settings import searched_settings
     from safetydpo.merging.registry import find_method
 
     members = {name: record for name, record in experts.items() if name != ALL_SINGLE}
@@ -89,6 +90,7 @@ def search_merges(
             "search": identity.search.model_dump(mode="json"),
             "output_rank": identity.merge.output_rank,
             "judge": SELECT_JUDGE,
+            **searched_settings(identity),
         },
         inputs={
             "experts": fingerprint_rows((name, record.fingerprint) for name, record in members.items()),
@@ -114,17 +116,10 @@ def needs_pairs(search: SearchConfig) -> bool:
 
 
 def _searched_adapter(run: Run, candidate: Candidate, experts: Mapping[str, Record], aids: MergeAids) -> Record:
-    from ray_jobs.merge_evaluator import block_arguments
+    from ray_jobs.merge_settings import candidate_request
 
-    settings = {
-        "method": candidate.method,
-        "weights": dict(candidate.weights),
-        "global_scale": candidate.global_scale,
-        "density": candidate.density,
-        "output_rank": run.config.identity.merge.output_rank if candidate.rank is None else candidate.rank,
-        **block_arguments(candidate),
-    }
-    return merged_artifact(run, "searched", settings, experts, aids=aids)
+    request = candidate_request(run.config.identity.merge, candidate)
+    return merged_artifact(run, "searched", request, experts, aids=aids)
 
 
 def validation_prompts(run: Run) -> list[Prompt]:

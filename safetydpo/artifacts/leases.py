@@ -120,8 +120,9 @@ def _release(attempt: Attempt) -> None:
     """Take the lease away, unless this owner was given up for dead and a later one has done so."""
     file = lease_file(attempt.folder, str(attempt.number))
     if file.is_file() and json.loads(file.read_bytes())["token"] == attempt.owner.token:
-        lease_file(attempt.folder, f"{attempt.number}.alive").delete()
+        # The lease first: who reads in between looks again when its number is gone.
         file.delete()
+        lease_file(attempt.folder, f"{attempt.number}.alive").delete()
 
 
 def _taken(folder: Location, lease: dict[str, Any] | None) -> LeaseTaken:

@@ -21,7 +21,7 @@ from safetydpo.artifacts.adapters import (
     padded_layers,
 )
 from safetydpo.artifacts.kohya_names import NamingRule, tell_rule, to_kohya_name
-from safetydpo.artifacts.lora_files import NETWORKS, PEFT_PREFIX, LoraFile, unfold
+from safetydpo.artifacts.lora_files import ALPHA_DTYPES, NETWORKS, PEFT_PREFIX, LoraFile, unfold
 from safetydpo.artifacts.weights import sort_header
 from safetydpo.errors import SafetyDPOError, UsageError
 
@@ -161,13 +161,14 @@ def _told_rule(file: LoraFile) -> NamingRule:
 
 def _back_to_kohya(file: LoraFile, source: Mapping[str, Any]) -> bytes:
     dtype = _DTYPES[source["dtype"]]
+    alpha_dtypes = {name: kind for kind, name in ALPHA_DTYPES.items()}
     tensors: dict[str, Tensor] = {}
     for name, layer in file.layers.items():
         old_name, alpha = source["layers"][name]
         scale = 1.0 if alpha is None else alpha / layer.down.shape[0]
         _put(tensors, old_name, down=layer.down.to(dtype), up=unfold(layer.up, scale).to(dtype))
         if alpha is not None:
-            tensors[f"{old_name}.alpha"] = torch.tensor(alpha, dtype=_DTYPES[source["alpha_dtype"]])
+            tensors[f"{old_name}.alpha"] = torch.tensor(alpha, dtype=alpha_dtypes[source["alpha_dtype"]])
     return sort_header(save(tensors, metadata=dict(source["header"]) or None))
 
 

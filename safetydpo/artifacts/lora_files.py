@@ -7,6 +7,7 @@ files; what a file says of scales is kept beside.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -46,6 +47,8 @@ _SUFFIXES = {
     ".alpha": "alpha",
 }
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+ALPHA_DTYPES = {**_DTYPES, torch.float64: "float64", torch.int64: "int64", torch.int32: "int32"}
+"""Types that programs write an alpha in; some write the rank itself, a whole number."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def lora_from_bytes(data: bytes, *, source: str, peft_config: bytes | None = Non
         alphas=dict(sorted(alphas.items())),
         names=dict(sorted(names.items())),
         dtype=_dtype_of(tensors, source=source),
-        alpha_dtype=next((_DTYPES.get(t.dtype, "") for key, t in tensors.items() if key.endswith(".alpha")), ""),
+        alpha_dtype=_alpha_dtype(tensors),
         header=header,
     )
 
@@ -231,15 +234,15 @@ def _stated_alphas(form: LoraFormat, header: Mapping[str, str], peft_config: byt
         return lambda _: None
     try:
         settings = json.loads(text)
+        if any(value for key, value in settings.items() if key.rpartition(".")[2] in ("use_rslora", "use_dora")):
+            raise SafetyDPOError(
+                f"expected plain LoRA in the settings of {source}, found use_rslora or use_dora: "
+                "merge it into its model with PEFT instead"
+            )
         if form == "peft":
-            if settings.get("use_rslora") or settings.get("use_dora"):
-                raise SafetyDPOError(
-                    f"expected plain LoRA in the {PEFT_CONFIG} beside {source}, found use_rslora or use_dora: "
-                    "merge it into its model with PEFT instead"
-                )
             return _peft_alphas({"": settings})
         return _peft_alphas({network: _below(settings, network) for network in NETWORKS})
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, re.error) as error:
         raise SafetyDPOError(
             f"expected LoRA settings as JSON with the file {source}, found something else ({error}): save it again"
         ) from error
@@ -253,9 +256,9 @@ def _peft_alphas(by_network: Mapping[str, Mapping[str, Any]]) -> Any:
     def alpha(key: str) -> float | None:
         network, _, module = key.partition(".") if "" not in by_network else ("", "", key.removeprefix(PEFT_PREFIX))
         settings = by_network.get(network, {})
-        # PEFT takes the first pattern that is the module's name or its end.
+        # PEFT takes the first pattern, a regular expression, that is the module's name or its end.
         for pattern, value in (settings.get("alpha_pattern") or {}).items():
-            if module == pattern or module.endswith(f".{pattern}"):
+            if re.match(rf"(.*\.)?({pattern})$", module):
                 return float(value)
         stated = settings.get("lora_alpha")
         return None if stated is None else float(stated)
@@ -281,6 +284,11 @@ def _layer(
             f"expected one finite alpha other than 0 of {name!r} in {source}, found {alpha.tolist()}: save it again"
         )
     return LoraLayer(down, up), float(alpha)
+
+
+def _alpha_dtype(tensors: Mapping[str, Tensor]) -> str:
+    found = [tensor.dtype for key, tensor in tensors.items() if key.endswith(".alpha")]
+    return ALPHA_DTYPES.get(found[0], "float32") if found else ""
 
 
 def _dtype_of(tensors: Mapping[str, Tensor], *, source: str) -> str:

@@ -197,6 +197,12 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_variant(name: str) -> bool:
+    """Return whether a file holds weights that are not read here, such as `*.fp16.safetensors`, or is their index."""
+    is_other = name.endswith(".safetensors") and _WEIGHTS.fullmatch(name) is None
+    return is_other or _VARIANT_INDEX.fullmatch(name) is not None
+
+
 def _counts(name: str) -> bool:
     if name.endswith(".safetensors"):
         return _WEIGHTS.fullmatch(name) is not None

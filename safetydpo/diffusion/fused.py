@@ -14,7 +14,7 @@ from torch import Tensor
 from safetydpo.artifacts.adapters import LoraLayer
 from safetydpo.artifacts.storage import open_location
 from safetydpo.artifacts.weights import read_header
-from safetydpo.diffusion.folder import ModelFiles, names_component, read_json
+from safetydpo.diffusion.folder import ModelFiles, is_variant, names_component, read_json
 from safetydpo.errors import SafetyDPOError, UsageError
 
 MODEL_INDEX = "model_index.json"
@@ -46,10 +46,10 @@ def fuse_adapter(files: ModelFiles, layers: Mapping[str, LoraLayer], out: Path) 
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     for component in _component_folders(files):
-        shutil.copytree(component, unfinished / component.name, ignore=shutil.ignore_patterns(*_ignored()))
+        shutil.copytree(component, unfinished / component.name, ignore=_not_copied)
     if files.vae is not None:
         shutil.rmtree(unfinished / "vae", ignore_errors=True)
-        shutil.copytree(files.vae, unfinished / "vae", ignore=shutil.ignore_patterns(*_ignored()))
+        shutil.copytree(files.vae, unfinished / "vae", ignore=_not_copied)
     _write_index(files.folder, unfinished)
     try:
         for network in sorted({name.partition(".")[0] for name in layers}):
@@ -67,8 +67,9 @@ def _is_of(name: str, network: str) -> bool:
     return name.partition(".")[0] == network
 
 
-def _ignored() -> list[str]:
-    return [f"*{ending}" for ending in _SKIPPED_ENDINGS]
+def _not_copied(_: str, names: list[str]) -> set[str]:
+    # A variant beside the fused weights would still hold the base's: whoever loads it gets no change at all.
+    return {name for name in names if name.endswith(_SKIPPED_ENDINGS) or is_variant(name)}
 
 
 def _component_folders(files: ModelFiles) -> list[Path]:

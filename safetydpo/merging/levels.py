@@ -6,7 +6,7 @@ such as `co_merge`, which let few experts into a layer, can so keep something of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -47,6 +47,7 @@ def merge_in_levels(
 
     Inputs and moments are those of the base model, the same at every level. An output rank grows with the number of
     experts that a merge stands for. Weights of a level name its experts: those given, or the groups of the level below.
+    A group whose experts all have weight 0 is left out.
 
     Raises:
         UsageError: if the groups of a level do not hold each of its experts once, a method is a fit to the given
@@ -61,15 +62,23 @@ def merge_in_levels(
             )
     current = list(experts)
     parts: dict[tuple[int, str], MergeResult] = {}
+    gone: set[str] = set()
     for index, level in enumerate(levels):
+        level = replace(level, groups=_without(level.groups, gone))
         _check_groups(level, current)
         by_name = {expert.name: expert for expert in current}
         current = []
         for name, members in sorted(level.groups.items()):
+            if level.settings.weights is not None and not any(level.settings.weights[one] for one in members):
+                gone.add(name)
+                continue
             prepared = _prepare([by_name[member] for member in members], level.settings, inputs, moments)
             result = merge_with(prepared, _restrict(level.settings, members))
             parts[index, name] = result
             current.append(_as_expert(name, result, prepared))
+    if not current:
+        raise UsageError("expected at least one expert with a weight other than 0, found none: nothing would be merged")
+    last = replace(last, weights=last.weights and {n: w for n, w in last.weights.items() if n not in gone})
     prepared = _prepare(current, last, inputs, moments)
     return LeveledMerge(merge_with(prepared, last), prepared, parts)
 
@@ -98,6 +107,12 @@ def _prepare(
     return prepare_experts(
         experts, inputs=inputs if method.needs_inputs else None, moments=moments if method.needs_moments else None
     )
+
+
+def _without(groups: Mapping[str, Sequence[str]], gone: Collection[str]) -> dict[str, list[str]]:
+    """Return the groups of a level without those of the level below that nothing was left of."""
+    left = {name: [member for member in members if member not in gone] for name, members in groups.items()}
+    return {name: members for name, members in left.items() if members or not groups[name]}
 
 
 def _restrict(settings: MergeSettings, members: Sequence[str]) -> MergeSettings:

@@ -9,7 +9,7 @@ Axis legend: `expert` experts, `other` experts again, `rank` LoRA components, `d
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -112,7 +112,8 @@ def _factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
     return layer.up.to(torch.float64).flatten(1), layer.down.to(torch.float64).flatten(1)
 
 
-def _by_layer(experts: Sequence[Mapping[str, LoraLayer]]) -> list[list[LoraLayer]]:
+def _by_layer(experts: Sequence[Mapping[str, LoraLayer]]) -> Iterator[list[LoraLayer]]:
+    """Yield each layer of all experts, one layer at a time: lazily read experts never lie in memory whole."""
     if not experts or not experts[0]:
         raise SafetyDPOError(f"expected layers of at least one expert, found {len(experts)} experts and no layer")
     names = sorted(experts[0])
@@ -123,7 +124,8 @@ def _by_layer(experts: Sequence[Mapping[str, LoraLayer]]) -> list[list[LoraLayer
                 f"expected experts of the same layers, found a first difference at {different[0]!r} of expert number "
                 f"{number}: compare experts of one lora.targets"
             )
-    return [[layers[name] for layers in experts] for name in names]
+    for name in names:
+        yield [layers[name] for layers in experts]
 
 
 def _check(layers: Sequence[LoraLayer]) -> None:

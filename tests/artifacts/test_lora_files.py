@@ -193,6 +193,28 @@ def test_the_alpha_of_diffusers_stands_in_its_metadata():
     assert read(save(tensors)).scales == {f"unet.{Q}": 1.0}
 
 
+def test_a_whole_number_as_alpha_comes_back_as_one():
+    """Some programs write the rank itself."""
+    original = dict(load(kohya_file(dtype=torch.float16, alpha=3.0, metadata={})))
+    original = {k: t.to(torch.int64) if k.endswith(".alpha") else t for k, t in original.items()}
+    found = load(to_kohya(read(to_diffusers(read(save(original))))))
+    assert found.keys() == original.keys()
+    assert all(found[key].dtype == tensor.dtype and torch.equal(found[key], tensor) for key, tensor in original.items())
+
+
+def test_a_pattern_of_peft_is_a_regular_expression():
+    tensors = {f"unet.{Q}.lora_A.weight": torch.ones(2, 5), f"unet.{Q}.lora_B.weight": torch.ones(6, 2)}
+    stated = json.dumps({"unet.lora_alpha": 2, "unet.alpha_pattern": {"attn[12].to_q": 6}})
+    assert read(save(tensors, metadata={"lora_adapter_metadata": stated})).scales == {f"unet.{Q}": 3.0}
+
+
+@pytest.mark.parametrize("setting", ["unet.use_rslora", "unet.use_dora"])
+def test_other_scales_of_diffusers_are_refused(setting):
+    tensors = {f"unet.{Q}.lora_A.weight": torch.ones(2, 5), f"unet.{Q}.lora_B.weight": torch.ones(6, 2)}
+    with pytest.raises(SafetyDPOError, match="expected plain LoRA in the settings of .*, found use_rslora or use_dora"):
+        read(save(tensors, metadata={"lora_adapter_metadata": json.dumps({setting: True})}))
+
+
 def test_older_keys_of_diffusers_are_read():
     tensors = {f"unet.{Q}.lora.down.weight": torch.ones(2, 5), f"unet.{Q}.lora.up.weight": torch.ones(6, 2)}
     assert list(read(save(tensors)).layers) == [f"unet.{Q}"]

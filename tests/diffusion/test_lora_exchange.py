@@ -203,6 +203,7 @@ def test_shards_half_precision_and_a_missing_checker(sd1: Path, tmp_path: Path) 
         file = model / "unet" / f"diffusion_pytorch_model-0000{number}-of-00002.safetensors"
         save_file({name: weights[name] for name in part}, file, metadata={"format": "pt"})
     (model / "unet" / "old.bin").write_bytes(b"never copied")
+    save_file(weights, model / "unet" / "diffusion_pytorch_model.fp16.safetensors")
     index = json.loads((model / "model_index.json").read_text())
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     (model / "model_index.json").write_text(json.dumps(index))
@@ -221,6 +222,8 @@ def test_shards_half_precision_and_a_missing_checker(sd1: Path, tmp_path: Path) 
         assert torch.equal(fused[key], (weights[key].float() + 1).half())
     assert json.loads((tmp_path / "out" / "model_index.json").read_text())["safety_checker"] == [None, None]
     assert not (tmp_path / "out" / "unet" / "old.bin").exists()
+    # It comes first by name and has every weight: fused alone, it would leave the model that is loaded as it was.
+    assert not (tmp_path / "out" / "unet" / "diffusion_pytorch_model.fp16.safetensors").exists()
 
 
 def test_what_cannot_be_fused_is_refused_and_leaves_nothing(sd1: Path, tmp_path: Path) -> None:

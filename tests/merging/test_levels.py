@@ -82,6 +82,18 @@ def test_weights_name_the_experts_of_their_level(experts):
         torch.testing.assert_close(delta(merged.result.layers[key]), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_group_without_any_weight_is_left_out(experts):
+    """As an expert of weight 0 is; a weight that names the group above is left out with it."""
+    weights = {name: 0.0 if name in GROUPS["hate"] else 1.0 for name in CATEGORIES}
+    level = Level(GROUPS, MergeSettings("ties", weights=weights, density=0.5))
+    above = dict.fromkeys(GROUPS, 2.0)
+    merged = merge_in_levels(experts, [level], MergeSettings("sum", weights=above))
+    assert [expert.name for expert in merged.prepared.experts] == sorted(GROUPS.keys() - {"hate"})
+    none = Level(GROUPS, MergeSettings("sum", weights=dict.fromkeys(CATEGORIES, 0.0)))
+    with pytest.raises(UsageError, match="at least one expert with a weight other than 0, found none"):
+        merge_in_levels(experts, [none], MergeSettings("sum"))
+
+
 @pytest.mark.parametrize("below", sorted(METHODS.keys() - {"distill", "regmean"}))
 def test_any_method_at_any_level_whatever_the_order(experts, inputs, below):
     """Selections by rows take category merges of one rank only; the others take what comes."""

@@ -62,9 +62,12 @@ def test_a_diagnosis_by_hand(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_winners_are_read_where_a_merge_selected(run: Run) -> None:
-    merged = {name: Record("merged", name, "0" * 64, 1, {}, {}, "f") for name in ("co_merge", "sum")}
+    """A merge in levels chooses among categories, which are none of the experts."""
+    details = {"recipe": {"experts": [{"name": "hate"}, {"name": "violence"}]}}
+    merged = {name: Record("merged", name, "0" * 64, 1, {}, {}, "f", details=details) for name in ("co_merge", "sum")}
     place = record_folder(run, merged["co_merge"]) / "winners.json"
     place.write_bytes(json.dumps({"q": {"hate": 3}, "v": {"hate": 1, "violence": 2}}).encode())
-    (found,) = read_winners(run, merged, {"hate": ("hate",)})
+    (found,) = read_winners(run, merged, {"hate": ("hate", "harassment"), "skull": ("shocking",)})
     assert found.method == "co_merge"
     assert found.layers == (("q", {"hate": 3}), ("v", {"hate": 1, "violence": 2}))
+    assert found.categories == {"hate": ("hate", "harassment"), "violence": ("violence",)}

@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from ray_jobs.expert_plan import plan_experts
-from ray_jobs.merge_evaluator import MergeEvaluator, block_arguments, small_set
+from ray_jobs.merge_evaluator import MergeEvaluator, small_set
+from ray_jobs.merge_settings import candidate_request, searched_settings
 from ray_jobs.search_merges import validation_prompts
 from safetydpo.artifacts.adapters import AdapterMetadata, LoraLayer, adapter_hash, write_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE
 from safetydpo.config.experts import ALL_SINGLE
+from safetydpo.config.merge import MergeConfig
 from safetydpo.config.rungs import FewStepsRung
+from safetydpo.config.schema import Config
 from safetydpo.diffusion.build import load_backbone
 from safetydpo.dpo.engine import lora_signature
 from safetydpo.search.space import Candidate
@@ -96,7 +99,22 @@ def test_the_small_set_is_the_beginning_of_each_kind(evaluator: MergeEvaluator) 
     assert {one.category for one in chosen[:2]} == {"violence", "shocking"}
 
 
-def test_only_a_candidate_with_factors_of_blocks_tells_a_merge_of_them() -> None:
-    assert block_arguments(Candidate("sum", 1.0, WEIGHTS)) == {}
-    factors = Candidate("sum", 1.0, WEIGHTS, block_weights=(("up_blocks", 0.5),))
-    assert block_arguments(factors) == {"block_weights": {"up_blocks": 0.5}}
+def test_a_candidate_is_merged_with_the_runs_settings_where_it_has_none() -> None:
+    """Growth of the rank, blocks and a method's options are the run's; a rank of its own does not grow."""
+    merge = MergeConfig(output_rank=4, rank_growth=0.5, blocks={"late": ("up_blocks.*",)}, della_window=0.2)
+    plain = {"method": "sum", "weights": dict(WEIGHTS), "global_scale": 1.0, "density": None, "output_rank": 4}
+    assert candidate_request(MergeConfig(output_rank=4), Candidate("sum", 1.0, WEIGHTS)) == plain
+    assert candidate_request(merge, Candidate("sum", 1.0, WEIGHTS)) == {**plain, "rank_growth": 0.5}
+    assert candidate_request(merge, Candidate("sum", 1.0, WEIGHTS, rank=2)) == {**plain, "output_rank": 2}
+    factors = Candidate("sum", 1.0, WEIGHTS, block_weights=(("late", 0.5),), rank=4)
+    found = candidate_request(merge, factors)
+    assert found["block_weights"] == {"late": 0.5}
+    assert list(found["blocks"]["late"]) == ["up_blocks.*"]
+    assert candidate_request(merge, Candidate("della", 1.0, WEIGHTS, 0.3))["options"]["della_window"] == 0.2
+
+
+def test_the_key_of_a_search_names_those_settings_only_where_they_are_used() -> None:
+    identity = Config.model_validate({"name": "x"}).identity
+    assert searched_settings(identity) == {}
+    grown = identity.model_copy(update={"merge": MergeConfig(output_rank=4, rank_growth=0.5, della_window=0.2)})
+    assert searched_settings(grown) == {"merge": {"rank_growth": 0.5}}
