@@ -93,3 +93,9 @@ def test_two_methods_of_one_name_and_files_without_one_are_refused(tmp_path: Pat
         collect_methods()
     for name in ("again", "zero"):
         sys.modules.pop(f"{methods.__name__}.{name}", None)
+
+
+def test_the_page_on_merging_lists_every_method_with_its_paper(root: Path) -> None:
+    page = (root / "docs" / "merging.md").read_text()
+    for name, method in METHODS.items():
+        assert f"| `{name}` | {method.paper} | {method.when_to_use} |" in page
