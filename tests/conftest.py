@@ -49,6 +49,24 @@ settings.register_profile("project", deadline=None, suppress_health_check=[Healt
 settings.load_profile("project")
 
 ROOT = Path(__file__).resolve().parents[1]
+LONGEST = (
+    "chain",
+    "search",
+    "s3",
+    "lanes",
+    "granularity",
+    "generate_pairs",
+    "evidence",
+    "node_loss",
+    "reference_errors",
+)
+"""Slow files `test_NAME_slow.py` that take minutes: begun first, so that no process ends long after the others."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; the order is kept by `--no-loadscope-reorder`."""
+    places = {f"test_{name}_slow.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="session")
