@@ -200,6 +200,8 @@ def export(
     for option, value, allowed in (("--to", to, TARGETS), ("--family", family, RULES)):
         if value is not None and value not in allowed:
             raise UsageError(f"expected {option} {', '.join(allowed)}, found {value!r}")
+    if name is not None and (not name.strip() or set(name) & set("/\\\0")):
+        raise UsageError(f"expected a name without / or \\ for --name, found {name!r}: it becomes a file's")
     source, target = open_location(file), open_location(out)
     target.check_reachable()
     refuse_existing(target)

@@ -165,6 +165,7 @@ def test_export_full_holds_the_sum_and_loads(file: Path, tmp_path: Path) -> None
         (["--to", "kohya", "--family", "sd9"], UsageError, "expected --family sd1, sd2, sdxl, found 'sd9'"),
         (["--to", "kohya"], UsageError, "name it with --family"),
         (["--to", "full"], UsageError, "expected the base model's folder or hub id for --to full, found none"),
+        (["--to", "kohya", "--name", "a/b"], UsageError, "expected a name without / or .* for --name, found 'a/b'"),
         (["--to", "diffusers", "--licence", "All rights"], UsageError, "expected --licence as the hub writes it"),
     ],
 )
