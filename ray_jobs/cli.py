@@ -290,7 +290,7 @@ def _print_choice(console: Any, chain: Any) -> None:
 def _print_times(console: Any, chain: Any) -> None:
     times = chain.run.seconds()
     text = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in times.items())
-    console.print(f"wall time  {text}; {sum(times.values()):.0f} s in all")
+    console.print(f"wall time  {text}; {sum(times.values()):.0f} s in all", soft_wrap=True)
 
 
 def _shipped(name: str) -> Path:

@@ -215,13 +215,9 @@ def _prepare(units: Sequence[PlannedUnit], of_seed: Sequence[PlannedUnit]) -> Ch
         return Chain(run)
     chain = run_stages(run.config, last="train")
     _refuse_other_experts(chain, of_seed)
-    last = max(needed, key=STAGES.index)
-    chain = chain if last == "train" else run_stages(run.config, last=last)
+    chain = chain if (last := max(needed, key=STAGES.index)) == "train" else run_stages(run.config, last=last)
     if chain.search_stopped:
-        raise SafetyDPOError(
-            f"expected a finished search of seed {units[0].seed}, found one that a budget ended "
-            f"({chain.search_stopped}): take the budgets out of execution.search"
-        )
+        raise SafetyDPOError(f"expected no budgets in execution.search, found {chain.search_stopped}: take them out")
     return chain
 
 
