@@ -149,14 +149,11 @@ def metadata_to_header(metadata: AdapterMetadata) -> dict[str, Any]:
     return {key: value for key, value in header.items() if key not in ("base_model", "licence", "source") or value}
 
 
-def adapter_from_bytes(data: bytes, *, source: str) -> tuple[dict[str, LoraLayer], AdapterMetadata]:
-    """Return the layers and the metadata of an adapter file; `source` names it in errors.
-
-    A plain diffusers LoRA file is accepted too: its metadata is empty (`base_fingerprint` "").
+def parse_safetensors(data: bytes, *, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the whole header of a safetensors file; `source` names it in errors.
 
     Raises:
-        SafetyDPOError: if the file is truncated or damaged, has keys that are not LoRA weights of one denoiser or
-            stand without their partner, has wrong shapes, or holds NaN or infinity; names the first such key.
+        SafetyDPOError: if the file is truncated or damaged.
     """
     try:
         tensors = load(data)
@@ -166,7 +163,19 @@ def adapter_from_bytes(data: bytes, *, source: str) -> tuple[dict[str, LoraLayer
             "make or copy the file again"
         ) from error
     length = int.from_bytes(data[:LENGTH_BYTES], "little")
-    header = json.loads(data[LENGTH_BYTES : LENGTH_BYTES + length])
+    return tensors, json.loads(data[LENGTH_BYTES : LENGTH_BYTES + length])
+
+
+def adapter_from_bytes(data: bytes, *, source: str) -> tuple[dict[str, LoraLayer], AdapterMetadata]:
+    """Return the layers and the metadata of an adapter file; `source` names it in errors.
+
+    A plain diffusers LoRA file is accepted too: its metadata is empty (`base_fingerprint` "").
+
+    Raises:
+        SafetyDPOError: if the file is truncated or damaged, has keys that are not LoRA weights of one denoiser or
+            stand without their partner, has wrong shapes, or holds NaN or infinity; names the first such key.
+    """
+    tensors, header = parse_safetensors(data, source=source)
     metadata, ranks = parse_metadata(header, source=source)
     layers: dict[str, LoraLayer] = {}
     denoiser, names = _module_names(tensors, source=source)

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
 from safetydpo.artifacts.adapters import (
@@ -23,10 +21,10 @@ from safetydpo.artifacts.adapters import (
     LoraLayer,
     check_weights,
     parse_metadata,
+    parse_safetensors,
 )
 from safetydpo.artifacts.kohya_names import from_kohya_name
 from safetydpo.artifacts.storage import Location
-from safetydpo.artifacts.weights import LENGTH_BYTES
 from safetydpo.errors import SafetyDPOError, UsageError
 
 LoraFormat = Literal["safetydpo", "diffusers", "peft", "kohya"]
@@ -107,7 +105,8 @@ def lora_from_bytes(data: bytes, *, source: str, peft_config: bytes | None = Non
         SafetyDPOError: if the file is damaged, holds other than plain LoRA weights (naming the first such key), a
             factor without its partner, wrong shapes, NaN or infinity, or a network that cannot be told.
     """
-    tensors, header = _load(data, source=source)
+    tensors, found = parse_safetensors(data, source=source)
+    header = dict(found.get("__metadata__") or {})
     parts: dict[str, dict[str, Tensor]] = {}
     for key in sorted(tensors):
         suffix = next((suffix for suffix in _SUFFIXES if key.endswith(suffix)), None)
@@ -163,19 +162,6 @@ def unfold(up: Tensor, scale: float) -> Tensor:
     to one unit in the last place.
     """
     return up if scale == 1.0 else up / scale
-
-
-def _load(data: bytes, *, source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        tensors = load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise SafetyDPOError(
-            f"expected a safetensors file at {source}, found {len(data):,} bytes that do not parse ({error}): "
-            "make or copy the file again"
-        ) from error
-    length = int.from_bytes(data[:LENGTH_BYTES], "little")
-    header = json.loads(data[LENGTH_BYTES : LENGTH_BYTES + length])
-    return tensors, dict(header.get("__metadata__") or {})
 
 
 def _format_of(name: str, header: Mapping[str, str]) -> LoraFormat:
