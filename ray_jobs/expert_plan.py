@@ -16,7 +16,7 @@ from ray_jobs.run import Run
 from safetydpo.artifacts.records import ArtifactKey, Record
 from safetydpo.artifacts.schemas import IMAGE_MANIFEST, MEMBERSHIPS, PROMPT_PAIRS, SELECTIONS, sha256_of
 from safetydpo.artifacts.storage import Location
-from safetydpo.artifacts.tables import fingerprint_rows, read_table
+from safetydpo.artifacts.tables import fingerprint_rows, fingerprint_sorted_ids, read_table
 from safetydpo.config.experts import ALL_SINGLE, ExpertsConfig
 from safetydpo.config.pairs import GENERATE
 from safetydpo.config.schema import IdentityConfig
@@ -33,12 +33,13 @@ RECIPE_VERSION = 2
 class OtherPairs:
     """All pairs of a run but some; listed only when asked for, since each of many experts lacks only a few of them."""
 
-    everything: frozenset[str] = frozenset()
+    everything: tuple[str, ...] = ()
+    """In order, and one tuple for all experts: to sort it anew for each of 500 takes minutes."""
     own: frozenset[str] = frozenset()
 
     def ids(self) -> tuple[str, ...]:
         """Return their ids in order."""
-        return tuple(sorted(self.everything - self.own))
+        return tuple(pair_id for pair_id in self.everything if pair_id not in self.own)
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,9 @@ def plan_experts(run: Run, pairs: Record, pairs_folder: Location) -> list[Expert
     grouping, everything = _group_kept(identity, pairs_folder)
     _warn_of_left_out(grouping.left_out)
     benign = benign_fingerprint(pairs, pairs_folder)
+    ordered = tuple(sorted(everything.pair_ids))
     units = [
-        _unit(run, group, _others(identity.dpo, group, everything), identity.dpo, benign=benign)
+        _unit(run, group, _others(identity.dpo, group, ordered), identity.dpo, benign=benign)
         for group in grouping.groups
     ]
     if identity.experts.all_single:
@@ -95,9 +97,9 @@ def _group_kept(identity: IdentityConfig, pairs_folder: Location) -> tuple[Group
     return grouping, _everything(members, kept, identity)
 
 
-def _others(dpo: DpoConfig, group: PairGroup, everything: PairGroup) -> OtherPairs:
+def _others(dpo: DpoConfig, group: PairGroup, everything: tuple[str, ...]) -> OtherPairs:
     is_used = dpo.retention_weight > 0 and dpo.retention_pictures != "neutral" and group.name != ALL_SINGLE
-    return OtherPairs(everything.pair_ids, group.pair_ids) if is_used else OtherPairs()
+    return OtherPairs(everything, group.pair_ids) if is_used else OtherPairs()
 
 
 def planned_names(identity: IdentityConfig) -> list[str]:
@@ -181,7 +183,7 @@ def _unit(run: Run, group: PairGroup, others: OtherPairs, dpo: DpoConfig, *, ben
             "pairs": _fingerprint(group.pair_ids),
             # Benign pictures take part with the retention term only; without it they must not change a hash.
             "retention": benign if dpo.retention_weight > 0 else "",
-            "retention_pairs": _fingerprint(other_ids) if other_ids else "",
+            "retention_pairs": fingerprint_sorted_ids(other_ids) if other_ids else "",
             **_safe_pictures(identity),
             **validation_inputs(identity, group.categories),
         },
@@ -255,6 +257,7 @@ def read_lane_units(run: Run, pairs_folder: Location, told: Mapping[str, Any]) -
     """
     grouping, everything = _group_kept(run.config.identity, pairs_folder)
     groups = {group.name: group for group in (*grouping.groups, everything)}
+    ordered = tuple(sorted(everything.pair_ids))
     units = []
     for each in told["units"]:
         group = groups.get(each["group"])
@@ -267,7 +270,7 @@ def read_lane_units(run: Run, pairs_folder: Location, told: Mapping[str, Any]) -
         identity = _with_steps(told["common"], each["name"], each["steps"])
         key = ArtifactKey("experts", each["name"], identity, each["inputs"], told["recipe_version"])
         settings = DpoConfig(**identity["dpo"])
-        others = _others(settings, group, everything)
+        others = _others(settings, group, ordered)
         ids = tuple(sorted(group.pair_ids))
         units.append(ExpertUnit(each["name"], group.name, ids, others, group.categories, settings, key))
     return units

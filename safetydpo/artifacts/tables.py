@@ -126,3 +126,8 @@ def fingerprint_rows(pairs: Iterable[tuple[str, str]]) -> str:
     for row_id, content in sorted(pairs):
         digest.update(f"{row_id} {content}\n".encode())
     return digest.hexdigest()
+
+
+def fingerprint_sorted_ids(ids: Iterable[str]) -> str:
+    """Return what `fingerprint_rows` returns of these ids without contents, for ids that are in order already."""
+    return hashlib.sha256("".join([f"{row_id} \n" for row_id in ids]).encode()).hexdigest()

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from safetydpo.artifacts import tables
 from safetydpo.artifacts.schemas import ADDED_LATER, IMAGES, PROMPT_PAIRS, SELECTIONS, TEXT_EMBEDDINGS
 from safetydpo.artifacts.storage import Location
-from safetydpo.artifacts.tables import ROWS_PER_GROUP, fingerprint_rows, read_table, table_from_rows, write_table
+from safetydpo.artifacts.tables import (
+    ROWS_PER_GROUP,
+    fingerprint_rows,
+    fingerprint_sorted_ids,
+    read_table,
+    table_from_rows,
+    write_table,
+)
 from safetydpo.errors import SafetyDPOError
 
 
@@ -220,3 +227,8 @@ def test_text_features_of_earlier_versions_read_without_pooled_ones(store: Locat
     assert found.to_pylist() == [row | {"pooled": None, "pooled_width": None}, new]
     chosen = read_table(store / "pool" / "1.parquet", TEXT_EMBEDDINGS, columns=["pooled_width", "tokens"])
     assert chosen.to_pylist() == [{"pooled_width": None, "tokens": 1}]
+
+
+@given(st.sets(st.text("abcdef0123456789", min_size=1, max_size=4)))
+def test_fingerprint_of_sorted_ids_is_that_of_rows_without_content(ids: set[str]) -> None:
+    assert fingerprint_sorted_ids(sorted(ids)) == fingerprint_rows((row_id, "") for row_id in ids)
