@@ -8,6 +8,7 @@ from typing import Any
 from safetydpo.config.merge import MergeConfig
 from safetydpo.config.schema import IdentityConfig
 from safetydpo.errors import UsageError
+from safetydpo.merging.blocks import assign_blocks
 from safetydpo.merging.levels import Level, category_groups, merge_in_levels
 from safetydpo.merging.merge import Expert, MergeResult, MergeSettings, PreparedExperts, merge_with, prepare_experts
 from safetydpo.merging.method import MergeMethod, MethodOptions
@@ -108,6 +109,22 @@ def check_merge_settings(identity: IdentityConfig) -> None:
             f"expected no identity.merge.weights or expert_block_weights beside the method {unweighted[0]!r}, whose "
             "result does not depend on them, found some: take out one or the other"
         )
+
+
+def check_blocks(identity: IdentityConfig, layers: Sequence[str]) -> None:
+    """Refuse factors of blocks that hold none of an adapter's layers, before hours of training.
+
+    Raises:
+        UsageError: naming the setting and the first such block, or a layer in two blocks.
+    """
+    merge = identity.merge
+    in_merges = {*merge.block_weights, *(block for row in merge.expert_block_weights.values() for block in row)}
+    in_search = {block for members in identity.search.block_groups.values() for block in members}
+    for setting, wanted in (("merge", in_merges), ("search.block_groups", in_search)):
+        try:
+            assign_blocks(layers, wanted, merge.blocks)
+        except UsageError as error:
+            raise UsageError(f"identity.{setting}: {error}") from error
 
 
 def run_merge(

@@ -73,6 +73,7 @@ def check_request(run: Run, *, last: str = "report") -> None:
     from ray_jobs.expert_plan import group_prompt_pairs, is_grouped
     from ray_jobs.expert_watch import check_watch
     from ray_jobs.given_pairs import check_given
+    from ray_jobs.merge_settings import check_blocks
     from ray_jobs.prompt_tables import all_pairs
     from ray_jobs.search_checks import check_search
     from ray_jobs.verify_pairs import check_verification
@@ -105,7 +106,8 @@ def check_request(run: Run, *, last: str = "report") -> None:
             group_prompt_pairs(identity)
     # Computed once per run and kept: asking here costs nothing.
     _ = run.base_fingerprint
-    check_targets(identity.base, identity.lora.layer_targets, attention=identity.lora.attention)
+    layers = check_targets(identity.base, identity.lora.layer_targets, attention=identity.lora.attention)
+    check_blocks(identity, layers)
 
 
 def _check_methods(identity: IdentityConfig) -> None:

@@ -6,17 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from safetydpo.artifacts.storage import open_location
+from safetydpo.config.pairs import GENERATE
 from safetydpo.config.rungs import HeldOutRung
-from safetydpo.config.schema import Config
+from safetydpo.config.schema import Config, IdentityConfig
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.search.guard import refuse_overlap
+from safetydpo.search.space import build_space, known_candidates
 
 
 def check_search(config: Config) -> None:
     """Refuse settings of a search that cannot work, before hours of training.
 
     Raises:
-        UsageError: if there is nothing to choose from, or a rung needs pairs that trainings do not hold out.
+        UsageError: if there is nothing to choose from, a rung needs pairs that trainings do not hold out, or there are
+            fewer trials than known first ones.
     """
     search = config.identity.search
     if not search.methods:
@@ -24,6 +27,8 @@ def check_search(config: Config) -> None:
             "expected at least one merge method to search in identity.search.methods, found none: add one, such as sum"
         )
     check_held_out(config)
+    if search.first_trials == "known":
+        _check_first_trials(config.identity)
 
 
 def check_held_out(config: Config) -> None:
@@ -39,6 +44,25 @@ def check_held_out(config: Config) -> None:
             "expected trainings that keep pairs out (identity.dpo.validation.every_steps) for a rung of "
             "identity.search.ladder of kind 'held_out', found none: set it, or pairs: all for that rung"
         )
+
+
+def _check_first_trials(identity: IdentityConfig) -> None:
+    from ray_jobs.expert_plan import planned_names
+    from safetydpo.merging.registry import density_methods, unweighted_methods
+    from safetydpo.search.replay import check_known
+
+    if identity.pairs.source != GENERATE or identity.experts.small_groups == "leave_out":
+        # How many experts there will be is not known yet; the search itself counts them.
+        return
+    names = planned_names(identity)
+    space = build_space(
+        identity.search,
+        names,
+        density_methods=density_methods(),
+        unweighted_methods=unweighted_methods(),
+        groups={"all": names},
+    )
+    check_known(known_candidates(space, density_methods=density_methods()), trials=identity.search.trials)
 
 
 def check_benchmarks(names: Sequence[str], prompts: Sequence[str]) -> dict[str, Any]:

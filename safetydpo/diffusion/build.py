@@ -31,7 +31,7 @@ from safetydpo.diffusion.folder import (
     weight_patterns,
 )
 from safetydpo.diffusion.original_layout import PREFIXES, networks_beside
-from safetydpo.diffusion.targets import require_attention, require_targets
+from safetydpo.diffusion.targets import matches_suffix, require_attention, require_targets
 from safetydpo.errors import SafetyDPOError, UsageError
 
 
@@ -141,8 +141,8 @@ def base_fingerprint(base: BaseModelConfig) -> str:
     return fingerprint_files(files)
 
 
-def check_targets(base: BaseModelConfig, targets: Sequence[str], *, attention: str = "all") -> None:
-    """Check that every LoRA target names a linear layer of the model's denoiser, reading names only.
+def check_targets(base: BaseModelConfig, targets: Sequence[str], *, attention: str = "all") -> list[str]:
+    """Check that every LoRA target names a linear layer of the model's denoiser, reading names only; return all named.
 
     `attention` is that of the LoRA settings.
 
@@ -158,6 +158,7 @@ def check_targets(base: BaseModelConfig, targets: Sequence[str], *, attention: s
         # The file's own names are those of the first release; the configuration tells the network's.
         names = _linear_layers_by_configuration(FAMILIES[family]().network_class, files.folder / DENOISERS[family])
     require_targets(names, targets)
+    return sorted(name for name in names if any(matches_suffix(name, suffix) for suffix in targets))
 
 
 def _linear_layers_by_configuration(network_class: Any, folder: Path) -> list[str]:

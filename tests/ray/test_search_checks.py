@@ -29,9 +29,22 @@ def test_a_rung_on_held_out_pairs_needs_trainings_that_hold_some_out() -> None:
     check_search(config({"ladder": [{"kind": "held_out"}]}, validation={"every_steps": 10}))
 
 
+def test_known_first_trials_need_as_many_trials() -> None:
+    """Seven experts alone, average and TIES: 9, with Co-Merge among the methods 10."""
+    known = {"first_trials": "known", "methods": ["sum", "ties", "co_merge"]}
+    with pytest.raises(UsageError, match=r"identity\.search\.trials of at least 10 because .* found 9: raise it"):
+        check_search(config({**known, "trials": 9}))
+    check_search(config({**known, "trials": 10}))
+    check_search(config({**known, "trials": 9, "methods": ["sum"]}))
+
+
 def test_the_command_refuses_before_anything_is_made(command: Command) -> None:
     command("search", "identity.search.methods=[]").assert_one_line("identity.search.methods", code=2)
     command("search", "identity.search.ladder=[{kind: held_out}]").assert_one_line("identity.search.ladder", code=2)
+    command("search", "identity.search.block_groups={all: [side_blocks]}").assert_one_line(
+        "identity.search.block_groups: expected blocks that hold layers of the adapter", code=2
+    )
+    command("merge", "identity.merge.block_weights={sideways: 0.5}").assert_one_line("found 'sideways'", code=2)
     assert not (command.folder / "store").exists()
 
 
