@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -161,20 +161,26 @@ def _measure(
         reason = why_not(measurements, budget_of(execution), pending[start][0], [])
         if reason is not None:
             raise BudgetError(f"search stopped at its {reason}: its finalists are not measured yet")
-        running = [
-            task.remote(dict(evaluator), rung, [one.to_json() if one else "" for one in missing])
+        running = {
+            task.remote(dict(evaluator), rung, [one.to_json() if one else "" for one in missing]): (rung, list(missing))
             for rung, missing in pending[start : start + at_once]
-        ]
-        for (rung, missing), results in zip(pending[start : start + at_once], ray.get(running), strict=True):
-            for candidate, result in zip(missing, results, strict=True):
-                measurements.add(candidate, rung, result)
+        }
+        while running:
+            (ready, *_), _ = ray.wait(list(running), num_returns=1)
+            rung, missing = running[ready]
+            try:
+                # One candidate after another: what an interruption costs is the one that is being measured.
+                result = ray.get(next(ready))
+            except StopIteration:
+                del running[ready]
+            else:
+                measurements.add(missing.pop(0), rung, result)
 
 
 @ray.remote
-def _measure_seed(evaluator: dict[str, Any], rung: int, candidates: list[str]) -> list[dict[str, Any]]:
+def _measure_seed(evaluator: dict[str, Any], rung: int, candidates: list[str]) -> Iterator[dict[str, Any]]:
     measuring = MergeEvaluator(**evaluator)
     margins = _caption_margins(evaluator["prompts"])
-    results = []
     for text in candidates:
         started = time.time()
         measuring.swap(Candidate.from_json(text) if text else None)
@@ -188,18 +194,15 @@ def _measure_seed(evaluator: dict[str, Any], rung: int, candidates: list[str]) -
             NEIGHBOUR: [int(one.is_found) for one in judged],
             "clip": margins(pictures),
         }
-        results.append(
-            {
-                "status": OK,
-                "objective": 0.0,
-                "metrics": json.dumps(numbers),
-                "error": "",
-                "started_at": started,
-                "seconds": time.time() - started,
-                "pictures": len(judged),
-            }
-        )
-    return results
+        yield {
+            "status": OK,
+            "objective": 0.0,
+            "metrics": json.dumps(numbers),
+            "error": "",
+            "started_at": started,
+            "seconds": time.time() - started,
+            "pictures": len(judged),
+        }
 
 
 def _caption_margins(prompts: Sequence[Prompt]) -> Any:

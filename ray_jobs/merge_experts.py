@@ -38,7 +38,9 @@ def merge_experts(run: Run, experts: Mapping[str, Record], pairs: Record, pairs_
     check_expert_files(run, experts)
     merge = run.config.identity.merge
     methods = [find_method(name) for name in merge.methods]
-    aids = merge_aids(run, experts, pairs, pairs_folder, methods=methods)
+    within = run.config.identity.merge.within_category
+    levels = [] if within is None else [find_method(within.method)]
+    aids = merge_aids(run, experts, pairs, pairs_folder, methods=[*methods, *levels])
     members = {name: record for name, record in experts.items() if name != ALL_SINGLE}
     records: dict[str, Record] = {}
     for method in methods:
@@ -55,9 +57,7 @@ def merge_aids(
 
     distils = any(method.needs_distilled for method in methods)
     start = [find_method(run.config.identity.merge.distill.start_method)] if distils else []
-    within = run.config.identity.merge.within_category
-    level = [find_method(within.method)] if within is not None else []
-    needs_base = any(method.needs_base for method in (*methods, *start, *level))
+    needs_base = any(method.needs_base for method in (*methods, *start))
     aids = MergeAids(layer_inputs=collect_layer_inputs(run) if needs_base else None)
     if not distils:
         return aids

@@ -20,6 +20,7 @@ from safetydpo.artifacts.records import (
     check_run_identity,
     close_artifact,
     find_closed,
+    hold_run_files,
     write_pointer,
 )
 from safetydpo.artifacts.storage import Location, open_location
@@ -89,10 +90,10 @@ class Run:
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Add wall time to a stage's sum in `timing.json`; an interrupted stage's parts add up."""
-        location = self.run_dir / "timing.json"
-        timing = self.seconds()
-        timing[stage] = round(timing.get(stage, 0.0) + seconds, 3)
-        location.write_bytes(json.dumps(timing, indent=2).encode() + b"\n")
+        with hold_run_files(self.run_dir):
+            timing = self.seconds()
+            timing[stage] = round(timing.get(stage, 0.0) + seconds, 3)
+            (self.run_dir / "timing.json").write_bytes(json.dumps(timing, indent=2).encode() + b"\n")
 
     def seconds(self) -> dict[str, float]:
         """Return the wall time of each stage so far."""

@@ -6,7 +6,8 @@ No record, no artifact. A closed artifact is never written again; asking for it 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -161,12 +162,22 @@ def write_pointers(run_dir: Location, keys: Mapping[str, ArtifactKey]) -> None:
     wanted = {name: {"stage": key.stage, "folder": key.folder_name, "hash": key.hash} for name, key in keys.items()}
     if wanted.items() <= read_pointers(run_dir).items():
         return
-    # Read and written under a lease: two commands that change the file at once would lose a pointer.
-    with hold_lease(run_dir / POINTERS_LEASE, patience_seconds=POINTERS_PATIENCE_SECONDS):
+    with hold_run_files(run_dir):
         pointers = read_pointers(run_dir) | wanted
         (run_dir / POINTERS_FILE).write_bytes(
             json.dumps({"artifacts": pointers}, indent=2, sort_keys=True).encode() + b"\n"
         )
+
+
+@contextmanager
+def hold_run_files(run_dir: Location) -> Iterator[None]:
+    """Be the only one that reads and writes the small files of a run: two commands at once would lose an entry.
+
+    Raises:
+        SafetyDPOError: if storage fails, or another command holds them for longer than writing can take.
+    """
+    with hold_lease(run_dir / POINTERS_LEASE, patience_seconds=POINTERS_PATIENCE_SECONDS):
+        yield
 
 
 def check_run_identity(run_dir: Location, config: Mapping[str, Any]) -> None:
