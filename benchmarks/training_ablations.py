@@ -30,6 +30,7 @@ from ray_jobs.expert_plan import ExpertUnit
 from ray_jobs.failures import run_guarded
 from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.config.load import load_config
+from safetydpo.errors import SafetyDPOError
 from safetydpo.prompts.sets import Prompt
 from safetydpo.seeding import derive_numpy
 from safetydpo.statistics import clopper_pearson
@@ -58,6 +59,8 @@ class Variant:
     """Optimizer steps as a multiple of the config's `dpo.steps`."""
     rank_factor: int = 1
     """Rank as a multiple of the config's `lora.rank`."""
+    rate_divisor: int = 1
+    """What the config's `dpo.learning_rate` is divided by."""
 
 
 VARIANTS: Mapping[str, Variant] = {
@@ -73,12 +76,18 @@ VARIANTS: Mapping[str, Variant] = {
     "all_single, 7 x the steps": Variant(experts=(ALL_SINGLE,), step_factor=7),
     "all_single, 7 x the rank": Variant(experts=(ALL_SINGLE,), rank_factor=7),
     "all_single, 7 x steps and rank": Variant(experts=(ALL_SINGLE,), step_factor=7, rank_factor=7),
+    # Adam moves every component alike, so that a step moves the sum of 7 x as many of them 7 x as far.
+    "all_single, 7 x the rank, rate / 7": Variant(experts=(ALL_SINGLE,), rank_factor=7, rate_divisor=7),
+    "all_single, 7 x steps and rank, rate / 7": Variant(
+        experts=(ALL_SINGLE,), step_factor=7, rank_factor=7, rate_divisor=7
+    ),
 }
 
 
 def changed(unit: ExpertUnit, variant: Variant, *, steps: int, seed: int) -> ExpertUnit:
     """Return the unit as the variant trains it; `steps` are those of one expert."""
-    dpo = unit.dpo.model_copy(update={**variant.dpo, "steps": steps * variant.step_factor})
+    rate = unit.dpo.learning_rate / variant.rate_divisor
+    dpo = unit.dpo.model_copy(update={**variant.dpo, "steps": steps * variant.step_factor, "learning_rate": rate})
     num_pairs = max(1, round(len(unit.pair_ids) * variant.pair_share))
     order = derive_numpy(seed, "ablation_pairs", unit.name).permutation(len(unit.pair_ids))
     pair_ids = tuple(sorted(unit.pair_ids[place] for place in order[:num_pairs]))
@@ -91,13 +100,19 @@ def measure_unit(bench: ExpertBench, prompts: Sequence[Prompt], *, name: str, ex
     unit = changed(bench.units[expert], variant, steps=identity.dpo.steps, seed=identity.seed)
     lora = identity.lora.model_copy(update={"rank": identity.lora.rank * variant.rank_factor})
     started = time.process_time()
-    bench.train(unit, lora=lora)
+    diverged = ""
+    try:
+        bench.train(unit, lora=lora)
+    except SafetyDPOError as error:
+        # A result as any other: the spike guard ended the training.
+        diverged = " ".join(str(error).split())
     seconds = time.process_time() - started
     return {
         "variant": name,
         "expert": expert,
         "seed": identity.seed,
-        "counts": bench.counts(prompts, expert),
+        "counts": {} if diverged else bench.counts(prompts, expert),
+        "diverged": diverged,
         "pairs": len(unit.pair_ids),
         "steps": unit.dpo.steps,
         "rank": lora.rank,
@@ -123,7 +138,7 @@ def measure(config_file: Path, *, overrides: Sequence[str], seed: int, variants:
         unit = measure_unit(bench, prompts, name=name, expert=expert)
         results.mkdir(parents=True, exist_ok=True)
         _file(results, name, expert, seed).write_text(json.dumps(unit, indent=1, sort_keys=True) + "\n")
-        shares = {column: round(hits / n, 2) for column, (hits, n) in unit["counts"].items()}
+        shares = {column: round(hits / n, 2) for column, (hits, n) in unit["counts"].items()} or unit["diverged"]
         print(f"{name:34} {expert:12} seed {seed} {shares} {unit['training_cpu_seconds']} s", flush=True)
 
 
@@ -140,8 +155,15 @@ def table(units: Sequence[Mapping[str, Any]]) -> str:
         "|---|" + "---|" * (len(COLUMNS) + 3),
     ]
     for name in VARIANTS:
-        mine = [unit for unit in units if unit["variant"] == name]
+        everyone = [unit for unit in units if unit["variant"] == name]
+        if not everyone:
+            continue
+        mine = [unit for unit in everyone if unit["counts"]]
+        label = (
+            name if len(mine) == len(everyone) else f"{name} ({len(everyone) - len(mine)} of {len(everyone)} diverged)"
+        )
         if not mine:
+            lines.append(f"| {label} |" + " – |" * (len(COLUMNS) + 3))
             continue
         cells = [_interval([unit["counts"].get(column) for unit in mine]) for column in COLUMNS]
         seeds = sorted({unit["seed"] for unit in mine})
@@ -150,7 +172,7 @@ def table(units: Sequence[Mapping[str, Any]]) -> str:
         )
         seconds = sum(unit["training_cpu_seconds"] for unit in mine) / len(mine)
         n = sum(unit["counts"]["own_ip"][1] for unit in mine)
-        lines.append(f"| {name} | {' | '.join(cells)} | {per_seed} | {n} | {seconds:.0f} |")
+        lines.append(f"| {label} | {' | '.join(cells)} | {per_seed} | {n} | {seconds:.0f} |")
     return "\n".join(lines)
 
 
@@ -207,11 +229,11 @@ def main() -> None:
     first = _pooled([unit["counts"]["own_ip"] for unit in units if unit["variant"] == "as configured"])[2]
     ratios = {
         f"IP, {name} minus as configured": _pooled(
-            [unit["counts"]["own_ip"] for unit in units if unit["variant"] == name]
+            [unit["counts"]["own_ip"] for unit in units if unit["variant"] == name and unit["counts"]]
         )[2]
         - first
         for name in arguments.variants
-        if any(unit["variant"] == name for unit in units)
+        if any(unit["variant"] == name and unit["counts"] for unit in units)
     }
     print_result("training_ablations", ratios=ratios, raw={"units": len(units), "seeds": arguments.seeds})
 
