@@ -189,7 +189,8 @@ def measure(config: Config, *, ladder: Any, ip_pairs: int, parts: Sequence[str])
     ratios: dict[str, float] = {}
     raw: dict[str, Any] = {"ladder": ladder}
     ours = search_with(config, place / "ladder", ladder=ladder)
-    evaluator = open_evaluator(base)
+    # Of the search, not of the run it starts from: only a search that may distil has a distilled adapter.
+    evaluator = open_evaluator(ours.run)
     raw["ladder_details"] = dict(ours.record.details)
     ratios["driver_seconds_per_trial"] = ours.driver_seconds_per_trial
     if "swap" in parts:
