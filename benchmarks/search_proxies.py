@@ -44,6 +44,7 @@ THIRDS: Mapping[str, tuple[int, int] | None] = {
     "middle": (333, 665),
     "high noise": (666, 999),
 }
+CEILINGS = ("safe_rise_max", "benign_rise_max", "prompt_shift_max")
 SMALL = FewStepsRung(steps=3, prompts_per_category=2, neutral_prompts=7, neighbour_prompts=7)
 
 
@@ -67,7 +68,10 @@ def measure(config: Config, *, count: int, pairs: str, log: Path) -> list[dict[s
         name: HeldOutRung.model_validate({"pairs": pairs, "benign_pictures": 32, "timestep_range": span})
         for name, span in THIRDS.items()
     }
-    opened = {name: open_questions(run, rung, folder, evaluator.backbone) for name, rung in rungs.items()}
+    prompts = validation_prompts(run)
+    opened = {
+        name: open_questions(run, rung, folder, evaluator.backbone, prompts=prompts) for name, rung in rungs.items()
+    }
     names = [name.removeprefix("expert:") for name in pointers if name.startswith("expert:")]
     known = {line["candidate"]: line for line in map(json.loads, log.read_text().splitlines())} if log.exists() else {}
     found = []
@@ -110,10 +114,10 @@ def correlations(config: Config, rows: Sequence[Mapping[str, Any]]) -> dict[str,
     for span in THIRDS:
         for proxy in get_args(Proxy):
             for name, ceilings in (("", True), (" without ceilings", False)):
-                limits = {} if ceilings else {"safe_rise_max": 1e9, "benign_rise_max": 1e9}
+                limits = {} if ceilings else dict.fromkeys(CEILINGS, 1e9)
                 rung = HeldOutRung(proxy=proxy, **limits)
                 values[f"{proxy}, {span}{name}"] = [proxy_value(row["numbers"][span], rung) for row in rows[1:]]
-        for damage in ("safe_rise", "benign_rise"):
+        for damage in ("safe_rise", "benign_rise", "neutral_shift", "neighbour_shift"):
             values[f"{damage}, {span}"] = [row["numbers"][span][damage] for row in rows[1:]]
     found = {}
     for name, measured in values.items():

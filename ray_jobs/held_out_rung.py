@@ -17,7 +17,8 @@ from safetydpo.artifacts.storage import Location
 from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.config.rungs import HeldOutRung
 from safetydpo.errors import SafetyDPOError
-from safetydpo.search.proxy import Answers, ProxyQuestions, Questions, ask, predict_rows, proxy_numbers
+from safetydpo.prompts.sets import Prompt
+from safetydpo.search.proxy import PROMPTS, Answers, ProxyQuestions, Questions, ask, predict_rows, proxy_numbers
 from safetydpo.seeding import derive_seed
 
 PURPOSE = "search_proxy"
@@ -37,8 +38,10 @@ class HeldOutQuestions:
         return proxy_numbers(ask(backbone, self.questions, batch_size=self.batch_size), self.base, self.questions)
 
 
-def open_questions(run: Run, rung: HeldOutRung, pairs_folder: Location, backbone: Any) -> HeldOutQuestions:
-    """Read pairs and pictures, fix their draws, and ask the base.
+def open_questions(
+    run: Run, rung: HeldOutRung, pairs_folder: Location, backbone: Any, *, prompts: Sequence[Prompt]
+) -> HeldOutQuestions:
+    """Read pairs and pictures, fix their draws, and ask the base; `prompts` are the search's own.
 
     Raises:
         SafetyDPOError: if no pair is held out, or there is no benign picture.
@@ -64,8 +67,39 @@ def open_questions(run: Run, rung: HeldOutRung, pairs_folder: Location, backbone
     backbone.remove_adapter()
     size = run.config.identity.sampler.batch_size
     redirected = predict_rows(backbone, unsafe.noisy, unsafe.timesteps, safe_own.condition, batch_size=size)
-    found = ProxyQuestions(unsafe, safe, safe_own, asked_benign, redirected)
+    of_prompts = {kind: _ask_prompts(run, rung, backbone, prompts, kind, data.latent_shape) for kind in PROMPTS}
+    found = ProxyQuestions(
+        unsafe,
+        safe,
+        safe_own,
+        asked_benign,
+        redirected,
+        **{kind: asked for kind, (asked, _) in of_prompts.items()},
+        **{f"{kind}_plain": plain for kind, (_, plain) in of_prompts.items()},
+    )
     return HeldOutQuestions(found, ask(backbone, found, batch_size=size), size)
+
+
+def _ask_prompts(
+    run: Run,
+    rung: HeldOutRung,
+    backbone: Any,
+    prompts: Sequence[Prompt],
+    kind: str,
+    shape: tuple[int, int, int],
+) -> tuple[Questions, torch.Tensor]:
+    """Return questions about noise under the captions of one kind, and the base's answers without a caption."""
+    chosen = [prompt for prompt in prompts if prompt.prompt_set == kind]
+    seeds = [derive_seed(run.config.identity.seed, f"{PURPOSE}/noise", prompt.prompt_id) for prompt in chosen]
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    noise = noise.to(backbone.device)
+    last = backbone.num_train_timesteps - 1
+    timesteps = torch.full((len(chosen),), round(rung.prompt_timestep * last), device=backbone.device)
+    noisy = backbone.add_noise(torch.zeros_like(noise), noise, timesteps)
+    captions = [backbone.encode_prompts(texts) for texts in ([prompt.text for prompt in chosen], [""] * len(chosen))]
+    size = run.config.identity.sampler.batch_size
+    own, plain = (predict_rows(backbone, noisy, timesteps, caption, batch_size=size) for caption in captions)
+    return Questions(noisy, timesteps, captions[0], own), plain
 
 
 def _pair_ids(run: Run, rung: HeldOutRung, pairs_folder: Location, tables: TrainingTables, backbone: Any) -> list[str]:

@@ -104,7 +104,7 @@ class MergeEvaluator:
         if rung not in self._questions:
             assert self._pairs_folder is not None
             folder = Location(self.run.store.filesystem, self._pairs_folder)
-            self._questions[rung] = open_questions(self.run, settings, folder, self.backbone)
+            self._questions[rung] = open_questions(self.run, settings, folder, self.backbone, prompts=self._prompts)
         return self._questions[rung]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from safetydpo.config.fields import Frozen
+from safetydpo.config.fields import Frozen, Rate
 
 Proxy = Literal["margin", "accuracy", "safe_fall", "redirection"]
 """What a rung without sampling ranks by; `search.proxy` says what each one is."""
@@ -40,12 +40,17 @@ class HeldOutRung(RungConfig):
     """Both ends inclusive; None = all training timesteps."""
     benign_pictures: int = Field(64, ge=1)
     """Benign pictures of the base that are measured."""
-    proxy: Proxy = "safe_fall"
-    """What ranks candidates that keep both ceilings; measured in docs/search.md."""
+    proxy: Proxy = "redirection"
+    """What ranks candidates that keep all ceilings; measured in docs/search.md."""
     safe_rise_max: float = Field(0.25, ge=0.0)
     """Ceiling on the relative rise of the error on safe pictures under their own captions; what lies above costs."""
     benign_rise_max: float = Field(0.08, ge=0.0)
     """Ceiling on the relative rise of the error on benign pictures; what lies above costs."""
+    prompt_shift_max: float = Field(0.13, ge=0.0)
+    """Ceiling on the share of a caption's effect that changes, for neutral prompts and for neighbours each; what lies
+    above costs. On the demo world 0.13 is where a fifth of the neighbours is lost."""
+    prompt_timestep: Rate = 0.8
+    """Timestep of the noise at which prompts are asked about, as a share of the training timesteps."""
 
     @model_validator(mode="after")
     def _timesteps_are_ordered(self) -> Self:

@@ -11,17 +11,21 @@ With e(...) the mean squared error of the prediction of a picture and c a captio
 |               | / mean|b(unsafe, c unsafe) - b(unsafe, c safe)|^2                   |                          |
 | `safe_rise`   | mean(rise(safe, c safe)) / mean(e base)                             | raises it                |
 | `benign_rise` | mean(rise(benign, c benign)) / mean(e base)                         | raises it                |
+| `*_shift`     | mean|p(noise, c) - b(noise, c)|^2 / mean|b(noise, c) - b(noise, "")|^2 | raises it             |
 
 `redirection` is the share of the way from the base's answer to the unsafe caption towards its answer to the safe one;
-an overshoot is as far away as the same shortfall. Higher is better for the first four; the last two are damage,
-and have a ceiling.
+an overshoot is as far away as the same shortfall. `neutral_shift` and `neighbour_shift` ask about prompts without any
+picture, on noise alone at a late timestep, where what will be drawn is decided: the change of the answer as a share of
+what the caption changes in the base's answer. Neighbours of unsafe concepts are not among the benign pictures that
+trainings keep, so that nothing else here sees what becomes of them. Higher is better for the first four; the others
+are damage, and have a ceiling.
 
 Axis legend: `row` one draw of one pair or picture, `channel height width` latent axes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float
@@ -29,6 +33,9 @@ from torch import Tensor
 
 from safetydpo.diffusion.backbone import Backbone, Condition
 from safetydpo.errors import SafetyDPOError
+
+PROMPTS = ("neutral", "neighbour")
+"""Kinds of prompts that are asked about without a picture."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Questions:
 
 @dataclass(frozen=True)
 class ProxyQuestions:
-    """The four kinds of questions.
+    """The kinds of questions.
 
     Attributes:
         unsafe: unsafe pictures under the unsafe caption.
@@ -54,6 +61,10 @@ class ProxyQuestions:
         safe_own: safe pictures under their own caption.
         benign: benign pictures under their own caption.
         redirected: what the base answers about the rows of `unsafe` under the safe caption.
+        neutral: noise under the captions of neutral prompts; the target is the base's answer.
+        neighbour: the same of neutral neighbours of unsafe concepts.
+        neutral_plain: what the base answers about the rows of `neutral` without a caption.
+        neighbour_plain: the same of `neighbour`.
     """
 
     unsafe: Questions
@@ -61,6 +72,10 @@ class ProxyQuestions:
     safe_own: Questions
     benign: Questions
     redirected: Float[Tensor, "row channel height width"]
+    neutral: Questions
+    neighbour: Questions
+    neutral_plain: Float[Tensor, "row channel height width"]
+    neighbour_plain: Float[Tensor, "row channel height width"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,8 @@ class Answers:
     safe: Tensor
     safe_own: Tensor
     benign: Tensor
+    neutral: Tensor
+    neighbour: Tensor
 
 
 def ask(backbone: Backbone, questions: ProxyQuestions, *, batch_size: int) -> Answers:
@@ -82,9 +99,7 @@ def ask(backbone: Backbone, questions: ProxyQuestions, *, batch_size: int) -> An
     def predict(asked: Questions) -> Tensor:
         return predict_rows(backbone, asked.noisy, asked.timesteps, asked.condition, batch_size=batch_size)
 
-    return Answers(
-        predict(questions.unsafe), predict(questions.safe), predict(questions.safe_own), predict(questions.benign)
-    )
+    return Answers(**{each.name: predict(getattr(questions, each.name)) for each in fields(Answers)})
 
 
 def predict_rows(
@@ -123,6 +138,12 @@ def proxy_numbers(policy: Answers, base: Answers, questions: ProxyQuestions) -> 
             "expected the base to answer unsafe and safe captions differently, found no difference on the held-out "
             "pairs: check the captions of the prompt pairs"
         )
+    reach = {name: _errors(getattr(questions, f"{name}_plain"), getattr(questions, name).target) for name in PROMPTS}
+    if any(float(each.mean()) == 0.0 for each in reach.values()):
+        raise SafetyDPOError(
+            "expected the base to answer neutral prompts otherwise than no prompt, found no difference: check the "
+            "neutral and neighbouring prompts of the search"
+        )
     found = {
         "margin": margins.mean() / rises["unsafe"][1],
         "accuracy": (margins > 0).double().mean(),
@@ -130,6 +151,10 @@ def proxy_numbers(policy: Answers, base: Answers, questions: ProxyQuestions) -> 
         "redirection": 1.0 - _errors(policy.unsafe, questions.redirected).mean() / way,
         "safe_rise": rises["safe_own"][0].mean() / rises["safe_own"][1],
         "benign_rise": rises["benign"][0].mean() / rises["benign"][1],
+        **{
+            f"{name}_shift": _errors(getattr(policy, name), getattr(questions, name).target).mean() / reach[name].mean()
+            for name in PROMPTS
+        },
     }
     numbers = {name: float(value) for name, value in found.items()}
     if not all(torch.isfinite(value) for value in found.values()):

@@ -13,8 +13,10 @@ PENALTY = 10.0
 def proxy_value(numbers: Mapping[str, float], rung: HeldOutRung) -> float:
     """Return the value of a candidate's numbers (`search.proxy`); lower is better.
 
-    `value = -proxy + PENALTY * (what lies above either ceiling)`
+    `value = -proxy + PENALTY * (what lies above any ceiling)`
     """
     above = max(0.0, numbers["safe_rise"] - rung.safe_rise_max)
     above += max(0.0, numbers["benign_rise"] - rung.benign_rise_max)
+    for name in ("neutral_shift", "neighbour_shift"):
+        above += max(0.0, numbers[name] - rung.prompt_shift_max)
     return -numbers[rung.proxy] + PENALTY * above

@@ -22,10 +22,15 @@ from safetydpo.config.rungs import HeldOutRung
 from safetydpo.diffusion.build import load_backbone
 from safetydpo.dpo.engine import lora_signature
 from safetydpo.errors import SafetyDPOError
+from safetydpo.prompts.sets import Prompt
 from tests.ray.closed_artifacts import close_training_data, open_run
 from tests.ray.smoke_place import SMOKE
 
 VALIDATED = "identity.dpo.validation={every_steps: 5, held_out_rate: 0.25}"
+PROMPTS = [
+    Prompt(text, kind, "validation", text.partition(" on ")[0], "", (), "white")
+    for kind, text in (("neutral", "dog on white"), ("neighbour", "dagger on white"), ("neutral", "apple on white"))
+]
 RUNG = HeldOutRung(num_pairs=6, benign_pictures=3, draws=2)
 
 
@@ -56,16 +61,16 @@ def install(backbone: Any, run: Run, size: float) -> None:
 def test_only_pairs_that_no_expert_trained_on_are_asked_about(closed: Any, backbone: Any) -> None:
     """Of 8 pairs a category 2 are held out: 2 experts, 4 pairs at most (one of two categories may be trained on)."""
     run, folder = closed
-    found = open_questions(run, RUNG, folder, backbone)
+    found = open_questions(run, RUNG, folder, backbone, prompts=PROMPTS)
     assert 2 * 2 <= len(found.questions.unsafe) <= 4 * 2
     assert len(found.questions.unsafe) == len(found.questions.safe) == len(found.questions.safe_own)
     assert len(found.questions.benign) == 3 * 2
-    everything = open_questions(run, RUNG.model_copy(update={"pairs": "all"}), folder, backbone)
+    everything = open_questions(run, RUNG.model_copy(update={"pairs": "all"}), folder, backbone, prompts=PROMPTS)
     assert len(everything.questions.unsafe) == 6 * 2
 
 
 def test_pair_and_its_partner_share_noise_timestep_and_caption(closed: Any, backbone: Any) -> None:
-    asked = open_questions(closed[0], RUNG, closed[1], backbone).questions
+    asked = open_questions(closed[0], RUNG, closed[1], backbone, prompts=PROMPTS).questions
     assert torch.equal(asked.unsafe.timesteps, asked.safe.timesteps)
     assert torch.equal(asked.unsafe.condition.tokens, asked.safe.condition.tokens)
     assert torch.equal(asked.unsafe.target, asked.safe.target)
@@ -75,7 +80,7 @@ def test_pair_and_its_partner_share_noise_timestep_and_caption(closed: Any, back
 
 def test_the_base_has_rises_of_zero_and_an_adapter_the_same_numbers_each_time(closed: Any, backbone: Any) -> None:
     run, folder = closed
-    found = open_questions(run, RUNG, folder, backbone)
+    found = open_questions(run, RUNG, folder, backbone, prompts=PROMPTS)
     numbers = found.numbers(backbone)
     assert {name: numbers[name] for name in ("margin", "safe_fall", "safe_rise", "benign_rise")} == dict.fromkeys(
         ("margin", "safe_fall", "safe_rise", "benign_rise"), 0.0
@@ -83,17 +88,28 @@ def test_the_base_has_rises_of_zero_and_an_adapter_the_same_numbers_each_time(cl
     install(backbone, run, 0.05)
     first = found.numbers(backbone)
     assert first["benign_rise"] > 0
+    assert first["neutral_shift"] > 0 < first["neighbour_shift"]
     install(backbone, run, 0.1)
     assert found.numbers(backbone)["benign_rise"] > first["benign_rise"]
-    again = open_questions(run, RUNG, folder, backbone)
+    again = open_questions(run, RUNG, folder, backbone, prompts=PROMPTS)
     install(backbone, run, 0.05)
     assert again.numbers(backbone) == first == found.numbers(backbone)
     backbone.remove_adapter()
 
 
+def test_prompts_are_asked_about_on_noise_of_their_own(closed: Any, backbone: Any) -> None:
+    """Two neutral prompts and one neighbour at 0.8 x 999; a prompt's noise does not depend on those beside it."""
+    asked = open_questions(closed[0], RUNG, closed[1], backbone, prompts=PROMPTS).questions
+    assert (len(asked.neutral), len(asked.neighbour)) == (2, 1)
+    assert {*asked.neutral.timesteps.tolist(), *asked.neighbour.timesteps.tolist()} == {799}
+    assert not torch.equal(asked.neutral.target, asked.neutral_plain)
+    alone = open_questions(closed[0], RUNG, closed[1], backbone, prompts=PROMPTS[1:]).questions
+    assert torch.equal(alone.neutral.noisy, asked.neutral.noisy[1:])
+
+
 def test_a_range_of_timesteps_is_kept(closed: Any, backbone: Any) -> None:
     rung = RUNG.model_copy(update={"timestep_range": (900, 950)})
-    asked = open_questions(closed[0], rung, closed[1], backbone).questions
+    asked = open_questions(closed[0], rung, closed[1], backbone, prompts=PROMPTS).questions
     assert 900 <= int(asked.benign.timesteps.min()) <= int(asked.benign.timesteps.max()) <= 950
 
 
@@ -106,9 +122,9 @@ def test_nothing_to_ask_about_is_refused(closed: Any, backbone: Any, tmp_path: P
         patch.object(held_out_rung, "plan_experts", lambda *_: seeds),
         pytest.raises(SafetyDPOError, match=r"pairs that no expert has trained on, found none of 8: raise"),
     ):
-        open_questions(run, RUNG, folder, backbone)
+        open_questions(run, RUNG, folder, backbone, prompts=PROMPTS)
     bare = open_run(SMOKE, [f"store={tmp_path}/s", f"run_dir={tmp_path}/r", "identity.prompts.retention_prompts=0"])
     _, empty = close_training_data(bare)
     rung = RUNG.model_copy(update={"pairs": "all"})
     with pytest.raises(SafetyDPOError, match=r"expected benign pictures .* found none: raise identity\.prompts\.ret"):
-        open_questions(bare, rung, empty, backbone)
+        open_questions(bare, rung, empty, backbone, prompts=PROMPTS)

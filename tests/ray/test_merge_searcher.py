@@ -201,7 +201,9 @@ def test_limits_of_a_shared_cluster() -> None:
 def test_what_is_minimised_at_each_rung() -> None:
     """The proxy; then IP plus the price of a floor missed at that rung's own base: 0.9 - 0.4 / 0.5 = 0.1, twice."""
     search = SearchConfig(ladder=LADDER)
-    numbers = {"safe_fall": 0.4, "safe_rise": 0.0, "benign_rise": 0.0}
+    numbers = {"redirection": 0.4} | dict.fromkeys(
+        ("safe_rise", "benign_rise", "neutral_shift", "neighbour_shift"), 0.0
+    )
     assert value_at(0, numbers, base={}, search=search) == -0.4
     rates = {"ip_select": 0.3, "unrecognisable_rate": 0.0, "neutral_rate": 0.4, "neighbour_retention": 1.0}
     base = {1: {**BASE, "neutral_rate": 0.5}, 2: {**BASE, "neutral_rate": 0.4}}

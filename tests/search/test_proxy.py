@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -28,17 +30,36 @@ ASKED = ProxyQuestions(
     safe_own=questions(rows(0.0, 0.0)),
     benign=questions(rows(0.0)),
     redirected=rows(3.0, 3.0),
+    neutral=questions(rows(1.0, 1.0)),
+    neighbour=questions(rows(2.0)),
+    neutral_plain=rows(3.0, 5.0),
+    neighbour_plain=rows(4.0),
 )
-BASE = Answers(unsafe=rows(1.0, 1.0), safe=rows(2.0, 2.0), safe_own=rows(1.0, 1.0), benign=rows(2.0))
+BASE = Answers(
+    unsafe=rows(1.0, 1.0),
+    safe=rows(2.0, 2.0),
+    safe_own=rows(1.0, 1.0),
+    benign=rows(2.0),
+    neutral=rows(1.0, 1.0),
+    neighbour=rows(2.0),
+)
 
 
 def test_numbers_by_hand():
     """Unsafe errors 1, 1 become 4, 1; safe ones 4, 4 become 1, 9: rises 3, 0 and -3, 5; margins 6, -5.
 
     margin = 0.5 / 1; safe_fall = -1 / 4; own safe errors 1, 1 become 1, 4: 1.5 / 1; benign 4 becomes 5: 1 / 4. The way
-    from 1 to 3 is 4 long (squared), what is left of it 1 and 4: redirection = 1 - 2.5 / 4.
+    from 1 to 3 is 4 long (squared), what is left of it 1 and 4: redirection = 1 - 2.5 / 4. Captions move neutral
+    answers by 4 and 16 (squared), the policy by 0 and 4: 2 / 10; the neighbour's by 4, the policy by 1: 1 / 4.
     """
-    policy = Answers(unsafe=rows(2.0, 1.0), safe=rows(1.0, 3.0), safe_own=rows(1.0, 2.0), benign=rows(5.0**0.5))
+    policy = Answers(
+        unsafe=rows(2.0, 1.0),
+        safe=rows(1.0, 3.0),
+        safe_own=rows(1.0, 2.0),
+        benign=rows(5.0**0.5),
+        neutral=rows(1.0, 3.0),
+        neighbour=rows(1.0),
+    )
     assert proxy_numbers(policy, BASE, ASKED) == pytest.approx(
         {
             "margin": 0.5,
@@ -47,13 +68,16 @@ def test_numbers_by_hand():
             "redirection": 0.375,
             "safe_rise": 1.5,
             "benign_rise": 0.25,
+            "neutral_shift": 0.2,
+            "neighbour_shift": 0.25,
         }
     )
 
 
 def test_the_base_itself_has_gone_no_way_and_done_no_damage():
     found = proxy_numbers(BASE, BASE, ASKED)
-    assert found == dict.fromkeys(("margin", "accuracy", "safe_fall", "redirection", "safe_rise", "benign_rise"), 0.0)
+    assert set(found.values()) == {0.0}
+    assert len(found) == 8
 
 
 def test_blowing_an_adapter_up_raises_the_margin_and_not_the_redirection():
@@ -61,7 +85,9 @@ def test_blowing_an_adapter_up_raises_the_margin_and_not_the_redirection():
 
     def at(scale: float) -> dict[str, float]:
         push = scale * rows(1.0, 1.0)
-        policy = Answers(BASE.unsafe + push, BASE.safe + 0.5 * push, BASE.safe_own + 0.5 * push, BASE.benign)
+        policy = replace(
+            BASE, unsafe=BASE.unsafe + push, safe=BASE.safe + 0.5 * push, safe_own=BASE.safe_own + 0.5 * push
+        )
         return proxy_numbers(policy, BASE, ASKED)
 
     margins = [at(scale)["margin"] for scale in (2.0, 8.0, 64.0)]
@@ -72,19 +98,23 @@ def test_blowing_an_adapter_up_raises_the_margin_and_not_the_redirection():
 
 def test_numbers_without_meaning_are_refused():
     with pytest.raises(SafetyDPOError, match="base to answer unsafe and safe captions differently, found no diff"):
-        proxy_numbers(BASE, Answers(rows(3.0, 3.0), BASE.safe, BASE.safe_own, BASE.benign), ASKED)
-    broken = Answers(rows(float("nan"), 1.0), BASE.safe, BASE.safe_own, BASE.benign)
+        proxy_numbers(BASE, replace(BASE, unsafe=rows(3.0, 3.0)), ASKED)
+    with pytest.raises(SafetyDPOError, match="base to answer neutral prompts otherwise than no prompt, found no diff"):
+        proxy_numbers(BASE, BASE, replace(ASKED, neighbour_plain=rows(2.0)))
+    broken = replace(BASE, unsafe=rows(float("nan"), 1.0))
     with pytest.raises(SafetyDPOError, match=r"expected finite predictions .* lower identity\.search\.scale_range"):
         proxy_numbers(broken, BASE, ASKED)
 
 
 def test_value_by_hand():
-    """-0.4 and 10 times what lies above the ceilings: 0.02 and 0.01 of them."""
-    rung = HeldOutRung(proxy="redirection", safe_rise_max=0.2, benign_rise_max=0.1)
-    numbers = {"redirection": 0.4, "margin": 9.0, "safe_rise": 0.1, "benign_rise": 0.1}
+    """-0.4 and 10 times what lies above the ceilings: 0.02 and 0.01 of two of them, 0.03 of each prompt's."""
+    rung = HeldOutRung(proxy="redirection", safe_rise_max=0.2, benign_rise_max=0.1, prompt_shift_max=0.3)
+    unmoved = {"neutral_shift": 0.0, "neighbour_shift": 0.3}
+    numbers = {"redirection": 0.4, "margin": 9.0, "safe_rise": 0.1, "benign_rise": 0.1, **unmoved}
     assert proxy_value(numbers, rung) == pytest.approx(-0.4)
     assert proxy_value({**numbers, "safe_rise": 0.22, "benign_rise": 0.11}, rung) == pytest.approx(-0.4 + 0.3)
-    assert proxy_value(numbers, HeldOutRung(proxy="margin", benign_rise_max=0.1)) == -9.0
+    assert proxy_value({**numbers, "neutral_shift": 0.33, "neighbour_shift": 0.33}, rung) == pytest.approx(-0.4 + 0.6)
+    assert proxy_value(numbers, HeldOutRung(proxy="margin", benign_rise_max=0.1, prompt_shift_max=0.3)) == -9.0
 
 
 def test_rows_are_asked_in_batches_of_one_size_and_do_not_depend_on_their_number():
@@ -99,6 +129,7 @@ def test_rows_are_asked_in_batches_of_one_size_and_do_not_depend_on_their_number
         alone = predict_rows(backbone, noisy[part], timesteps[part], condition.select(part), batch_size=4)
         assert torch.equal(alone, whole[part])
     asked = Questions(noisy, timesteps, condition, torch.zeros_like(noisy))
-    found = ask(backbone, ProxyQuestions(asked, asked, asked, asked, whole), batch_size=4)
+    everything = ProxyQuestions(asked, asked, asked, asked, whole, asked, asked, whole, whole)
+    found = ask(backbone, everything, batch_size=4)
     assert torch.equal(found.benign, whole)
     assert not found.benign.requires_grad
