@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safetydpo.errors import SafetyDPOError
+from safetydpo.evaluation.feature_metrics import distance_metrics
 from safetydpo.evaluation.metrics import (
     RATES,
     clip_metrics,
     count_hits,
     difference_metrics,
-    distance_metrics,
     rate,
     rate_metrics,
 )
