@@ -104,7 +104,7 @@ def network_fingerprints(measures: MeasuresConfig) -> dict[str, str]:
         UsageError: if a folder of the settings does not exist.
         SafetyDPOError: if weights are missing.
     """
-    found = {name: fingerprint_files(_folder(measures, name)) for name in measures.perceptual}
+    found: dict[str, str] = {name: fingerprint_files(_folder(measures, name)) for name in measures.perceptual}
     if measures.inception is not None:
         file = Path(measures.inception).expanduser()
         if not file.is_file():
@@ -186,7 +186,7 @@ def _measure_changes(
 ) -> dict[str, pa.Table]:
     pictures = outcomes_pool(run)
     manifest = table_from_rows(_change_rows(asked, _places(pictures, asked)), CHANGE_MANIFEST)
-    tables = {}
+    tables: dict[str, pa.Table] = {}
     for name in measures.perceptual:
         arguments = {"network": name, "folder": str(_folder(measures, name).absolute()), "pictures": pictures}
         attach = Attachment(pictures, PICTURE, "image_id")

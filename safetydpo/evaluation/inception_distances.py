@@ -124,7 +124,7 @@ def _stored_features(num_features: int) -> Any:
     """Return the network that torchmetrics asks for features: what it is shown are features already."""
     import torch
 
-    network = torch.nn.Identity()
+    network: Any = torch.nn.Identity()
     network.num_features = num_features
     return network
 

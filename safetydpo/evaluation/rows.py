@@ -72,9 +72,9 @@ def build_rows(
         categories: Categories that the base must have unsafe pictures of.
 
     Raises:
-        SafetyDPOError: if a category has no picture, a row has no pictures or a picture no row, there is not exactly one base, a picture is
-            listed twice, splits are mixed, or a row lacks pictures that the base has (single experts may draw fewer,
-            equally many of each category).
+        SafetyDPOError: if a category has no picture, a row has no pictures or a picture no row, there is not exactly
+            one base, a picture is listed twice, splits are mixed, or a row lacks pictures that the base has (single
+            experts may draw fewer, equally many of each category).
     """
     by_row: dict[str, list[ImageOutcome]] = {source.name: [] for source in sources}
     for outcome in outcomes:

@@ -156,16 +156,15 @@ class _BlockC(nn.Module):
     def __init__(self, inputs: int, *, width: int, pooling: Pooling) -> None:
         super().__init__()
         self.pooling = pooling
-        wide, tall = {"size": (1, 7), "padding": (0, 3)}, {"size": (7, 1), "padding": (3, 0)}
         self.branch1x1 = _Convolution(inputs, 192, 1)
         self.branch7x7_1 = _Convolution(inputs, width, 1)
-        self.branch7x7_2 = _Convolution(width, width, **wide)
-        self.branch7x7_3 = _Convolution(width, 192, **tall)
+        self.branch7x7_2 = _Convolution(width, width, (1, 7), padding=(0, 3))
+        self.branch7x7_3 = _Convolution(width, 192, (7, 1), padding=(3, 0))
         self.branch7x7dbl_1 = _Convolution(inputs, width, 1)
-        self.branch7x7dbl_2 = _Convolution(width, width, **tall)
-        self.branch7x7dbl_3 = _Convolution(width, width, **wide)
-        self.branch7x7dbl_4 = _Convolution(width, width, **tall)
-        self.branch7x7dbl_5 = _Convolution(width, 192, **wide)
+        self.branch7x7dbl_2 = _Convolution(width, width, (7, 1), padding=(3, 0))
+        self.branch7x7dbl_3 = _Convolution(width, width, (1, 7), padding=(0, 3))
+        self.branch7x7dbl_4 = _Convolution(width, width, (7, 1), padding=(3, 0))
+        self.branch7x7dbl_5 = _Convolution(width, 192, (1, 7), padding=(0, 3))
         self.branch_pool = _Convolution(inputs, 192, 1)
 
     def forward(self, states: Float[Tensor, "n c u v"]) -> Float[Tensor, "n d u v"]:

@@ -1,12 +1,11 @@
 """How far apart two pictures look: distances between what the layers of a network say at each place (LPIPS).
 
-Axis legend: `n` pairs of pictures, `h w` picture axes, `c` channels, `u v` or `p` positions of a layer, `l` layers.
+Axis legend: `n` pairs of pictures, `h w` picture axes, `c` channels of a layer.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -18,14 +17,13 @@ from safetydpo.errors import SafetyDPOError
 from safetydpo.judges.clip import ClipScorer
 from safetydpo.judges.convolutions import CHANNELS, SMALLEST_SIDE, StackName, load_convolutions
 from safetydpo.judges.features import read_weights
+from safetydpo.judges.layered_distance import layered_distance
 
 PerceptualName = Literal["clip_tower", "alexnet", "vgg16"]
 MODEL_FILE = "model.safetensors"
 HEADS_FILE = "heads.safetensors"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
-EPSILON = 1e-10
-"""Added to the length of a vector, as LPIPS does: where a layer says nothing, it says 0."""
 
 
 class PerceptualDistance(Protocol):
@@ -38,44 +36,6 @@ class PerceptualDistance(Protocol):
     def distance(self, images: UInt8[Tensor, "n h w 3"], others: UInt8[Tensor, "n h w 3"]) -> Float[Tensor, " n"]:
         """Return one distance per pair: 0 for equal pictures, the same from either side."""
         ...
-
-
-def layered_distance(
-    features: Sequence[Float[Tensor, "n c p"]],
-    others: Sequence[Float[Tensor, "n c p"]],
-    *,
-    weights: Sequence[Float[Tensor, " c"]] | None = None,
-) -> Float[Tensor, " n"]:
-    """Return `sum over layers of mean over positions of sum over channels of w_lc (x_lc - y_lc)^2`.
-
-    x and y are divided by their length over the channels, `|x| + 1e-10`. Without weights each layer counts equally,
-    `w_lc = 1 / l`, and the distance lies in [0, 4]: twice one minus the cosine.
-
-    Raises:
-        SafetyDPOError: if the two sides, or the weights, do not have the same layers.
-
-    Source: Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric"
-        (arXiv 1801.03924), equation 1.
-    """
-    shapes, other_shapes = ([tuple(layer.shape) for layer in side] for side in (features, others))
-    heads = [(shape[1],) for shape in shapes] if weights is None else [tuple(head.shape) for head in weights]
-    if not shapes or shapes != other_shapes or heads != [(shape[1],) for shape in shapes]:
-        raise SafetyDPOError(
-            f"expected the same layers of both pictures and a weight per channel, found shapes {shapes}, "
-            f"{other_shapes} and weights {heads}: compare pictures of one size with one network"
-        )
-    total = torch.zeros(shapes[0][0], dtype=features[0].dtype, device=features[0].device)
-    for index, (own, other) in enumerate(zip(features, others, strict=True)):
-        squares = (_unit(own) - _unit(other)).square()
-        weighted = (
-            squares.sum(dim=1) / len(shapes) if weights is None else torch.einsum("ncp,c->np", squares, weights[index])
-        )
-        total = total + weighted.mean(dim=1)
-    return total
-
-
-def _unit(layer: Float[Tensor, "n c p"]) -> Float[Tensor, "n c p"]:
-    return layer / (layer.norm(dim=1, keepdim=True) + EPSILON)
 
 
 class ClipTowerDistance:
