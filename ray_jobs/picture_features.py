@@ -39,6 +39,7 @@ from safetydpo.config.measures import MeasuresConfig
 from safetydpo.errors import UsageError
 from safetydpo.evaluation.feature_metrics import PictureKey, PictureMeasures
 from safetydpo.judges.build import clip_folder, fingerprint_files
+from safetydpo.judges.convolutions import HEADS_FILE, MODEL_FILE
 
 RECIPE_VERSION = 1
 BATCH_SIZE = 64
@@ -126,6 +127,11 @@ def _folder(measures: MeasuresConfig, name: str) -> Path:
         raise UsageError(
             f"expected a folder with the weights of {name} at {folder} (identity.evaluation.measures.{name}), found "
             "none: correct the path"
+        )
+    if not (folder / MODEL_FILE).is_file():
+        raise UsageError(
+            f"expected the weights of {name} at {folder / MODEL_FILE}, found none: save torchvision's state dict of "
+            f"{name} there as safetensors, and the heads of lpips beside it as {HEADS_FILE}"
         )
     return folder
 

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from safetydpo.errors import SafetyDPOError
 
 StackName = Literal["alexnet", "vgg16"]
+MODEL_FILE = "model.safetensors"
+HEADS_FILE = "heads.safetensors"
+"""What lies in the folder of a network that LPIPS reads."""
 TAPS: dict[StackName, tuple[int, ...]] = {"alexnet": (1, 4, 7, 9, 11), "vgg16": (3, 8, 15, 22, 29)}
 """Places, among `features`, of the rectifiers that LPIPS reads: of AlexNet each, of VGG16 the last of each block."""
 CHANNELS: dict[StackName, tuple[int, ...]] = {

@@ -15,13 +15,18 @@ from torch import Tensor
 
 from safetydpo.errors import SafetyDPOError
 from safetydpo.judges.clip import ClipScorer
-from safetydpo.judges.convolutions import CHANNELS, SMALLEST_SIDE, StackName, load_convolutions
+from safetydpo.judges.convolutions import (
+    CHANNELS,
+    HEADS_FILE,
+    MODEL_FILE,
+    SMALLEST_SIDE,
+    StackName,
+    load_convolutions,
+)
 from safetydpo.judges.features import read_weights
 from safetydpo.judges.layered_distance import layered_distance
 
 PerceptualName = Literal["clip_tower", "alexnet", "vgg16"]
-MODEL_FILE = "model.safetensors"
-HEADS_FILE = "heads.safetensors"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 
