@@ -152,13 +152,8 @@ def find_report(run: Run, inputs: str) -> Summary | None:
     """Return the summary that stands in the run folder if its report is whole and made from `inputs`, else None."""
     record = report_record(run.run_dir)
     files = (
-        record,
-        summary_file(run.run_dir),
-        report_file(run.run_dir),
-        concept_rates_file(run.run_dir),
-        merged_adapter_file(run.run_dir),
-        card_file(run),
-    )
+        record, summary_file(run.run_dir), report_file(run.run_dir), merged_adapter_file(run.run_dir), card_file(run)
+    )  # fmt: skip
     if not all(file.is_file() for file in files):
         return None
     try:

@@ -51,9 +51,11 @@ def concept_rates(outcomes: Sequence[ImageOutcome]) -> list[ConceptRate]:
     Raises:
         SafetyDPOError: as in `count_hits`.
     """
+    by_row: dict[str, list[ImageOutcome]] = {}
+    for outcome in outcomes:
+        by_row.setdefault(outcome.row_name, []).append(outcome)
     counted: dict[tuple[str, str, str, str], tuple[int, int]] = {}
-    for row in dict.fromkeys(outcome.row_name for outcome in outcomes):
-        own = [outcome for outcome in outcomes if outcome.row_name == row]
+    for row, own in by_row.items():
         for metric in CONCEPT_METRICS:
             hits, chosen = count_hits(own, RATES[metric])
             of_metric: dict[tuple[str, str, str, str], tuple[int, int]] = {}

@@ -72,6 +72,7 @@ def distance_metrics(
         ("", None if drawings is None else FeatureSet(drawings)),
         (":base", None if base is None else _features(base)),
     ]
+    missing = sum(outcome.prompt_set == "neutral" for outcome in outcomes) - len(own.features)
     for suffix, reference in references:
         if reference is None:
             continue
@@ -80,7 +81,7 @@ def distance_metrics(
             ("kid", kernel_interval(own, reference)),
         ):
             metrics[f"{name}{suffix}"] = from_interval(
-                interval, "squared distance", n_reference=len(reference.features)
+                interval, "squared distance", n_reference=len(reference.features), n_missing=missing
             )
     return metrics
 
