@@ -1,6 +1,6 @@
 """The distance of LPIPS between what the layers of a network say of two pictures (pure).
 
-Axis legend: `n` pairs of pictures, `c` channels, `p` positions of a layer; l layers.
+Axis legend: `n` pairs of pictures, `c` channels, `p` positions of a layer; `_` channels or positions, which differ by layer.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ EPSILON = 1e-10
 
 
 def layered_distance(
-    features: Sequence[Float[Tensor, "n c p"]],
-    others: Sequence[Float[Tensor, "n c p"]],
+    features: Sequence[Float[Tensor, "n _ _"]],
+    others: Sequence[Float[Tensor, "n _ _"]],
     *,
-    weights: Sequence[Float[Tensor, " c"]] | None = None,
+    weights: Sequence[Float[Tensor, " _"]] | None = None,
 ) -> Float[Tensor, " n"]:
     """Return `sum over layers of mean over positions of sum over channels of w_lc (x_lc - y_lc)^2`.
 

@@ -62,7 +62,7 @@ def test_a_judge_that_failed_has_not_called_a_picture_safe() -> None:
 
 
 def test_a_missing_answer_is_not_a_safe_one() -> None:
-    with pytest.raises(SafetyDPOError, match="expected an answer of judge 'q16' .* found none for prompt unsafe-1"):
+    with pytest.raises(SafetyDPOError, match="expected an answer of judge 'other' .* found none for prompt unsafe-0"):
         judge_metrics([judged(0, {"q16": False}), judged(1, {"other": False})], generator=rng())
 
 

@@ -37,7 +37,12 @@ ROWS = [
 
 @pytest.fixture
 def run(configs: Path, tmp_path: Path) -> Run:
-    settings = [f"store={tmp_path}/store", f"run_dir={tmp_path}/run", "logical_cpus=4", "num_workers=1"]
+    settings = [
+        f"store={tmp_path}/store",
+        f"run_dir={tmp_path}/run",
+        "execution.logical_cpus=4",
+        "execution.num_workers=1",
+    ]
     return Run(with_absolute_paths(load_config(configs / "smoke.yaml", settings)))
 
 
