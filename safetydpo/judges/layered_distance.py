@@ -1,6 +1,6 @@
 """The distance of LPIPS between what the layers of a network say of two pictures (pure).
 
-Axis legend: `n` pairs of pictures, `c` channels, `p` positions of a layer; `_` channels or positions, which differ by layer.
+Axis legend: `n` pairs of pictures, `c` channels, `p` positions of a layer; `_` either of them, where layers differ.
 """
 
 from __future__ import annotations
