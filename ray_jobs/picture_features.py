@@ -184,7 +184,8 @@ def _make(
 
 
 def _pool(run: Run, network: str, fingerprint: str) -> Location:
-    return stage_folder(run.store, "picture_measures") / f"{network}-{fingerprint[:12]}"
+    key = sha256_of([fingerprint, RECIPE_VERSION])
+    return stage_folder(run.store, "picture_measures") / f"{network}-{key[:12]}"
 
 
 def _measure_changes(
