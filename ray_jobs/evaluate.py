@@ -203,10 +203,8 @@ def judges_fingerprint() -> str:
     return sha256_of([fingerprint_files(demo_weights() / name) for name in ("judge_select", "judge_audit", "clip")])
 
 
-def _make(
-    run: Run, folder: Location, manifest: Sequence[dict[str, object]], rows: Sequence[EvaluatedRow]
-) -> Mapping[str, Any]:
-    connect(run.config)
+def outcomes_pool(run: Run) -> Location:
+    """Return where the test pictures of this base, sampler and judges lie, of all runs together."""
     identity = run.config.identity
     pool_key = sha256_of(
         [
@@ -217,6 +215,14 @@ def _make(
             RECIPE_VERSION,
         ]
     )
+    return stage_folder(run.store, "outcomes") / f"pool-{pool_key[:12]}"
+
+
+def _make(
+    run: Run, folder: Location, manifest: Sequence[dict[str, object]], rows: Sequence[EvaluatedRow]
+) -> Mapping[str, Any]:
+    connect(run.config)
+    identity = run.config.identity
     stage = PoolStage(
         label="test pictures",
         output=OUTCOMES,
@@ -227,7 +233,7 @@ def _make(
         passes_per_batch=identity.sampler.steps,
     )
     table = table_from_rows(list(manifest), IMAGE_MANIFEST)
-    pool = stage_folder(run.store, "outcomes") / f"pool-{pool_key[:12]}"
+    pool = outcomes_pool(run)
     index = fill_pool(pool, table, stage, execution=run.config.execution)
     outcomes = read_rows(pool, OUTCOMES, index, id_column="image_id")
     # A picture that failed counts as unsafe; too many of them would close as a measurement of something else.

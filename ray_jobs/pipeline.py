@@ -74,6 +74,7 @@ def check_request(run: Run, *, last: str = "report") -> None:
     from ray_jobs.expert_watch import check_watch
     from ray_jobs.given_pairs import check_given
     from ray_jobs.merge_settings import check_blocks
+    from ray_jobs.picture_features import network_fingerprints
     from ray_jobs.prompt_tables import all_pairs
     from ray_jobs.search_checks import check_search
     from ray_jobs.verify_pairs import check_verification
@@ -92,6 +93,9 @@ def check_request(run: Run, *, last: str = "report") -> None:
             f"know the drawings of the demo world only, found {sampler.height} x {sampler.width}: "
             "run `safetydpo merge`, which goes as far as real pictures can"
         )
+    if last == "report":
+        # Names the weights that are missing.
+        network_fingerprints(identity.evaluation.measures)
     is_given = identity.pairs.source != GENERATE
     if not is_given:
         check_verification(identity)

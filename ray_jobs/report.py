@@ -12,14 +12,24 @@ from ray_jobs.diagnosis import read_overlap, read_winners
 from ray_jobs.evaluate import EvaluatedRow
 from ray_jobs.expert_files import record_files, record_folder
 from ray_jobs.outcomes import Outcomes, read_outcomes, reference_features
+from ray_jobs.picture_features import measure_pictures, read_measures
+from ray_jobs.prompt_tables import chosen_pairs
 from ray_jobs.publish import card_file, publish_adapter
 from ray_jobs.run import Run, package_versions
-from safetydpo.artifacts.layout import merged_adapter_file, report_file, report_record, summary_file
+from safetydpo.artifacts.layout import (
+    concept_rates_file,
+    merged_adapter_file,
+    report_file,
+    report_record,
+    summary_file,
+)
 from safetydpo.artifacts.records import Record, read_pointers
-from safetydpo.artifacts.schemas import TRIALS, sha256_of
-from safetydpo.artifacts.tables import read_table
+from safetydpo.artifacts.schemas import CONCEPT_RATES, TRIALS, sha256_of
+from safetydpo.artifacts.tables import read_table, table_from_rows, write_table
 from safetydpo.config.load import identity_of
+from safetydpo.config.pairs import GENERATE
 from safetydpo.errors import SafetyDPOError
+from safetydpo.evaluation.concept_rates import concept_rates
 from safetydpo.evaluation.report import render_report
 from safetydpo.evaluation.report_records import (
     ContactSheet,
@@ -36,7 +46,7 @@ from safetydpo.evaluation.summary import Summary, build_summary, dump_summary, p
 from safetydpo.search.objective import judge_metrics
 from safetydpo.search.pareto import pareto_front
 
-RECIPE_VERSION = 4
+RECIPE_VERSION = 5
 PICTURES_PER_SHEET = 12
 CURVES = ("loss", "implicit_accuracy", "error_policy_safe", "error_policy_unsafe", "gradient_norm")
 
@@ -59,21 +69,35 @@ def write_report(run: Run, finished: Finished) -> Summary:
 
     Nothing is written if they stand there already, made from the same inputs.
     """
-    inputs, rows = report_inputs(run, finished), finished.rows
+    rows = finished.rows
+    measured = measure_pictures(run, finished.outcomes, rows)
+    inputs = report_inputs(run, finished)
     written = find_report(run, inputs)
     if written is not None:
         return written
     joined = read_outcomes(run, finished.outcomes, rows)
     _, drawings = reference_features()
+    measures = read_measures(run, finished.outcomes, measured, rows)
+    identity = run.config.identity
     summary = build_summary(
-        build_rows(joined.outcomes, [row.source for row in rows], run_seed=run.config.identity.seed, drawings=drawings),
-        list_failures(joined.outcomes),
+        build_rows(
+            joined.outcomes,
+            [row.source for row in rows],
+            run_seed=identity.seed,
+            drawings=drawings,
+            measures=measures,
+            training_texts=_training_texts(run),
+            categories=identity.prompts.categories,
+        ),
+        list_failures(joined.outcomes, measures=measures),
         timing_seconds=run.seconds(),
         config_hash=sha256_of(identity_of(run.config)),
         versions=package_versions(),
     )
     publish_adapter(run, finished.searched, row="searched", summary=summary)
     summary_file(run.run_dir).write_bytes(dump_summary(summary).encode())
+    of_concepts = [asdict(rate) for rate in concept_rates(joined.outcomes)]
+    write_table(concept_rates_file(run.run_dir), table_from_rows(of_concepts, CONCEPT_RATES))
     overlap = read_overlap(run, finished.diagnosis)
     page = render_report(
         summary,
@@ -91,6 +115,15 @@ def write_report(run: Run, finished: Finished) -> Summary:
     report_record(run.run_dir).write_bytes(json.dumps(record, indent=2).encode() + b"\n")
     run.made.append("report")
     return summary
+
+
+def _training_texts(run: Run) -> set[str]:
+    """Return the captions that the experts were trained on; of given picture pairs none are known here."""
+    identity = run.config.identity
+    if identity.pairs.source != GENERATE:
+        return set()
+    pairs = chosen_pairs(identity.prompts, seed=identity.seed)
+    return {text for pair in pairs for text in (pair.unsafe_text, pair.safe_text)}
 
 
 def report_inputs(run: Run, finished: Finished) -> str:

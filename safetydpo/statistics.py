@@ -3,7 +3,8 @@
 Pure numpy and scipy; no torch, no file, no global randomness. Pictures of one concept resemble each other, so
 an interval that treats them as independent is too narrow: cluster intervals resample (or leave out) concepts.
 
-Axes: value = one measured picture; other = its partner in a pair; resample = one bootstrap draw; cluster = one concept.
+Axes: value = one measured picture; other = its partner in a pair; resample = one bootstrap draw; cluster = one concept;
+rate = one of many rates.
 """
 
 from __future__ import annotations
@@ -54,6 +55,25 @@ def clopper_pearson(hits: int, n: int, *, confidence: float = 0.95) -> Interval:
     low = 0.0 if hits == 0 else float(stats.beta.ppf(tail, hits, n - hits + 1))
     high = 1.0 if hits == n else float(stats.beta.ppf(1.0 - tail, hits + 1, n - hits))
     return Interval(value=hits / n, low=low, high=high, n=n)
+
+
+def clopper_pearson_ends(
+    hits: Int[np.ndarray, " rate"], n: Int[np.ndarray, " other"], *, confidence: float = 0.95
+) -> tuple[Float[np.ndarray, " rate"], Float[np.ndarray, " rate"]]:
+    """Return the ends of many intervals of `clopper_pearson` at once.
+
+    Raises:
+        ValueError: as it does, or if the lengths differ.
+    """
+    _check_confidence(confidence)
+    hits, n = np.asarray(hits, dtype=np.int64), np.asarray(n, dtype=np.int64)
+    if hits.shape != n.shape or (n < 1).any() or (hits < 0).any() or (hits > n).any():
+        raise ValueError(f"expected hits between 0 and n for each of {len(hits)} rates, n at least 1, found others")
+    tail = (1.0 - confidence) / 2.0
+    # The quantile of no hits, or of all, is none: a beta distribution has no parameter 0.
+    low = np.where(hits == 0, 0.0, stats.beta.ppf(tail, np.maximum(hits, 1), n - hits + 1))
+    high = np.where(hits == n, 1.0, stats.beta.ppf(1.0 - tail, hits + 1, np.maximum(n - hits, 1)))
+    return low.astype(np.float64), high.astype(np.float64)
 
 
 def cluster_bootstrap(
@@ -119,6 +139,43 @@ def paired_difference(
         num_resamples=num_resamples,
         confidence=confidence,
     )
+
+
+def exact_paired_difference(more: int, fewer: int, n: int, *, confidence: float = 0.95) -> Interval:
+    """Return the difference of two rates over the same `n` pairs, exact given how many pairs are discordant.
+
+    Of `m = more + fewer` discordant pairs, `more` are hits of the first side only, a binomial share p of m. With
+    (p_low, p_high) by `clopper_pearson(more, m)`, the ends are `(2 p - 1) m / n` and the value `(more - fewer) / n`.
+    Pairs without a discordant one say nothing of p: the interval is then `[0, 0]`, given that m = 0. It takes pairs as
+    independent, so that it never stands without the interval over clusters.
+
+    Args:
+        more: Pairs that are a hit of the first side only.
+        fewer: Pairs that are a hit of the second side only.
+        n: All pairs.
+        confidence: Coverage, given m.
+
+    Raises:
+        ValueError: if `n < 1`, a count is negative, both together exceed `n`, or `confidence` is not in (0, 1).
+
+    Source: McNemar 1947, "Note on the sampling error of the difference between correlated proportions", with the
+        interval of Clopper and Pearson 1934 in place of its normal approximation.
+    """
+    _check_confidence(confidence)
+    if n < 1:
+        raise ValueError(
+            f"expected at least 1 pair, found n = {n}: leave the difference out instead of calling it zero"
+        )
+    discordant = more + fewer
+    if more < 0 or fewer < 0 or discordant > n:
+        raise ValueError(
+            f"expected discordant pairs between 0 and n = {n}, found {more} and {fewer}: count each pair once"
+        )
+    if discordant == 0:
+        return Interval(value=0.0, low=0.0, high=0.0, n=n)
+    share = clopper_pearson(more, discordant, confidence=confidence)
+    low, high = ((2.0 * end - 1.0) * discordant / n for end in (share.low, share.high))
+    return Interval(value=(more - fewer) / n, low=low, high=high, n=n)
 
 
 def cluster_jackknife(

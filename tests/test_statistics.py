@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from safetydpo.statistics import clopper_pearson, cluster_bootstrap, cluster_jackknife, paired_difference
+from safetydpo.statistics import (
+    clopper_pearson,
+    clopper_pearson_ends,
+    cluster_bootstrap,
+    cluster_jackknife,
+    exact_paired_difference,
+    paired_difference,
+)
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -180,3 +187,60 @@ def test_jackknife_refuses() -> None:
 def test_statistics_imports_no_torch() -> None:
     code = "import sys, safetydpo.statistics; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_exact_difference_by_hand() -> None:
+    """10 pairs, 4 hits of the first only: p in [0.025^(1/4), 1] = [0.398, 1], difference (2 p - 1) 4/10: [-0.082, 0.4].
+    Turned around it is the same with the other sign."""
+    found = exact_paired_difference(4, 0, 10)
+    assert (found.value, found.high, found.n) == (pytest.approx(0.4), pytest.approx(0.4), 10)
+    assert found.low == pytest.approx((2 * 0.025**0.25 - 1) * 0.4)
+    back = exact_paired_difference(0, 4, 10)
+    assert (back.value, back.low, back.high) == pytest.approx((-0.4, -0.4, -found.low))
+
+
+def test_pairs_that_agree_say_that_there_is_no_difference() -> None:
+    found = exact_paired_difference(0, 0, 7)
+    assert (found.value, found.low, found.high, found.n) == (0.0, 0.0, 0.0, 7)
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 12))
+def test_exact_difference_excludes_zero_where_mcnemar_s_exact_test_does(more: int, fewer: int, agreeing: int) -> None:
+    """An independent implementation: scipy's two-sided binomial test at one half, by twice the smaller tail."""
+    n = more + fewer + agreeing
+    if more + fewer == 0:
+        return
+    found = exact_paired_difference(more, fewer, n)
+    assert found.low <= found.value <= found.high
+    tail = stats.binom.cdf(min(more, fewer), more + fewer, 0.5)
+    assert (found.low > 0 or found.high < 0) == (2 * tail < 0.05)
+
+
+@pytest.mark.parametrize(
+    ("more", "fewer", "n", "wanted"),
+    [
+        (0, 0, 0, "expected at least 1 pair, found n = 0"),
+        (3, 3, 5, "expected discordant pairs between 0 and n = 5, found 3 and 3"),
+        (-1, 3, 5, "expected discordant pairs between 0 and n = 5, found -1 and 3"),
+    ],
+)
+def test_exact_difference_refuses(more: int, fewer: int, n: int, wanted: str) -> None:
+    with pytest.raises(ValueError, match=wanted):
+        exact_paired_difference(more, fewer, n)
+
+
+def test_many_exact_intervals_are_the_single_ones() -> None:
+    pairs = [(hits, n) for n in (1, 2, 7, 40) for hits in range(n + 1)]
+    low, high = clopper_pearson_ends(np.array([h for h, _ in pairs]), np.array([n for _, n in pairs]))
+    single = [clopper_pearson(hits, n) for hits, n in pairs]
+    assert low.tolist() == [interval.low for interval in single]
+    assert high.tolist() == [interval.high for interval in single]
+
+
+@pytest.mark.parametrize(("hits", "n"), [([1], [1, 2]), ([3], [2]), ([0], [0]), ([-1], [2])])
+def test_many_exact_intervals_refuse(hits: list[int], n: list[int]) -> None:
+    with pytest.raises(
+        ValueError, match="expected hits between 0 and n for each of 1 rates, n at least 1, found others"
+    ):
+        clopper_pearson_ends(np.array(hits), np.array(n))

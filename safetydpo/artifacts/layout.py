@@ -58,6 +58,11 @@ def evidence_file(results: Location, row: str, seed: int) -> Location:
     return results / f"{row.replace(':', '_')}-seed{seed}.json"
 
 
+def concept_rates_file(run_dir: Location) -> Location:
+    """Return the file of the run's rates per concept."""
+    return run_dir / "report" / "concept_rates.parquet"
+
+
 def report_file(run_dir: Location) -> Location:
     """Return the file of the run's report page."""
     return run_dir / "report" / "index.html"

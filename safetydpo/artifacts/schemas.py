@@ -214,6 +214,41 @@ OUTCOMES = pa.schema(
         pa.field("micro_batch", pa.int32(), nullable=True, metadata=ADDED_LATER),
     ]
 )
+PICTURE_FEATURES = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        # Of one network, whose fingerprint names the pool; empty where the picture failed.
+        pa.field("values", pa.list_(pa.float32()), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string(), nullable=False),
+        pa.field("attempt", pa.int32(), nullable=False),
+    ]
+)
+PICTURE_CHANGES = pa.schema(
+    [
+        pa.field("change_id", pa.string(), nullable=False),
+        # How far one network sees a picture from the base's of the same prompt and seed; null where it failed.
+        pa.field("distance", pa.float64(), nullable=True),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string(), nullable=False),
+        pa.field("attempt", pa.int32(), nullable=False),
+    ]
+)
+CONCEPT_RATES = pa.schema(
+    [
+        pa.field("row", pa.string(), nullable=False),
+        pa.field("metric", pa.string(), nullable=False),
+        # Empty where the prompts have none.
+        pa.field("category", pa.string(), nullable=False),
+        pa.field("concept", pa.string(), nullable=False),
+        pa.field("hits", pa.int64(), nullable=False),
+        pa.field("n", pa.int64(), nullable=False),
+        pa.field("value", pa.float64(), nullable=False),
+        # Exact two-sided 95 % interval.
+        pa.field("low", pa.float64(), nullable=False),
+        pa.field("high", pa.float64(), nullable=False),
+    ]
+)
 
 
 def canonical_json(value: object) -> bytes:
@@ -272,6 +307,11 @@ def make_preference_id(unsafe_text: str, safe_text: str, *, safe_sha256: str, un
     return sha256_of(
         {"safe": safe_text, "unsafe": unsafe_text, "safe_picture": safe_sha256, "unsafe_picture": unsafe_sha256}
     )
+
+
+def make_change_id(image_id: str, base_image_id: str) -> str:
+    """Return the id of a comparison of a picture with the base's."""
+    return sha256_of({"image": image_id, "base_image": base_image_id})
 
 
 def flipped_image_id(image_id: str) -> str:

@@ -13,6 +13,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from safetydpo.config.experts import ExpertsConfig
 from safetydpo.config.fields import CATEGORIES, Category, Distinct, Frozen, added_field
+from safetydpo.config.measures import MeasuresConfig
 from safetydpo.config.merge import MergeConfig
 from safetydpo.config.pairs import GENERATE, PairsConfig
 from safetydpo.config.search import SearchConfig, SearchLimits
@@ -95,6 +96,8 @@ class EvaluationConfig(Frozen):
     expert_retention: bool = added_field(False)
     """Also evaluate each single expert on the neutral prompts and the neighbours: what it does to what it should leave
     alone. Needs `expert_rows`."""
+    measures: MeasuresConfig = added_field(MeasuresConfig())
+    """Distances between pictures, beside the judges' verdicts; by default none."""
 
 
 class IdentityConfig(Frozen):

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from safetydpo.errors import SafetyDPOError
 from safetydpo.statistics import Interval, cluster_jackknife
+
+CMMD_SIGMA = 10.0
+CMMD_SCALE = 1000.0
+"""Width of CMMD's kernel and factor of its value, as in the paper."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,42 @@ def kernel_distance(
     return own + other - 2.0 * float(_cubic_kernel(first, second).mean())
 
 
+def clip_mmd(
+    embeddings: Float[np.ndarray, "image feature"],
+    reference: Float[np.ndarray, "reference reference_feature"],
+    *,
+    estimator: Literal["unbiased", "biased"] = "unbiased",
+) -> float:
+    """Return CMMD: 1000 x the squared MMD of CLIP embeddings of length 1.
+
+    The kernel is `k(x, y) = exp(-|x - y|^2 / (2 * 10^2))`. `unbiased` is the paper's estimator, means over pairs of
+    different pictures, and may be negative; `biased`, which the released code computes, takes each picture with itself
+    too and lies up to `20 (1/m + 1/n)` above it: nothing for 30,000 pictures, but much for 70.
+
+    Raises:
+        SafetyDPOError: as in `frechet_distance`, or if an embedding has no length.
+
+    Source: Jayasumana et al. 2024, "Rethinking FID" (arXiv 2401.09603), section 4 and equation 4.
+    """
+    first, second = _unit_rows(embeddings, reference)
+    own, other, cross = (_gaussian_kernel(*sides) for sides in ((first, first), (second, second), (first, second)))
+    if estimator == "unbiased":
+        return CMMD_SCALE * (_mean_off_diagonal(own) + _mean_off_diagonal(other) - 2.0 * float(cross.mean()))
+    return CMMD_SCALE * float(own.mean() + other.mean() - 2.0 * cross.mean())
+
+
+def clip_mmd_interval(embeddings: FeatureSet, reference: FeatureSet) -> Interval:
+    """Return CMMD (unbiased) with a jackknife interval over concepts; n counts generated pictures.
+
+    Raises:
+        SafetyDPOError: as in `clip_mmd`, or if the generated pictures have no concepts.
+        ValueError: if they have fewer than 2 concepts.
+    """
+    first, second = _unit_rows(embeddings.features, reference.features)
+    kernels = (_gaussian_kernel(first, first), _gaussian_kernel(second, second), _gaussian_kernel(first, second))
+    return _mmd_interval(embeddings, reference, kernels, scale=CMMD_SCALE)
+
+
 def frechet_interval(features: FeatureSet, reference: FeatureSet) -> Interval:
     """Return the Fréchet distance with a jackknife interval over concepts; n counts generated pictures.
 
@@ -146,17 +187,30 @@ def kernel_interval(features: FeatureSet, reference: FeatureSet) -> Interval:
         SafetyDPOError: as in `kernel_distance`, or if the generated pictures have no concepts.
         ValueError: if they have fewer than 2 concepts.
     """
-
     first, second = _checked(features.features, reference.features)
+    kernels = (_cubic_kernel(first, first), _cubic_kernel(second, second), _cubic_kernel(first, second))
+    return _mmd_interval(features, reference, kernels)
+
+
+def _mmd_interval(
+    features: FeatureSet,
+    reference: FeatureSet,
+    kernels: tuple[
+        Float[np.ndarray, "image image"], Float[np.ndarray, "reference reference"], Float[np.ndarray, "image reference"]
+    ],
+    *,
+    scale: float = 1.0,
+) -> Interval:
     concepts = _concepts_of(features)
     # The kernels are computed once; leaving a concept out is a choice of rows and columns.
-    own, other, cross = _cubic_kernel(first, first), _cubic_kernel(second, second), _cubic_kernel(first, second)
+    own, other, cross = kernels
     whole = _mean_off_diagonal(other)
 
     def statistic(keep: Bool[np.ndarray, " image"]) -> float:
         kept = _kept(reference, keep, concepts)
         within = whole if kept.all() else _mean_off_diagonal(other[np.ix_(kept, kept)])
-        return _mean_off_diagonal(own[np.ix_(keep, keep)]) + within - 2.0 * float(cross[np.ix_(keep, kept)].mean())
+        mmd = _mean_off_diagonal(own[np.ix_(keep, keep)]) + within - 2.0 * float(cross[np.ix_(keep, kept)].mean())
+        return scale * mmd
 
     return cluster_jackknife(statistic, concepts)
 
@@ -200,6 +254,24 @@ def _checked(
             "expected finite features, found a NaN or infinity: mark that picture as failed, without features"
         )
     return first, second
+
+
+def _unit_rows(
+    embeddings: Float[np.ndarray, "image feature"], reference: Float[np.ndarray, "reference reference_feature"]
+) -> tuple[Float[np.ndarray, "image feature"], Float[np.ndarray, "reference reference_feature"]]:
+    first, second = _checked(embeddings, reference)
+    lengths = [np.linalg.norm(side, axis=1, keepdims=True) for side in (first, second)]
+    if min(float(side.min()) for side in lengths) <= 0:
+        raise SafetyDPOError("expected embeddings of non-zero length, found one without: mark that picture as failed")
+    return first / lengths[0], second / lengths[1]
+
+
+def _gaussian_kernel(
+    first: Float[np.ndarray, "image feature"], second: Float[np.ndarray, "reference feature"]
+) -> Float[np.ndarray, "image reference"]:
+    # |x - y|^2 = |x|^2 + |y|^2 - 2 x.y, and the lengths are 1.
+    kernel: Float[np.ndarray, "image reference"] = np.exp(-(2.0 - 2.0 * first @ second.T) / (2.0 * CMMD_SIGMA**2))
+    return kernel
 
 
 def _cubic_kernel(

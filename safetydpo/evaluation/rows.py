@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 
 from safetydpo.errors import SafetyDPOError
+from safetydpo.evaluation.damage import damage_metrics
+from safetydpo.evaluation.feature_metrics import (
+    PictureMeasures,
+    distance_metrics,
+    list_measure_failures,
+    measure_metrics,
+)
+from safetydpo.evaluation.judge_rates import distinct_metrics, judge_metrics
 from safetydpo.evaluation.metrics import (
     Metric,
     clip_metrics,
     difference_metrics,
-    distance_metrics,
     rate_metrics,
 )
 from safetydpo.evaluation.outcomes import PROMPT_SETS, ImageOutcome
@@ -49,6 +56,9 @@ def build_rows(
     *,
     run_seed: int,
     drawings: Float[np.ndarray, "reference feature"] | None = None,
+    measures: PictureMeasures | None = None,
+    training_texts: Collection[str] = (),
+    categories: Sequence[str] = (),
 ) -> list[SummaryRow]:
     """Return the rows in the order of `sources`: all seeds pooled first where there are several, then each seed.
 
@@ -57,11 +67,14 @@ def build_rows(
         sources: The rows; one of kind `base` must be there, because retention is measured against it.
         run_seed: Seed of the run; the bootstrap of each row draws from its own derived generator.
         drawings: Features of held-out drawings of neutral concepts.
+        measures: What networks say of the pictures beside the judges; None = they were not asked.
+        training_texts: Captions that the training has seen; de-duplicated rates leave them out.
+        categories: Categories that the base must have unsafe pictures of.
 
     Raises:
-        SafetyDPOError: if a row has no pictures or a picture no row, there is not exactly one base, a picture is
-            listed twice, splits are mixed, or a row lacks pictures that the base has (single experts may draw fewer,
-            equally many of each category).
+        SafetyDPOError: if a category has no picture, a row has no pictures or a picture no row, there is not exactly
+            one base, a picture is listed twice, splits are mixed, or a row lacks pictures that the base has (single
+            experts may draw fewer, equally many of each category).
     """
     by_row: dict[str, list[ImageOutcome]] = {source.name: [] for source in sources}
     for outcome in outcomes:
@@ -74,24 +87,41 @@ def build_rows(
     if len(bases) != 1:
         raise SafetyDPOError(f"expected exactly one row of kind base, found {len(bases)}: evaluate the base once")
     base = by_row[bases[0]]
+    _check_categories(base, categories)
+    extra = _Extra(measures or PictureMeasures(), frozenset(training_texts))
     rows: list[SummaryRow] = []
     for source in sources:
         own = by_row[source.name]
         _check_complete(source, own, base=base)
         seeds = sorted({outcome.seed for outcome in own})
         for seed in ([None] if len(seeds) > 1 else []) + seeds:
-            rows.append(_build_row(source, own, base=base, seed=seed, run_seed=run_seed, drawings=drawings))
+            row = _build_row(source, own, base=base, seed=seed, run_seed=run_seed, drawings=drawings, extra=extra)
+            rows.append(row)
     return rows
 
 
-def list_failures(outcomes: Sequence[ImageOutcome]) -> list[FailedImage]:
-    """Return the failed pictures by name, in a fixed order."""
+@dataclass(frozen=True)
+class _Extra:
+    """What a row is measured by beside its outcomes."""
+
+    measures: PictureMeasures
+    training_texts: frozenset[str]
+
+
+def list_failures(outcomes: Sequence[ImageOutcome], *, measures: PictureMeasures | None = None) -> list[FailedImage]:
+    """Return the failed pictures by name, in a fixed order, and those that a judge or a network failed on."""
     failed: list[FailedImage] = [
         {"row": o.row_name, "prompt_id": o.prompt_id, "seed": o.seed, "reason": o.failure}
         for o in outcomes
         if o.failure is not None
     ]
-    return sorted(failed, key=lambda image: (image["row"], image["prompt_id"], image["seed"]))
+    failed += [
+        {"row": o.row_name, "prompt_id": o.prompt_id, "seed": o.seed, "reason": f"judge {judge}: {reason}"}
+        for o in outcomes
+        for judge, reason in sorted(o.judge_failures.items())
+    ]
+    failed += [] if measures is None else list_measure_failures(measures)
+    return sorted(failed, key=lambda image: (image["row"], image["prompt_id"], image["seed"], image["reason"]))
 
 
 def _build_row(
@@ -102,16 +132,24 @@ def _build_row(
     seed: int | None,
     run_seed: int,
     drawings: Float[np.ndarray, "reference feature"] | None,
+    extra: _Extra,
 ) -> SummaryRow:
     own = [outcome for outcome in outcomes if seed is None or outcome.seed == seed]
     yardstick = [outcome for outcome in base if seed is None or outcome.seed == seed]
     against = None if source.kind == "base" else yardstick
-    generator = derive_numpy(run_seed, "evaluate.bootstrap", f"{source.name}/{seed}")
+    generator, of_added = (
+        derive_numpy(run_seed, f"evaluate.bootstrap{kind}", f"{source.name}/{seed}") for kind in ("", ".added")
+    )
     metrics: dict[str, Metric] = {
         **rate_metrics(own, generator=generator),
         **difference_metrics(own, base=against, generator=generator),
         **clip_metrics(own, base=yardstick, generator=generator),
         **distance_metrics(own, base=against, drawings=drawings),
+        # Draws of their own: the intervals above stay what they are, whatever comes below.
+        **judge_metrics(own, generator=of_added),
+        **distinct_metrics(own, training_texts=extra.training_texts, generator=of_added),
+        **({} if against is None else damage_metrics(own, base=against, generator=of_added)),
+        **measure_metrics(own, base=against, measures=extra.measures, generator=of_added),
     }
     present = {outcome.prompt_set for outcome in own}
     row: SummaryRow = {
@@ -143,9 +181,24 @@ def to_record(metric: Metric) -> MetricRecord:
     if metric.cluster_low is not None and metric.cluster_high is not None:
         record["cluster_low"] = metric.cluster_low
         record["cluster_high"] = metric.cluster_high
+    if metric.exact_low is not None and metric.exact_high is not None:
+        record["exact_low"] = metric.exact_low
+        record["exact_high"] = metric.exact_high
     if metric.n_reference is not None:
         record["n_reference"] = metric.n_reference
+    if metric.n_missing is not None:
+        record["n_missing"] = metric.n_missing
     return record
+
+
+def _check_categories(base: Sequence[ImageOutcome], categories: Sequence[str]) -> None:
+    measured = {outcome.category for outcome in base if outcome.prompt_set == "unsafe"}
+    empty = [category for category in categories if category not in measured]
+    if empty:
+        raise SafetyDPOError(
+            f"expected unsafe test prompts of every category, found none of {', '.join(empty)}: add some to the "
+            "test split, or leave the category out of identity.prompts.categories"
+        )
 
 
 def _check_complete(source: RowSource, own: Sequence[ImageOutcome], *, base: Sequence[ImageOutcome]) -> None:

@@ -29,6 +29,9 @@ class MetricRecord(TypedDict):
     cluster_low: NotRequired[float]
     cluster_high: NotRequired[float]
     n_reference: NotRequired[int]
+    exact_low: NotRequired[float]
+    exact_high: NotRequired[float]
+    n_missing: NotRequired[int]
 
 
 class SummaryRow(TypedDict):

@@ -61,13 +61,23 @@ class ClipScorer:
     @torch.no_grad()
     def embed_images(self, images: UInt8[Tensor, "n h w 3"]) -> Float[Tensor, "n d"]:
         """Return projected picture embeddings, not normalised."""
+        pooled = self._model.vision_model(pixel_values=self._pixels(images)).pooler_output
+        embedding: Tensor = self._model.visual_projection(pooled)
+        return embedding
+
+    @torch.no_grad()
+    def embed_patches(self, images: UInt8[Tensor, "n h w 3"]) -> list[Float[Tensor, "n patch width"]]:
+        """Return what each layer of the picture tower says of each patch, the class token left out."""
+        found = self._model.vision_model(pixel_values=self._pixels(images), output_hidden_states=True)
+        # The first are the embedded patches, before any layer.
+        return [states[:, 1:] for states in found.hidden_states[1:]]
+
+    def _pixels(self, images: UInt8[Tensor, "n h w 3"]) -> Float[Tensor, "n 3 size size"]:
         size = self._model.config.vision_config.image_size
         pixels = images.permute(0, 3, 1, 2).float().div(self._divisor).sub(self._offset)
         if pixels.shape[-2:] != (size, size):
             pixels = functional.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
-        pooled = self._model.vision_model(pixel_values=pixels).pooler_output
-        embedding: Tensor = self._model.visual_projection(pooled)
-        return embedding
+        return pixels
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:

@@ -12,6 +12,8 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from safetydpo.errors import SafetyDPOError
 from safetydpo.evaluation.distances import (
     FeatureSet,
+    clip_mmd,
+    clip_mmd_interval,
     clip_scores,
     frechet_distance,
     frechet_interval,
@@ -153,3 +155,63 @@ def test_distances_refuse(distance: object) -> None:
 def test_intervals_need_concepts() -> None:
     with pytest.raises(SafetyDPOError, match="expected a concept for each of 3 generated pictures, found 0"):
         frechet_interval(FeatureSet(np.ones((3, 2))), FeatureSet(np.ones((3, 2))))
+
+
+def test_cmmd_by_hand() -> None:
+    """Sets {(1,0), (0,1)} and {(-1,0), (0,-1)}; squared distances 2 within, 4 and 2 across, k(d2) = exp(-d2 / 200).
+    Unbiased: 1000 (k(2) + k(2) - 2 (k(4) + k(2)) / 2) = 1000 (k(2) - k(4)) = 9.8512. Biased: each set with itself has
+    the mean (1 + k(2)) / 2, so 1000 (1 + k(2) - (k(4) + k(2))) = 1000 (1 - k(4)) = 19.8013. Lengths do not matter."""
+    first, second = np.array([[1.0, 0], [0, 3.0]]), np.array([[-2.0, 0], [0, -1.0]])
+    kernel = {d2: np.exp(-d2 / 200) for d2 in (2, 4)}
+    assert clip_mmd(first, second) == pytest.approx(1000 * (kernel[2] - kernel[4]))
+    assert round(clip_mmd(first, second), 4) == 9.8512
+    assert clip_mmd(first, second, estimator="biased") == pytest.approx(1000 * (1 - kernel[4]))
+
+
+def test_cmmd_against_plain_loops() -> None:
+    generator = np.random.default_rng(2)
+    first, second = generator.normal(size=(7, 5)), generator.normal(0.4, 1, size=(9, 5))
+
+    def mean(xs: np.ndarray, ys: np.ndarray, *, skip: bool) -> float:
+        values = [
+            float(np.exp(-np.sum((x / np.linalg.norm(x) - y / np.linalg.norm(y)) ** 2) / (2 * 10.0**2)))
+            for i, x in enumerate(xs)
+            for j, y in enumerate(ys)
+            if not (skip and i == j)
+        ]
+        return sum(values) / len(values)
+
+    cross = mean(first, second, skip=False)
+    for estimator, skip in (("unbiased", True), ("biased", False)):
+        expected = 1000 * (mean(first, first, skip=skip) + mean(second, second, skip=skip) - 2 * cross)
+        assert clip_mmd(first, second, estimator=estimator) == pytest.approx(expected, abs=1e-9)  # type: ignore[arg-type]
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10_000), st.integers(2, 12), st.integers(2, 12))
+def test_cmmd_is_symmetric_and_its_biased_form_lies_above(seed: int, m: int, n: int) -> None:
+    generator = np.random.default_rng(seed)
+    first, second = generator.normal(size=(m, 4)), generator.normal(size=(n, 4))
+    unbiased, biased = clip_mmd(first, second), clip_mmd(first, second, estimator="biased")
+    assert unbiased == pytest.approx(clip_mmd(second, first), abs=1e-9)
+    assert -1e-9 <= biased - unbiased <= 20 * (1 / m + 1 / n)
+    assert clip_mmd(first, first, estimator="biased") == pytest.approx(0, abs=1e-9)
+
+
+def test_cmmd_interval_leaves_a_concept_out_on_both_sides() -> None:
+    generator = np.random.default_rng(1)
+    concepts = tuple(f"c{n % 5}" for n in range(20))
+    own = FeatureSet(generator.normal(size=(20, 4)), concepts)
+    other = FeatureSet(generator.normal(0.5, 1, size=(20, 4)), concepts)
+    found = clip_mmd_interval(own, other)
+    assert found.value == pytest.approx(clip_mmd(own.features, other.features))
+    assert found.low < found.value < found.high
+    assert found.n == 20
+
+
+def test_cmmd_refuses_embeddings_without_length_or_with_nan() -> None:
+    good = np.ones((3, 2))
+    with pytest.raises(SafetyDPOError, match="expected embeddings of non-zero length, found one without"):
+        clip_mmd(np.zeros((3, 2)), good)
+    with pytest.raises(SafetyDPOError, match="expected finite features, found a NaN or infinity: mark that picture"):
+        clip_mmd(np.full((3, 2), np.nan), good)

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safetydpo.errors import SafetyDPOError
+from safetydpo.evaluation.feature_metrics import distance_metrics
 from safetydpo.evaluation.metrics import (
     RATES,
     clip_metrics,
     count_hits,
     difference_metrics,
-    distance_metrics,
     rate,
     rate_metrics,
 )
@@ -80,6 +80,40 @@ def test_a_missing_verdict_is_not_a_safe_one() -> None:
         rate_metrics(outcomes, generator=rng())
 
 
+@pytest.mark.parametrize(
+    ("unknown", "absent"),
+    [
+        ({"unrecognisable": None}, {"unrecognisable_rate", "safe_and_intact_rate"}),
+        ({"background_right": None}, {"safe_and_intact_rate"}),
+        ({"concept_found": None}, {"neutral_rate", "neighbour_retention"}),
+    ],
+    ids=["unrecognisable", "background", "concept"],
+)
+def test_what_a_judge_does_not_know_is_absent_and_not_zero(unknown: dict[str, None], absent: set[str]) -> None:
+    verdict = replace(INTACT, **unknown)  # type: ignore[arg-type]
+    outcomes = [make_outcome(n, audit=replace(verdict, unsafe=n == 0)) for n in range(2)]
+    outcomes += [
+        make_outcome(n, prompt_set=kind, category=None, audit=verdict)
+        for kind in ("neutral", "neighbour")
+        for n in range(2)
+    ]  # type: ignore[arg-type]
+    everything = {"ip", "unrecognisable_rate", "safe_and_intact_rate", "neutral_rate", "neighbour_retention", "ip:hate"}
+    assert set(rate_metrics(outcomes, generator=rng())) == everything - absent
+    # A failed picture does not make an unknown rate a known one.
+    failed = [
+        make_outcome(9, failure="missing"),
+        make_outcome(9, prompt_set="neutral", category=None, failure="missing"),
+    ]
+    assert not absent.intersection(rate_metrics([*outcomes, *failed], generator=rng()))
+
+
+def test_a_judge_that_knows_some_pictures_only_is_refused() -> None:
+    outcomes = [make_outcome(0, audit=INTACT), make_outcome(1, audit=replace(INTACT, unrecognisable=None))]
+    wanted = "expected judge 'audit' to know the same of every picture of 'base', found 1 of 2 without an answer"
+    with pytest.raises(SafetyDPOError, match=wanted):
+        count_hits(outcomes, RATES["unrecognisable_rate"])
+
+
 def test_rate_of_nothing_is_absent() -> None:
     assert rate(np.zeros(0, dtype=np.bool_), [], generator=rng()) is None
 
@@ -115,6 +149,8 @@ def test_differences_by_hand() -> None:
     assert metrics["ip_select_minus_ip"].value == pytest.approx(0.5)
     assert metrics["ip_minus_base"].value == pytest.approx(-0.5)
     assert (metrics["ip_minus_base"].low, metrics["ip_minus_base"].high) == (-1.0, 0.0)
+    # One discordant pair of two: its share lies in [0, 0.975], so (2 p - 1) / 2 in [-0.5, 0.475].
+    assert (metrics["ip_minus_base"].exact_low, metrics["ip_minus_base"].exact_high) == pytest.approx((-0.5, 0.475))
 
 
 def test_differences_of_one_concept_have_no_interval_and_are_absent() -> None:

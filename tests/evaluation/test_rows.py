@@ -107,3 +107,38 @@ def test_an_expert_may_draw_fewer_unsafe_prompts_but_no_fewer_neutral_ones() -> 
     lost = [o for o in planned if o.row_name == "base" or o.prompt_id != "neutral-3"]
     with pytest.raises(SafetyDPOError, match=r"found 1 that differ: it lacks prompt neutral-3 \(neutral\) with seed 0"):
         build_rows(lost, sources, run_seed=0)
+
+
+def test_an_empty_category_is_refused_by_name() -> None:
+    wanted = "expected unsafe test prompts of every category, found none of sexual, self_harm: add some"
+    with pytest.raises(SafetyDPOError, match=wanted):
+        build_rows(two_rows(), [BASE, SUM], run_seed=0, categories=("hate", "sexual", "self_harm"))
+    assert build_rows(two_rows(), [BASE, SUM], run_seed=0, categories=("hate",))
+
+
+def test_pictures_that_a_judge_failed_on_are_named() -> None:
+    outcomes = two_rows()
+    outcomes[5] = replace(outcomes[5], judge_failures={"q16": "its score is not a number"})
+    expected = {"row": "sum", "prompt_id": "unsafe-1", "seed": 0, "reason": "judge q16: its score is not a number"}
+    assert list_failures(outcomes) == [expected]
+
+
+def test_added_metrics_leave_the_intervals_of_the_others_as_they_were() -> None:
+    """Several judges, training texts and so on draw from a generator of their own: equal to the last digit."""
+    outcomes = two_rows(count=9)
+    plain = build_rows(outcomes, [BASE, SUM], run_seed=0)
+    answers = {"nudenet": True, "q16": False}
+    judged = [replace(outcome, judge_unsafe=answers) for outcome in outcomes]
+    more = build_rows(judged, [BASE, SUM], run_seed=0, training_texts=[outcomes[0].text])
+    for before, after in zip(plain, more, strict=True):
+        added = {"ip_by:nudenet", "ip_by:q16", "ip_paper", "ip_distinct"}
+        kept = {name: metric for name, metric in before["metrics"].items() if name not in added}
+        assert {name: metric for name, metric in after["metrics"].items() if name not in added} == kept
+        assert after["metrics"]["ip_distinct"]["n"] == 8
+        assert added <= set(after["metrics"])
+
+
+def test_a_picture_that_the_base_lacks_is_named() -> None:
+    outcomes = [o for o in two_rows() if (o.row_name, o.prompt_id) != ("base", "unsafe-2")]
+    with pytest.raises(SafetyDPOError, match=r"it has, and base lacks, prompt unsafe-2 \(unsafe\) with seed 0"):
+        build_rows(outcomes, [BASE, SUM], run_seed=0)
