@@ -22,7 +22,7 @@ from safetydpo.artifacts.adapters import AdapterMetadata
 from safetydpo.artifacts.records import ArtifactKey, Record
 from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.artifacts.storage import Location
-from safetydpo.config.schema import Config
+from safetydpo.config.schema import Config, IdentityConfig
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.judges.build import fingerprint_judge
 from safetydpo.prompts.sets import Prompt
@@ -38,6 +38,22 @@ CANDIDATES_FILE = "candidates.jsonl"
 Candidates = Sequence[tuple[int, Mapping[str, float | str]]]
 MeasureMissing = Callable[[Location, str, Candidates], None]
 """Measures these candidates of a comparator into a folder."""
+
+
+def check_comparators(identity: IdentityConfig) -> None:
+    """Refuse comparators for a model that they cannot work on, before anything is made.
+
+    Raises:
+        UsageError: if the model's denoiser is no U-Net.
+    """
+    from safetydpo.diffusion.build import denoiser_of
+
+    comparators = identity.evaluation.comparators
+    if comparators and (found := denoiser_of(identity.base)) != "unet":
+        raise UsageError(
+            f"expected a U-Net model (Stable Diffusion 1.x, 2.x, XL) for identity.evaluation.comparators, found a "
+            f"{found} in base.model {identity.base.model!r}: leave the comparators out"
+        )
 
 
 def erasure_of(run: Run, *, concepts: Sequence[str] | None = None) -> Any:

@@ -95,6 +95,9 @@ class EvaluationConfig(Frozen):
     expert_retention: bool = added_field(False)
     """Also evaluate each single expert on the neutral prompts and the neighbours: what it does to what it should leave
     alone. Needs `expert_rows`."""
+    comparators: Distinct[Literal["negative_prompt", "sld", "uce", "esd"]] = added_field(())
+    """Other methods of removing the same concepts that get a row of their own, each tuned on the validation prompts
+    with as many candidates as the search has trials (`docs/baselines.md`). U-Net models only."""
 
 
 class IdentityConfig(Frozen):
