@@ -13,7 +13,7 @@ NONE = torch.zeros(0, 2)
 
 
 def test_a_two_by_two_edit_by_hand():
-    """c = (1, 0), t = (0, 1), e = lambda = 1: M = diag(2, 1), (t - c) c^T = [[-1, 0], [1, 0]], D = [[-0.5, 0], [0.5, 0]].
+    """c = (1, 0), t = (0, 1), e = lambda = 1: M = diag(2, 1), (t - c) c^T = [[-1, 0], [1, 0]], D = half of it.
 
     W = [[1, 2], [3, 4]]: W* c = (1.5, 3.5), half-way from W c = (1, 3) to W t = (2, 4); W* (0, 1) stays (2, 4).
     """
@@ -29,7 +29,7 @@ def test_a_two_by_two_edit_by_hand():
 
 
 def test_it_equals_the_papers_formula_and_least_squares():
-    """Independently: the paper's closed form with numpy's inverse, layer by layer, and numpy's lstsq on stacked rows."""
+    """Independently: the paper's closed form with numpy's inverse, and numpy's lstsq on stacked rows."""
     generator = np.random.default_rng(0)
     erased, targets, kept = (generator.normal(size=(n, 5)) for n in (7, 7, 9))
     weight = generator.normal(size=(3, 5))

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,7 +99,7 @@ def test_the_warm_up_is_a_share_of_the_steps(backbone: StableDiffusion):
 
 def test_uce_makes_keys_and_values_see_the_target(backbone: StableDiffusion):
     """With hardly any ridge and nothing to preserve, W* c is W t for every edited token."""
-    erasure = Erasure((replace(ERASURE.concepts[1]),))
+    erasure = Erasure(ERASURE.concepts[1:])
     layers = prepare("uce", backbone, erasure, ridge=0.01, erase_scale=10.0, preserve_scale=0.01).layers
     erased, targets = edited_rows(backbone, erasure.concepts[0].prompts, erasure.concepts[0].safe_prompts)
     assert set(layers) == {name for name, _ in backbone.named_linear_layers(("attn2.to_k", "attn2.to_v"))}
@@ -121,7 +121,7 @@ def test_uce_keeps_what_it_is_told_to_keep(backbone: StableDiffusion):
 
 
 def test_tokens_are_paired_from_the_end_of_the_texts():
-    """0 starts, 9 ends and pads. `a big bomb .` (positions 1 to 4) against `a ball .`: they differ from position 2 on."""
+    """0 starts, 9 ends and pads. `a big bomb .` against `a ball .`: they differ from position 2 on."""
     unsafe, safe = torch.tensor([0, 1, 5, 6, 4, 9, 9]), torch.tensor([0, 1, 7, 4, 9, 9, 9])
     assert aligned_tokens(unsafe, safe, end=9) == [(2, 2), (3, 2), (4, 3), (5, 4), (6, 5)]
     assert aligned_tokens(safe, unsafe, end=9) == [(2, 3), (3, 4), (4, 5), (5, 6), (6, 6)]
@@ -159,15 +159,10 @@ def test_esd_comes_nearer_to_its_target(backbone: StableDiffusion):
     assert after < 0.7 * before
 
 
-def test_esd_stops_at_a_loss_that_is_not_finite(backbone: StableDiffusion):
-    with pytest.raises(SafetyDPOError, match="expected a finite loss of ESD, found (nan|inf) in step"):
-        with torch.no_grad():
-            weight = backbone.layer_weight(trained_layers(backbone, "u")[0])
-            kept = weight.clone()
-            weight.fill_(float("nan"))
-        try:
-            prepare("esd", backbone)
-        finally:
-            with torch.no_grad():
-                weight.copy_(kept)
+def test_esd_stops_at_a_loss_that_is_not_finite(tiny_folder: Path):
+    backbone = StableDiffusion.from_folder(tiny_folder)
+    with torch.no_grad():
+        backbone.layer_weight(trained_layers(backbone, "u")[0]).fill_(float("nan"))
+    with pytest.raises(SafetyDPOError, match="expected a finite loss of ESD, found nan in step 0: lower its"):
+        prepare("esd", backbone)
     assert not hasattr(backbone.network, "peft_config")

@@ -83,7 +83,7 @@ def test_it_equals_the_diffusers_pipeline_step_by_step():
     for step in range(4):
         empty, prompt, safety = torch.randn(3, 2, 4, 3, 3, generator=generator)
         guidance, theirs = StableDiffusionPipelineSafe.perform_safety_guidance(
-            None, True, theirs, prompt - empty, (empty, prompt, safety), step, 3.0, 2, 0.1, 0.3, 0.4
+            None, True, theirs, prompt - empty, (prompt, empty, safety), step, 3.0, 2, 0.1, 0.3, 0.4
         )
         gamma = safety_guidance(empty, prompt, safety, momentum=ours, scale=3.0, threshold=0.1, momentum_scale=0.3)
         ours = next_momentum(ours, gamma, beta=0.4)

@@ -107,7 +107,7 @@ def test_its_momentum_starts_anew_with_every_batch(backbone: StableDiffusion):
     """A picture's bytes do not depend on the batch before; one step leaves no later index to tell two batches apart."""
     for steps in (3, 1):
         sampler = SAMPLER.model_copy(update={"steps": steps})
-            guided = Intervention(guiding=replace(SLD, warmup_steps=0)).guide(backbone)
+        guided = Intervention(guiding=replace(SLD, warmup_steps=0)).guide(backbone)
         together = render(backbone, prompts=PROMPTS, seeds=SEEDS, sampler=sampler, **guided)
         alone = render(backbone, prompts=PROMPTS[2:], seeds=SEEDS[2:], sampler=sampler, **guided)
         assert torch.equal(alone[0], together[2])
@@ -158,9 +158,13 @@ def test_every_part_is_in_the_fingerprint():
 
 @pytest.mark.parametrize(
     "content",
-    [b"no JSON", b"[]", json.dumps({"schema": 2, "guiding": None, "has_layers": False}).encode(),
-     json.dumps({"schema": 1, "guiding": {"kind": "other", "texts": []}, "has_layers": False}).encode(),
-     json.dumps({"schema": 1, "guiding": {"kind": "negative_prompt"}, "has_layers": False}).encode()],
+    [
+        b"no JSON",
+        b"[]",
+        json.dumps({"schema": 2, "guiding": None, "has_layers": False}).encode(),
+        json.dumps({"schema": 1, "guiding": {"kind": "other", "texts": []}, "has_layers": False}).encode(),
+        json.dumps({"schema": 1, "guiding": {"kind": "negative_prompt"}, "has_layers": False}).encode(),
+    ],
 )
 def test_other_files_are_refused(store: Location, content: bytes):
     (store / INTERVENTION_FILE).write_bytes(content)
