@@ -28,12 +28,22 @@ import torch
 from benchmarks.comparators_ours import OurAdapters
 from benchmarks.comparators_page import write_page
 from benchmarks.harness import print_result
-from ray_jobs.baselines import BASE, CANDIDATES_FILE, ComparatorBench, comparator_key, erasure_of, measure_here, tune
+from ray_jobs.baselines import (
+    BASE,
+    CANDIDATES_FILE,
+    Candidates,
+    ComparatorBench,
+    comparator_key,
+    erasure_of,
+    tune,
+)
 from ray_jobs.evaluate import evaluation_prompts, judges_fingerprint, picture_seed
 from ray_jobs.failures import run_guarded
 from ray_jobs.prompt_tables import chosen_pairs
 from ray_jobs.run import Run, with_absolute_paths
 from safetydpo.artifacts.schemas import sha256_of
+from safetydpo.artifacts.storage import Location
+from safetydpo.baselines.intervention import Intervention
 from safetydpo.baselines.registry import COMPARATORS
 from safetydpo.config.load import load_config
 from safetydpo.diffusion.render import render
@@ -56,15 +66,30 @@ def concept_order(run: Run) -> list[str]:
     return list(dict.fromkeys(order))
 
 
-class UnitBench:
-    """Draws, judges and counts units of one seed."""
+class TimeIsOverError(Exception):
+    """No new candidate or unit is started."""
 
-    def __init__(self, run: Run, ours: OurAdapters) -> None:
-        self.run, self.ours = run, ours
+
+class UnitBench:
+    """Tunes comparators, and draws, judges and counts units of one seed."""
+
+    def __init__(self, run: Run, ours: OurAdapters, *, until: float) -> None:
+        self.run, self.ours, self.until = run, ours, until
         self.bench = ComparatorBench(run.config.model_dump(mode="json"))
         self.order = concept_order(run)
         self.prompts = evaluation_prompts(run)
         self.judge = load_audit_judge()
+
+    def candidates(self, folder: Location, name: str, candidates: Candidates) -> None:
+        """Measure candidates of a tuning, one after another, until the time is over."""
+        for index, settings in candidates:
+            self.check_time()
+            self.bench.measure(folder, name, index, settings)
+
+    def check_time(self) -> None:
+        """End what can go on later."""
+        if time.monotonic() > self.until:
+            raise TimeIsOverError
 
     def measure(self, method: str, count: int) -> dict[str, Any]:
         """Prepare a method for the first `count` concepts and count what it draws."""
@@ -73,12 +98,10 @@ class UnitBench:
         settings: Mapping[str, Any] = {}
         if method == OURS:
             settings, layers = self.ours.layers(self.bench.backbone, concepts, order=self.order)
-            from safetydpo.baselines.intervention import Intervention
-
             intervention = Intervention(layers)
         else:
             if method != BASE:
-                settings = tune(self.run, method, measure_here(self.run)).details["settings"]
+                settings = tune(self.run, method, self.candidates).details["settings"]
             erasure = erasure_of(self.run, concepts=concepts)
             intervention = self.bench.prepare(method, settings, erasure=erasure)
         seconds = time.process_time() - cpu
@@ -153,18 +176,20 @@ def unit_identity(run: Run, method: str, count: int, ours: OurAdapters) -> str:
 
 
 def measure(run: Run, ours: OurAdapters, *, units: Sequence[tuple[str, int, int]], results: Path, until: float) -> None:
-    """Measure what is missing, one unit after another, until the time is over."""
+    """Measure what is missing, one unit after another.
+
+    Raises:
+        TimeIsOverError: after `until`.
+    """
     bench: UnitBench | None = None
     for method, count, seed in units:
         file, identity = unit_file(results, method, count, seed), unit_identity(run, method, count, ours)
         if file.is_file() and json.loads(file.read_text())["identity"] == identity:
             continue
-        if time.monotonic() > until:
-            print("time is over: the same command goes on", flush=True)
-            return
+        bench = bench or UnitBench(run, ours, until=until)
         if method not in (BASE, OURS):
-            tuned(run, method, results)
-        bench = bench or UnitBench(run, ours)
+            tuned(bench, method, results)
+        bench.check_time()
         unit = bench.measure(method, count) | {"identity": identity, "commit": commit()}
         results.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(unit, indent=1, sort_keys=True) + "\n")
@@ -172,10 +197,10 @@ def measure(run: Run, ours: OurAdapters, *, units: Sequence[tuple[str, int, int]
         print(f"{method:16} {count:3} concepts, seed {seed}: {shares} {unit['cpu_seconds']} CPU s", flush=True)
 
 
-def tuned(run: Run, method: str, results: Path) -> None:
+def tuned(bench: UnitBench, method: str, results: Path) -> None:
     """Tune a comparator, or find it tuned, and keep what its candidates were worth beside the units."""
-    started = time.process_time()
-    record = tune(run, method, measure_here(run))
+    started, run = time.process_time(), bench.run
+    record = tune(run, method, bench.candidates)
     lines = (run.folder(comparator_key(run, method)) / CANDIDATES_FILE).read_bytes().decode().splitlines()
     seed = run.config.identity.seed
     content = {
@@ -228,7 +253,11 @@ def main() -> None:
             with_absolute_paths(config.model_copy(update={"execution": config.execution.model_copy(update=places)}))
         )
         units = planned(seed, arguments.methods, arguments.counts)
-        measure(run, ours, units=units, results=arguments.results, until=until)
+        try:
+            measure(run, ours, units=units, results=arguments.results, until=until)
+        except TimeIsOverError:
+            print("time is over: the same command goes on", flush=True)
+            break
     headline = write_page(arguments.results, page=arguments.page, plot=arguments.plot if arguments.page else None)
     print_result("comparators", ratios=headline, raw={"results": str(arguments.results)})
 
