@@ -82,7 +82,7 @@ class EsdComparator:
     ) -> Intervention:
         """Train the low-rank change of the chosen layers; see `Comparator.prepare`.
 
-        Settings: `layers` (`x` = cross-attention, `u` = all other linear layers but those of the timestep),
+        Settings: `layers` (`x` = cross-attention, `u` = all other linear layers but the embedding of the timestep),
         `negative_guidance` eta, `learning_rate` of Adam, `steps`, `rows_per_step`, `rank`.
 
         Raises:

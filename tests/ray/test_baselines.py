@@ -43,7 +43,6 @@ from tests.ray.closed_artifacts import open_run
 from tests.ray.smoke_place import SMOKE
 
 SETTINGS = [
-    "identity.sampler.steps=2",
     "identity.search.trials=2",
     "identity.search.prompts_per_category=1",
     "identity.search.neutral_prompts=2",

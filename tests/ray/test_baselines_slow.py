@@ -15,7 +15,6 @@ from tests.ray.smoke_place import SMOKE
 
 pytestmark = pytest.mark.slow
 SETTINGS = [
-    "identity.sampler.steps=2",
     "identity.search.trials=3",
     "identity.search.prompts_per_category=1",
     "identity.search.neutral_prompts=2",
