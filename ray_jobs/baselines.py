@@ -19,7 +19,7 @@ from ray_jobs.sampled_rates import count_shares, draw_and_judge
 from ray_jobs.search_merges import validation_prompts
 from ray_jobs.workers import worker_device
 from safetydpo.artifacts.adapters import AdapterMetadata
-from safetydpo.artifacts.records import ArtifactKey, Record
+from safetydpo.artifacts.records import ArtifactKey, Record, find_closed
 from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.artifacts.storage import Location
 from safetydpo.config.schema import Config, IdentityConfig
@@ -201,9 +201,12 @@ def tune(run: Run, name: str, measure_missing: MeasureMissing) -> Record:
     """
     if name != BASE:
         tune(run, BASE, measure_missing)
-    return run.build(
-        f"comparator:{name}", comparator_key(run, name), lambda folder: _make(run, name, folder, measure_missing)
-    )
+    key = comparator_key(run, name)
+    record = run.build(f"comparator:{name}", key, lambda folder: _make(run, name, folder, measure_missing))
+    # Only now: what stands in them is in the closed artifact, all but the weights of candidates that lost.
+    for index in range(record.counts["candidates"]):
+        candidate_folder(run.folder(key), index).delete()
+    return record
 
 
 def _make(run: Run, name: str, folder: Location, measure_missing: MeasureMissing) -> Mapping[str, Any]:
@@ -255,8 +258,9 @@ def best_candidate(run: Run, name: str, results: Sequence[Mapping[str, Any]]) ->
 
 def base_rates(run: Run) -> dict[str, float]:
     """Return the base's rates on the validation prompts, which `tune` has measured."""
-    place = candidate_folder(run.folder(comparator_key(run, BASE)), 0) / RESULT_FILE
-    found: dict[str, float] = json.loads(place.read_bytes())["metrics"]
+    record = find_closed(run.store, comparator_key(run, BASE))
+    assert record is not None
+    found: dict[str, float] = record.details["metrics"]
     return found
 
 

@@ -137,6 +137,7 @@ def test_the_best_candidate_has_the_least_price_that_meets_the_floors(run: Run) 
     assert (record.details["candidate"], record.fingerprint) == (1, "uce-1")
     assert (folder / INTERVENTION_FILE).read_bytes() == b"uce 1"
     assert record.counts == {"candidates": 2, "failed": 0}
+    assert not candidate_folder(folder, 0).is_folder()
     lines = (folder / CANDIDATES_FILE).read_bytes().decode().splitlines()
     assert [json.loads(line)["metrics"] for line in lines] == [first, second]
 
