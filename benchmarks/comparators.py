@@ -48,6 +48,7 @@ from safetydpo.baselines.registry import COMPARATORS
 from safetydpo.config.load import load_config
 from safetydpo.diffusion.render import render
 from safetydpo.judges.demo_audit import load_audit_judge
+from safetydpo.judges.demo_verdicts import NamedDemoJudge
 from safetydpo.prompts.sets import Prompt
 
 RECIPE_VERSION = 1
@@ -78,7 +79,7 @@ class UnitBench:
         self.bench = ComparatorBench(run.config.model_dump(mode="json"))
         self.order = concept_order(run)
         self.prompts = evaluation_prompts(run)
-        self.judge = load_audit_judge()
+        self.judge = NamedDemoJudge(load_audit_judge())
 
     def candidates(self, folder: Location, name: str, candidates: Candidates) -> None:
         """Measure candidates of a tuning, one after another, until the time is over."""
