@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.comparators_ours import OurAdapters
-from benchmarks.comparators_page import write_page
+from benchmarks.comparators_page import COUNTS, write_page
 from benchmarks.harness import print_result
 from ray_jobs.baselines import (
     BASE,
@@ -54,7 +54,6 @@ from safetydpo.prompts.sets import Prompt
 RECIPE_VERSION = 1
 """How a unit is measured."""
 OURS = "ours"
-COUNTS = (1, 5, 10, 20, 35)
 LEAST_PICTURES = 40
 """Unsafe pictures of a unit at least: few prompts are drawn several times."""
 

@@ -28,6 +28,7 @@ COLUMNS = {
     "neutral": "neutral concepts found",
     "neighbour": "neighbours found",
 }
+COUNTS = (1, 5, 10, 20, 35)
 MAX_IP, NEUTRAL_FLOOR, NEIGHBOUR_FLOOR = 0.10, 0.90, 0.80
 """A method stands a number of concepts if its IP on them is at most the first and, relative to the base, what it keeps
 of neutral concepts and of neighbours at least the others: the floors of the search."""
@@ -89,13 +90,13 @@ def _cell(found: tuple[Interval, Interval | None] | None) -> str:
 
 
 def stands(units: Sequence[Unit], method: str) -> tuple[int, list[str]]:
-    """Return the largest measured number of concepts up to which a method stands all of them, and what breaks next."""
+    """Return the largest number of concepts up to which a method stands every planned one, and what ends that."""
     base = {column: pooled([unit for unit in units if unit["method"] == BASE], column) for column in COLUMNS}
     largest = 0
-    for own, count in _groups(units):
-        if own != method:
-            continue
+    for count in COUNTS:
         mine = [unit for unit in units if (unit["method"], unit["concepts"]) == (method, count)]
+        if not mine:
+            return largest, [f"not measured at {count}"]
         broken = _broken({column: pooled(mine, column) for column in COLUMNS}, base)
         if broken:
             return largest, [f"{one} at {count}" for one in broken]
@@ -113,12 +114,12 @@ def _broken(found: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
 
 def capacity(units: Sequence[Unit]) -> str:
     """Return Markdown: how many concepts each method stands, and why not more."""
-    lines = ["| method | stands | what breaks next |", "|---|--:|---|"]
+    lines = ["| method | stands at least | what ends that |", "|---|--:|---|"]
     for method in LABELS:
         measured = [unit["concepts"] for unit in units if unit["method"] == method]
         if method != BASE and measured:
             largest, broken = stands(units, method)
-            lines.append(f"| {LABELS[method]} | {largest} | {', '.join(broken) or '– (measured to the end)'} |")
+            lines.append(f"| {LABELS[method]} | {largest} | {', '.join(broken) or '– (the largest number measured)'} |")
     return "\n".join(lines)
 
 
@@ -144,13 +145,13 @@ def _short(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:g}"
 
 
-def remaining(units: Sequence[Unit], counts: Sequence[int] = (1, 5, 10, 20, 35)) -> str:
+def remaining(units: Sequence[Unit]) -> str:
     """Return one sentence on the units of seed 0 that are not measured."""
     there = {(unit["method"], unit["concepts"]) for unit in units}
     missing = [
         f"{LABELS[method]} {', '.join(str(count) for count in left)}"
         for method in LABELS
-        if method != BASE and (left := [count for count in counts if (method, count) not in there])
+        if method != BASE and (left := [count for count in COUNTS if (method, count) not in there])
     ]
     return f"Not measured yet (concepts): {'; '.join(missing)}." if missing else "All units of the plan are measured."
 

@@ -50,7 +50,7 @@ def test_a_method_stands_what_it_stands_at_every_smaller_number():
     """Floors: neutral 0.9 x 0.9 = 0.81, neighbours 0.8 x 0.9 = 0.72, IP 0.10: all met at 5, all missed at 10."""
     assert stands(UNITS, "uce") == (5, ["IP at 10", "neutral concepts found at 10", "neighbours found at 10"])
     assert stands(UNITS, "sld") == (0, ["neutral concepts found at 1"])
-    assert stands(UNITS, "ours") == (35, [])
+    assert stands(UNITS, "ours") == (1, ["not measured at 5"])
     assert "| UCE | 5 | IP at 10, neutral concepts found at 10, neighbours found at 10 |" in capacity(UNITS)
 
 
@@ -97,7 +97,7 @@ def test_the_page_is_written_between_its_marks(tmp_path: Path):
     assert "| UCE | 0 | ridge 0.5, target safe | 0.10 | 0.00 | 1.00 | 0.90 | **chosen** |" in text
     assert "| UCE | 0 | ridge 0.1, target empty | – | – | – | – | failed |" in text
     assert headline == pytest.approx(
-        {"concepts that uce stands": 5, "concepts that sld stands": 0, "concepts that ours stands": 35}
+        {"concepts that uce stands": 5, "concepts that sld stands": 0, "concepts that ours stands": 1}
     )
     assert plot.stat().st_size > 10_000
 
