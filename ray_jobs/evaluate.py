@@ -20,7 +20,7 @@ from ray_jobs.prompt_tables import needed_prompts, split_prompts, spread_prompts
 from ray_jobs.run import Run
 from ray_jobs.workers import make_each, padded, worker_device
 from safetydpo.artifacts.adapters import read_adapter
-from safetydpo.artifacts.layout import ADAPTER_FILE, demo_weights, stage_folder
+from safetydpo.artifacts.layout import ADAPTER_FILE, INTERVENTION_FILE, demo_weights, stage_folder
 from safetydpo.artifacts.pool_index import read_rows
 from safetydpo.artifacts.records import ArtifactKey, Record
 from safetydpo.artifacts.schemas import IMAGE_MANIFEST, OUTCOMES, make_image_id, sha256_of
@@ -36,6 +36,7 @@ from safetydpo.seeding import derive_seed
 RECIPE_VERSION = 1
 MANIFEST_FILE = "manifest.parquet"
 OUTCOMES_FILE = "outcomes.parquet"
+EVERYTHING = ("unsafe", "ood", "neutral", "neighbour")
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,14 @@ class EvaluatedRow:
 
 
 def evaluate(
-    run: Run, experts: Mapping[str, Record], merged: Mapping[str, Record], searched: Record
+    run: Run,
+    experts: Mapping[str, Record],
+    merged: Mapping[str, Record],
+    searched: Record,
+    comparators: Mapping[str, Record] | None = None,
 ) -> tuple[Record, list[EvaluatedRow]]:
     """Make or find the outcomes of every row; return the record and the rows."""
-    rows = list_rows(run, experts, merged, searched)
+    rows = [*list_rows(run, experts, merged, searched), *comparator_rows(run, comparators or {})]
     return evaluate_rows(run, rows), rows
 
 
@@ -83,8 +88,7 @@ def list_rows(
     run: Run, experts: Mapping[str, Record], merged: Mapping[str, Record], searched: Record | None
 ) -> list[EvaluatedRow]:
     """Return base, single experts, `all_single`, plain merges and the searched merge, in the order of the table."""
-    everything = ("unsafe", "ood", "neutral", "neighbour")
-    rows = [EvaluatedRow(RowSource("base", "base"), "", everything)]
+    rows = [EvaluatedRow(RowSource("base", "base"), "", EVERYTHING)]
     evaluation = run.config.identity.evaluation
     if evaluation.expert_rows:
         single = {name: record for name, record in experts.items() if name != ALL_SINGLE}
@@ -95,12 +99,24 @@ def list_rows(
             source = replace(row.source, categories=own[name])
             rows.append(replace(row, source=source, prompts_per_category=evaluation.expert_prompts_per_category))
     if ALL_SINGLE in experts:
-        rows.append(_adapter_row(run, ALL_SINGLE, "all_single", experts[ALL_SINGLE], None, everything))
+        rows.append(_adapter_row(run, ALL_SINGLE, "all_single", experts[ALL_SINGLE], None, EVERYTHING))
     for name, record in merged.items():
-        rows.append(_adapter_row(run, name, "merged", record, _scale_of(record), everything))
+        rows.append(_adapter_row(run, name, "merged", record, _scale_of(record), EVERYTHING))
     if searched is not None:
-        rows.append(_adapter_row(run, "searched", "searched", searched, _scale_of(searched), everything))
+        rows.append(_adapter_row(run, "searched", "searched", searched, _scale_of(searched), EVERYTHING))
     return rows
+
+
+def comparator_rows(run: Run, comparators: Mapping[str, Record]) -> list[EvaluatedRow]:
+    """Return the rows of other methods, which draw what the base draws."""
+    return [
+        EvaluatedRow(
+            RowSource(name, "comparator", adapter_hash=record.fingerprint),
+            record_files(run, record).path,
+            EVERYTHING,
+        )
+        for name, record in comparators.items()
+    ]
 
 
 def _scale_of(record: Record) -> float:
@@ -269,6 +285,7 @@ class EvaluateWorker:
         self._audit = NamedDemoJudge(load_audit_judge())
         self._clip = ClipScorer(demo_weights() / "clip")
         self._adapter = ""
+        self._guided: Mapping[str, Any] = {}
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return `outcomes` rows, one per manifest row."""
@@ -282,12 +299,19 @@ class EvaluateWorker:
         return table_from_rows([results[row["image_id"]] for row in rows], OUTCOMES)
 
     def _use(self, adapter: str) -> None:
+        from safetydpo.baselines.intervention import read_intervention
         from safetydpo.dpo.engine import lora_signature
 
         if adapter == self._adapter:
             return
-        if adapter:
-            layers, _ = read_adapter(Location(self._run.store.filesystem, adapter) / ADAPTER_FILE)
+        place = Location(self._run.store.filesystem, adapter)
+        self._guided = {}
+        if adapter and (place / INTERVENTION_FILE).is_file():
+            intervention = read_intervention(place)
+            intervention.install(self._backbone)
+            self._guided = intervention.guide(self._backbone)
+        elif adapter:
+            layers, _ = read_adapter(place / ADAPTER_FILE)
             self._backbone.swap_adapter(lora_signature(self._run.config.identity.lora), layers)
         else:
             self._backbone.remove_adapter()
@@ -302,7 +326,7 @@ class EvaluateWorker:
 
         prompts, seeds = [row["prompt"] for row in rows], [row["seed"] for row in rows]
         pictures, size = draw_within_memory(
-            lambda sampler: render(self._backbone, prompts=prompts, seeds=seeds, sampler=sampler),
+            lambda sampler: render(self._backbone, prompts=prompts, seeds=seeds, sampler=sampler, **self._guided),
             sampler=self._sampler,
         )
         # Judged in full batches too, so that a picture's scores do not depend on how many came with it.

@@ -23,6 +23,12 @@ def run_evidence(
             f"expected identity.pairs.source {GENERATE!r} for evidence, whose units are known before any pair is made, "
             f"found {config.identity.pairs.source!r}: use `safetydpo run` for each seed"
         )
+    if config.identity.evaluation.comparators:
+        raise UsageError(
+            "expected no identity.evaluation.comparators for evidence, whose rows are the run's own adapters, found "
+            f"{', '.join(config.identity.evaluation.comparators)}: use `safetydpo run`, or python -m "
+            "benchmarks.comparators for tables over several seeds"
+        )
     # A log file has no width of its own; 80 columns would fold every line.
     console = Console(highlight=False) if sys.stdout.isatty() else Console(width=170, highlight=False)
     if only_list:

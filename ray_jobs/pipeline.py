@@ -70,6 +70,7 @@ def check_request(run: Run, *, last: str = "report") -> None:
             asked, or a path is of another kind.
         SafetyDPOError: if a category has no prompt pair, or the base model's files are incomplete.
     """
+    from ray_jobs.baselines import check_comparators
     from ray_jobs.expert_plan import group_prompt_pairs, is_grouped
     from ray_jobs.expert_watch import check_watch
     from ray_jobs.given_pairs import check_given
@@ -85,6 +86,8 @@ def check_request(run: Run, *, last: str = "report") -> None:
     _check_methods(identity)
     if STAGES.index(last) >= STAGES.index("search"):
         check_search(run.config)
+    if STAGES.index(last) >= STAGES.index("evaluate"):
+        check_comparators(identity)
     # First, because what comes next fetches the model.
     sampler = identity.sampler
     if last in STAGES_OF_DEMO_JUDGES and (sampler.height, sampler.width) != (DEMO_SIDE, DEMO_SIDE):
@@ -214,10 +217,12 @@ def _search(chain: Chain) -> None:
 
 
 def _evaluate(chain: Chain) -> None:
+    from ray_jobs.baselines_tuning import tune_comparators
     from ray_jobs.evaluate import evaluate
 
     assert chain.searched is not None
-    chain.outcomes, chain.rows = evaluate(chain.run, chain.experts, chain.merged, chain.searched)
+    comparators = tune_comparators(chain.run)
+    chain.outcomes, chain.rows = evaluate(chain.run, chain.experts, chain.merged, chain.searched, comparators)
 
 
 def _report(chain: Chain) -> None:

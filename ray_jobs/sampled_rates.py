@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +26,19 @@ class JudgedPrompt:
 
 
 def draw_and_judge(
-    backbone: Any, judge: Any, prompts: Sequence[Prompt], *, run_seed: int, sampler: SamplerConfig, purpose: str
+    backbone: Any,
+    judge: Any,
+    prompts: Sequence[Prompt],
+    *,
+    run_seed: int,
+    sampler: SamplerConfig,
+    purpose: str,
+    guided: Mapping[str, Any] | None = None,
 ) -> tuple[Any, list[JudgedPrompt]]:
     """Return the pictures of prompts (uint8, n x height x width x 3, CPU) and what the judge found in each.
 
-    The noise of a picture follows from run seed, `purpose` and prompt: the same whatever adapter is in place.
+    The noise of a picture follows from run seed, `purpose` and prompt: the same whatever adapter is in place. `guided`
+    goes to `render`.
     """
     from safetydpo.diffusion.render import render
 
@@ -39,6 +47,7 @@ def draw_and_judge(
         prompts=[prompt.text for prompt in prompts],
         seeds=[derive_seed(run_seed, purpose, prompt.prompt_id) for prompt in prompts],
         sampler=sampler,
+        **(guided or {}),
     )
     verdicts = judge.judge(pictures)
     judged = [

@@ -19,6 +19,8 @@ from tests.s3_server import BUCKET, S3Server
 # `diffusion.render`. (Making them so would check attribute names at every call and no shape.)
 CHECKED_MODULES = (
     "safetydpo.artifacts.adapters",
+    "safetydpo.baselines.closed_form",
+    "safetydpo.baselines.guidance",
     "safetydpo.diffusion.schedule",
     "safetydpo.dpo.batch",
     "safetydpo.dpo.draws",

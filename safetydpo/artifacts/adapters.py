@@ -27,7 +27,7 @@ from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.weights import LENGTH_BYTES, read_header
 from safetydpo.errors import SafetyDPOError
 
-AdapterKind = Literal["expert", "merged", "all_single"]
+AdapterKind = Literal["expert", "merged", "all_single", "comparator"]
 Denoiser = Literal["unet", "transformer"]
 
 # One key: safetensors writes several in random order, which would change the bytes from run to run.
@@ -65,7 +65,7 @@ class AdapterMetadata:
         signature: LoRA signature of an expert; None for merged adapters and foreign files.
         init_seed: seed of the draw of A; None if there was none.
         training_hash: hash of the training (or merge) that made the weights.
-        kind: one expert, a merge of experts, or one adapter trained on all pairs.
+        kind: one expert, a merge of experts, one adapter trained on all pairs, or another method's change of weights.
         categories: categories (or concepts) that took part.
         recipe: how a merge was made; JSON values only.
         denoiser: network that is changed, as diffusers calls it: the first part of every key of the file.

@@ -8,6 +8,7 @@ from pathlib import Path
 from safetydpo.artifacts.storage import Location
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+INTERVENTION_FILE = "intervention.json"
 RECORD_FILE = "record.json"
 WINNERS_FILE = "winners.json"
 OVERLAP_FILE = "overlap.json"

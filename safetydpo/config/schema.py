@@ -98,6 +98,9 @@ class EvaluationConfig(Frozen):
     alone. Needs `expert_rows`."""
     measures: MeasuresConfig = added_field(MeasuresConfig())
     """Distances between pictures, beside the judges' verdicts; by default none."""
+    comparators: Distinct[Literal["negative_prompt", "sld", "uce", "esd"]] = added_field(())
+    """Other methods of removing the same concepts that get a row of their own, each tuned on the validation prompts
+    with as many candidates as the search has trials (`docs/baselines.md`). U-Net models only."""
 
 
 class IdentityConfig(Frozen):

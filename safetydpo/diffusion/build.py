@@ -168,6 +168,11 @@ def _linear_layers_by_configuration(network_class: Any, folder: Path) -> list[st
         return list(linear_layers(network_class.from_config(read_json(folder / "config.json"))))
 
 
+def denoiser_of(base: BaseModelConfig) -> str:
+    """Return which kind of denoiser a model has, reading its configurations only."""
+    return DENOISERS[_family(resolve_files(base).folder)]
+
+
 def check_picture_size(base: BaseModelConfig, *, height: int, width: int) -> None:
     """Check that the model can draw pictures of that size, reading its configurations only.
 

@@ -31,10 +31,13 @@ def render(
     prompts: Sequence[str],
     seeds: Sequence[int],
     sampler: SamplerConfig,
-    negative_prompt: str = "",
+    negative_prompt: str | Condition = "",
     callback: GuidanceCallback | None = None,
 ) -> UInt8[Tensor, "row height width 3"]:
     """Draw one picture per (prompt, seed), on the CPU, in the order given.
+
+    The unguided branch sees `negative_prompt`, a text or a condition of one row; `callback` guides (see
+    `Backbone.sample`).
 
     Every forward pass holds `sampler.batch_size` rows; the last batch is padded with its last row. So a
     picture's bytes depend on its prompt, its seed, the sampler and the model, not on its neighbours or position.
@@ -53,7 +56,9 @@ def render(
         return torch.zeros(0, sampler.height, sampler.width, 3, dtype=torch.uint8)
     size = sampler.batch_size
     with torch.no_grad(), _deterministic(backbone.device):
-        empty = backbone.encode_prompts([negative_prompt] * size)
+        empty = (
+            backbone.encode_prompts([negative_prompt] * size) if isinstance(negative_prompt, str) else negative_prompt
+        )
         pictures = []
         for rows, padded in _padded_batches(len(prompts), size):
             batch = _render_batch(
@@ -68,8 +73,8 @@ def render(
     return torch.cat(pictures)
 
 
-def _check_negative_prompts(backbone: Backbone, negative_prompts: Sequence[str]) -> None:
-    wanted = sum(bool(prompt) for prompt in negative_prompts)
+def _check_negative_prompts(backbone: Backbone, negative_prompts: Sequence[str | Condition]) -> None:
+    wanted = sum(prompt != "" for prompt in negative_prompts)
     if wanted and backbone.guidance_is_embedded:
         # Errors end in logs and tables, where an unsafe prompt has no place: it is never quoted.
         raise SafetyDPOError(
