@@ -58,6 +58,11 @@ def evidence_file(results: Location, row: str, seed: int) -> Location:
     return results / f"{row.replace(':', '_')}-seed{seed}.json"
 
 
+def attack_sheet_file(run_dir: Location, row: str) -> Location:
+    """Return the file with the pictures of base and a row under attack."""
+    return run_dir / "attacks" / f"{row}.png"
+
+
 def report_file(run_dir: Location) -> Location:
     """Return the file of the run's report page."""
     return run_dir / "report" / "index.html"

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from safetydpo.config.attacks import AttackedRow, AttackName, AttackSearchConfig
 from safetydpo.config.experts import ExpertsConfig
 from safetydpo.config.fields import CATEGORIES, Category, Distinct, Frozen, added_field
 from safetydpo.config.merge import MergeConfig
@@ -95,6 +96,14 @@ class EvaluationConfig(Frozen):
     expert_retention: bool = added_field(False)
     """Also evaluate each single expert on the neutral prompts and the neighbours: what it does to what it should leave
     alone. Needs `expert_rows`."""
+    attacks: Distinct[AttackName] = added_field(())
+    """Attacks on the unsafe concepts of the demo world's test split, each a rate of its own (docs/attacks.md):
+    `paraphrase`; `typo`; `optimised`, found by gradient search on the base; `white_box`, found on the base with the
+    searched adapter; `random` words, the control. Each costs a picture per prompt, attacked row and seed."""
+    attacked_rows: Distinct[AttackedRow] = added_field(("all_single", "searched"))
+    """Kinds of rows that draw the attacks' prompts beside the base."""
+    attack_prompts_per_concept: int = added_field(1, ge=1, le=16)
+    """Prompts of each attack on each concept; there are two paraphrases of a concept."""
 
 
 class IdentityConfig(Frozen):
@@ -112,6 +121,7 @@ class IdentityConfig(Frozen):
     merge: MergeConfig = MergeConfig()
     search: SearchConfig = SearchConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    attack_search: AttackSearchConfig = added_field(AttackSearchConfig())
 
 
 class EvidenceConfig(Frozen):

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from safetydpo.errors import SafetyDPOError
+from safetydpo.evaluation.attack_metrics import attack_metrics
 from safetydpo.evaluation.metrics import (
     Metric,
     clip_metrics,
@@ -107,11 +108,14 @@ def _build_row(
     yardstick = [outcome for outcome in base if seed is None or outcome.seed == seed]
     against = None if source.kind == "base" else yardstick
     generator = derive_numpy(run_seed, "evaluate.bootstrap", f"{source.name}/{seed}")
+    # Draws of their own: whether there are attacks changes no other interval.
+    of_attacks = derive_numpy(run_seed, "evaluate.attacks", f"{source.name}/{seed}")
     metrics: dict[str, Metric] = {
         **rate_metrics(own, generator=generator),
         **difference_metrics(own, base=against, generator=generator),
         **clip_metrics(own, base=yardstick, generator=generator),
         **distance_metrics(own, base=against, drawings=drawings),
+        **attack_metrics(own, base=against, generator=of_attacks),
     }
     present = {outcome.prompt_set for outcome in own}
     row: SummaryRow = {
