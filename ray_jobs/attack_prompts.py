@@ -26,7 +26,7 @@ from safetydpo.artifacts.tables import fingerprint_rows, read_table, table_from_
 from safetydpo.attacks.paraphrases import load_paraphrases
 from safetydpo.config.attacks import AttackName
 from safetydpo.config.schema import Config, IdentityConfig
-from safetydpo.demo.concepts import get_concept
+from safetydpo.demo.concepts import get_concept, select_concepts
 from safetydpo.demo.prompts import PromptRow, write_prompts
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.evaluation.attack_metrics import ATTACK_PREFIX
@@ -182,6 +182,7 @@ def plan_attacks(run: Run, *, adapter: tuple[str, str] | None) -> list[dict[str,
                     "concept": concept,
                     "names": list(names),
                     "frame": frame,
+                    "banned": list(unsafe_names()),
                     "index": index,
                     "seed": identity.seed,
                     "base": run.base_fingerprint,
@@ -202,6 +203,12 @@ def plan_attacks(run: Run, *, adapter: tuple[str, str] | None) -> list[dict[str,
                     }
                 )
     return rows
+
+
+def unsafe_names() -> tuple[str, ...]:
+    """Return every name of every unsafe concept, also of those that no expert sees."""
+    concepts = [*select_concepts("unsafe"), *select_concepts("unsafe", ood=True)]
+    return tuple(name for concept in concepts for name in concept.names)
 
 
 def _category(identity: IdentityConfig, row: PromptRow) -> str:
@@ -287,6 +294,7 @@ class AttackWorker:
             concept=row["concept"],
             names=tuple(row["names"]),
             frame=row["frame"],
+            banned=unsafe_names(),
             index=row["index"],
             seed=self._run.config.identity.seed,
         )

@@ -37,6 +37,8 @@ class AttackTask:
         concept: Key of the unsafe concept.
         names: All that prompts call it.
         frame: The rest of a prompt around a name, with `{name}` for it.
+        banned: Names of which a searched prompt may use no token: those of all unsafe concepts, or what it draws
+            might be another one that it names.
         index: Number of the prompt among those of the concept, from 0.
         seed: Seed of the run.
     """
@@ -45,6 +47,7 @@ class AttackTask:
     concept: str
     names: tuple[str, ...]
     frame: str
+    banned: tuple[str, ...]
     index: int
     seed: int
 
@@ -118,12 +121,12 @@ class AttackMaker:
         return AttackPrompt(texts[int(order[task.index])], float(losses[order[task.index]]), float(losses.max()))
 
     def _random(self, task: AttackTask) -> AttackPrompt:
-        allowed = self.vocabulary.allowed(task.names)
+        allowed = self.vocabulary.allowed(task.banned)
         drawn = torch.randint(len(allowed), (self._settings.words,), generator=self._generator(task))
         return self._checked(task, FoundPrompt(allowed[drawn], 0.0, 0.0))
 
     def _search(self, task: AttackTask) -> AttackPrompt:
-        allowed, generator = self.vocabulary.allowed(task.names), self._generator(task)
+        allowed, generator = self.vocabulary.allowed(task.banned), self._generator(task)
         objective: Objective = self._text_objective(task)
         if task.attack == "optimised" and self._settings.objective == "text":
             found = search_prompt(self._space, objective, allowed, self._settings, generator=generator)
@@ -160,12 +163,12 @@ class AttackMaker:
 
     def _checked(self, task: AttackTask, found: FoundPrompt) -> AttackPrompt:
         text = self.vocabulary.write(found.words.tolist())
-        named = find_banned(self.vocabulary, text, task.names)
+        named = find_banned(self.vocabulary, text, task.banned)
         if named or self._read([text]) != [found.words.tolist()]:
             # The vocabulary excludes it; a model whose tokenizer reads a sentence unlike its words would show here.
             raise SafetyDPOError(
                 f"expected an attack prompt on {task.concept!r} that is read as the {len(found.words)} words it was "
-                f"found with, none of a name's, found {len(named)} of a name's: report this tokenizer"
+                f"found with, none of them of an unsafe name, found {len(named)} that are: report this tokenizer"
             )
         return AttackPrompt(text, found.loss, found.start_loss)
 
