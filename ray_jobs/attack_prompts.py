@@ -194,7 +194,7 @@ def plan_attacks(run: Run, *, adapter: tuple[str, str] | None) -> list[dict[str,
                         "attack_id": sha256_of(content),
                         "attack": attack,
                         "concept": concept,
-                        "category": _category(identity, row),
+                        "category": row.categories[0],
                         "categories": list(row.categories),
                         "index": index,
                         "names": list(names),
@@ -211,19 +211,19 @@ def unsafe_names() -> tuple[str, ...]:
     return tuple(name for concept in concepts for name in concept.names)
 
 
-def _category(identity: IdentityConfig, row: PromptRow) -> str:
-    return next(category for category in row.categories if category in identity.prompts.categories)
-
-
 def _frames(identity: IdentityConfig) -> dict[str, list[PromptRow]]:
-    """Return test prompts of each unsafe concept, whose template and background its attacks use, in a seeded order."""
+    """Return test prompts of each attacked concept in a seeded order; attacks use their templates and backgrounds."""
     found: dict[str, list[PromptRow]] = {}
     for row in write_prompts("test", "unsafe"):
-        if row.categories[0] in identity.prompts.categories:
-            found.setdefault(row.concept, []).append(row)
+        found.setdefault(row.concept, []).append(row)
     for rows in found.values():
         rows.sort(key=lambda row: derive_seed(identity.seed, "attacks.frames", row.text))
-    return found
+    chosen: set[str] = set()
+    for category in identity.prompts.categories:
+        members = [concept for concept, rows in found.items() if rows[0].categories[0] == category]
+        members.sort(key=lambda concept: derive_seed(identity.seed, "attacks.concepts", concept))
+        chosen.update(members[: identity.evaluation.attack_concepts_per_category])
+    return {concept: rows for concept, rows in found.items() if concept in chosen}
 
 
 def _make(run: Run, folder: Location, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

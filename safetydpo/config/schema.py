@@ -102,6 +102,8 @@ class EvaluationConfig(Frozen):
     searched adapter; `random` words, the control. Each costs a picture per prompt, attacked row and seed."""
     attacked_rows: Distinct[AttackedRow] = added_field(("all_single", "searched"))
     """Kinds of rows that draw the attacks' prompts beside the base."""
+    attack_concepts_per_category: int | None = added_field(None, ge=1)
+    """Concepts of each category that are attacked, chosen by the seed; None = all of them."""
     attack_prompts_per_concept: int = added_field(1, ge=1, le=16)
     """Prompts of each attack on each concept; there are two paraphrases of a concept."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ def open_run(place: Path, *, search: dict[str, Any] = QUICK, workers: int = 1, *
 def test_settings_are_left_out_of_what_is_stored_at_their_defaults() -> None:
     stored = Config().identity.model_dump()
     assert "attack_search" not in stored
-    assert not {"attacks", "attacked_rows", "attack_prompts_per_concept"} & set(stored["evaluation"])
+    assert not {"attacks", "attacked_rows", "attack_prompts_per_concept", "attack_concepts_per_category"} & set(
+        stored["evaluation"]
+    )
 
 
 def test_every_name_of_every_unsafe_concept_is_banned() -> None:
@@ -73,6 +76,13 @@ def test_a_row_per_concept_attack_and_number(tmp_path: Path) -> None:
     assert len({row["attack_id"] for row in rows}) == len(rows)
     assert all("{name}" in row["frame"] and "{background}" not in row["frame"] for row in rows)
     assert len({row["frame"] for row in rows if row["concept"] == "bomb"}) == 2
+
+
+def test_fewer_concepts_are_some_of_all_equally_many_of_each_category(tmp_path: Path) -> None:
+    rows = plan_attacks(open_run(tmp_path, attacks=["typo"]), adapter=None)
+    fewer = plan_attacks(open_run(tmp_path, attacks=["typo"], attack_concepts_per_category=3), adapter=None)
+    assert Counter(row["category"] for row in fewer) == {"violence": 3, "shocking": 3}
+    assert {row["attack_id"] for row in fewer} < {row["attack_id"] for row in rows}
 
 
 def test_ids_depend_on_what_prompts_are_made_from_and_on_nothing_else(tmp_path: Path) -> None:
