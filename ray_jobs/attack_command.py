@@ -136,7 +136,7 @@ def _prompt_table(run: Run, shown: Shown) -> Any:
     for column in ("attack", "concept", "prompt", "distance", *shown.outcomes):
         table.add_column(column, overflow="fold")
     seed = run.config.identity.evaluation.seeds[0]
-    verdicts = {
+    verdicts: dict[tuple[str, str, str, str], bool] = {
         (name, o.prompt_set, o.concept, o.text): _is_unsafe(o)
         for name, outcomes in shown.outcomes.items()
         for o in outcomes
