@@ -120,6 +120,22 @@ def evidence(
     run_evidence(loaded, seed=seed, row=row, minutes=minutes, only_list=list_units, only_tables=tables)
 
 
+@app.command()
+def attack(
+    config: ConfigFile,
+    settings: Settings = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FOLDER of an adapter beside the base; the run's own, as searched, if left out."),
+    ] = None,
+    show_unsafe: Annotated[bool, typer.Option("--show-unsafe", help="Do not blur what is judged unsafe.")] = False,
+) -> None:
+    """Make prompts that attack CONFIG's unsafe concepts; show what base and adapters draw."""
+    from ray_jobs.attack_command import show_attacks
+
+    show_attacks(config, settings or [], adapters=adapter or [], show_unsafe=show_unsafe)
+
+
 @app.command("export-pairs")
 def export_pairs(
     config: ConfigFile,

@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ray_jobs.attack_prompts import attack_sets, with_attacks
 from ray_jobs.cluster import connect
 from ray_jobs.expert_files import expert_categories, record_files
 from ray_jobs.pools import PoolStage, check_error_rate, fill_pool
@@ -60,6 +61,7 @@ def evaluate(
 ) -> tuple[Record, list[EvaluatedRow]]:
     """Make or find the outcomes of every row; return the record and the rows."""
     rows = [*list_rows(run, experts, merged, searched), *comparator_rows(run, comparators or {})]
+    rows = with_attacks(run, rows, searched)
     return evaluate_rows(run, rows), rows
 
 
@@ -132,7 +134,7 @@ def _adapter_row(
 
 
 def evaluation_prompts(run: Run) -> dict[str, list[Prompt]]:
-    """Return the test prompts by set."""
+    """Return the test prompts by set, those of the attacks that the run made last."""
     identity = run.config.identity
     source, evaluation = identity.prompts, identity.evaluation
     unsafe = needed_prompts(source, "test", "unsafe", setting="identity.evaluation.prompts_per_category")
@@ -149,6 +151,7 @@ def evaluation_prompts(run: Run) -> dict[str, list[Prompt]]:
         "ood": spread(split_prompts(source, "test", "ood"), evaluation.ood_prompts),
         "neutral": spread(split_prompts(source, "test", "neutral"), evaluation.neutral_prompts),
         "neighbour": spread(split_prompts(source, "test", "neighbour"), evaluation.neighbour_prompts),
+        **attack_sets(run),
     }
 
 

@@ -16,6 +16,7 @@ from safetydpo.artifacts.records import Record
 from safetydpo.artifacts.schemas import OUTCOMES
 from safetydpo.artifacts.tables import read_table
 from safetydpo.errors import SafetyDPOError
+from safetydpo.evaluation.attack_metrics import ATTACK_PREFIX
 from safetydpo.evaluation.distances import clip_scores, mismatched_captions
 from safetydpo.evaluation.outcomes import ImageOutcome, JudgeName, Verdict
 from safetydpo.prompts.sets import Prompt
@@ -37,7 +38,10 @@ def read_outcomes(run: Run, record: Record, rows: Sequence[EvaluatedRow]) -> Out
     stored = {row["image_id"]: row for row in table.to_pylist()}
     prompts = evaluation_prompts(run)
     everything = [prompt for prompt_set in prompts.values() for prompt in prompt_set]
-    partners = mismatched_captions([prompt.concept for prompt in everything])
+    # Attacks stand last and take their own caption: whether there are any changes no partner of the others.
+    plain = sum(not prompt.prompt_set.startswith(ATTACK_PREFIX) for prompt in everything)
+    partners = mismatched_captions([prompt.concept for prompt in everything[:plain]])
+    partners += range(plain, len(everything))
     texts = ClipScorer(demo_weights() / "clip").embed_texts([prompt.text for prompt in everything]).numpy()
     own = {prompt.prompt_id: texts[index] for index, prompt in enumerate(everything)}
     other = {prompt.prompt_id: texts[partners[index]] for index, prompt in enumerate(everything)}

@@ -70,6 +70,7 @@ def check_request(run: Run, *, last: str = "report") -> None:
             asked, or a path is of another kind.
         SafetyDPOError: if a category has no prompt pair, or the base model's files are incomplete.
     """
+    from ray_jobs.attack_prompts import check_attacks
     from ray_jobs.baselines import check_comparators
     from ray_jobs.expert_plan import group_prompt_pairs, is_grouped
     from ray_jobs.expert_watch import check_watch
@@ -84,6 +85,7 @@ def check_request(run: Run, *, last: str = "report") -> None:
 
     identity = run.config.identity
     _check_methods(identity)
+    check_attacks(identity)
     if STAGES.index(last) >= STAGES.index("search"):
         check_search(run.config)
     if STAGES.index(last) >= STAGES.index("evaluate"):

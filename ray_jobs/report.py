@@ -29,6 +29,7 @@ from safetydpo.artifacts.tables import read_table, table_from_rows, write_table
 from safetydpo.config.load import identity_of
 from safetydpo.config.pairs import GENERATE
 from safetydpo.errors import SafetyDPOError
+from safetydpo.evaluation.attack_metrics import ATTACK_PREFIX
 from safetydpo.evaluation.concept_rates import concept_rates
 from safetydpo.evaluation.report import render_report
 from safetydpo.evaluation.report_records import (
@@ -231,13 +232,15 @@ def _sheets(summary: Summary, joined: Outcomes) -> list[ContactSheet]:
     }
     for outcome in joined.outcomes:
         if outcome.row_name == aligned:
-            groups.setdefault(outcome.category or outcome.prompt_set, []).append(outcome)
+            is_attack = outcome.prompt_set.startswith(ATTACK_PREFIX)
+            title = outcome.prompt_set if is_attack else outcome.category or outcome.prompt_set
+            groups.setdefault(title, []).append(outcome)
     sheets = []
     for title, members in groups.items():
         pairs = []
         for outcome in members[:PICTURES_PER_SHEET]:
             key = (outcome.prompt_id, outcome.seed)
-            harmful = outcome.prompt_set in ("unsafe", "ood")
+            harmful = outcome.prompt_set in ("unsafe", "ood") or outcome.prompt_set.startswith(ATTACK_PREFIX)
             still_unsafe = any(verdict.unsafe for verdict in outcome.verdicts.values())
             pairs.append(
                 SheetPair(

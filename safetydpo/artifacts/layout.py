@@ -64,6 +64,11 @@ def concept_rates_file(run_dir: Location) -> Location:
     return run_dir / "report" / "concept_rates.parquet"
 
 
+def attack_sheet_file(run_dir: Location, row: str) -> Location:
+    """Return the file with the pictures of base and a row under attack."""
+    return run_dir / "attacks" / f"{row}.png"
+
+
 def report_file(run_dir: Location) -> Location:
     """Return the file of the run's report page."""
     return run_dir / "report" / "index.html"

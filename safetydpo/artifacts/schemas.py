@@ -167,6 +167,20 @@ REFERENCE_ERRORS = pa.schema(
         pa.field("error_reference_unsafe", pa.float32(), nullable=False),
     ]
 )
+ATTACK_PROMPTS = pa.schema(
+    [
+        pa.field("attack_id", pa.string(), nullable=False),
+        pa.field("attack", pa.string(), nullable=False),
+        pa.field("concept", pa.string(), nullable=False),
+        pa.field("category", pa.string(), nullable=False),
+        pa.field("categories", pa.list_(pa.string()), nullable=False),
+        pa.field("index", pa.int32(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        # Distance to the unsafe prompts, and that of what the making began with.
+        pa.field("loss", pa.float64(), nullable=False),
+        pa.field("start_loss", pa.float64(), nullable=False),
+    ]
+)
 TRIALS = pa.schema(
     [
         pa.field("trial", pa.int32(), nullable=False),

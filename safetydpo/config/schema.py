@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from safetydpo.config.attacks import AttackedRow, AttackName, AttackSearchConfig
 from safetydpo.config.experts import ExpertsConfig
 from safetydpo.config.fields import CATEGORIES, Category, Distinct, Frozen, added_field
 from safetydpo.config.measures import MeasuresConfig
@@ -101,6 +102,16 @@ class EvaluationConfig(Frozen):
     comparators: Distinct[Literal["negative_prompt", "sld", "uce", "esd"]] = added_field(())
     """Other methods of removing the same concepts that get a row of their own, each tuned on the validation prompts
     with as many candidates as the search has trials (`docs/baselines.md`). U-Net models only."""
+    attacks: Distinct[AttackName] = added_field(())
+    """Attacks on the unsafe concepts of the demo world's test split, each a rate of its own (docs/attacks.md):
+    `paraphrase`; `typo`; `optimised`, found by gradient search on the base; `white_box`, found on the base with the
+    searched adapter; `random` words, the control. Each costs a picture per prompt, attacked row and seed."""
+    attacked_rows: Distinct[AttackedRow] = added_field(("all_single", "searched"))
+    """Kinds of rows that draw the attacks' prompts beside the base."""
+    attack_concepts_per_category: int | None = added_field(None, ge=1)
+    """Concepts of each category that are attacked, chosen by the seed; None = all of them."""
+    attack_prompts_per_concept: int = added_field(1, ge=1, le=16)
+    """Prompts of each attack on each concept; there are two paraphrases of a concept."""
 
 
 class IdentityConfig(Frozen):
@@ -118,6 +129,7 @@ class IdentityConfig(Frozen):
     merge: MergeConfig = MergeConfig()
     search: SearchConfig = SearchConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    attack_search: AttackSearchConfig = added_field(AttackSearchConfig())
 
 
 class EvidenceConfig(Frozen):

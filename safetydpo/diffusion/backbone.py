@@ -170,6 +170,10 @@ class Backbone(Protocol):
         """
         ...
 
+    def token_texts(self) -> list[str]:
+        """Return what every row of `token_embedding_table` stands for, as the tokenizers write it; empty if nothing."""
+        ...
+
     def encode_prompt_embeddings(
         self,
         token_embeddings: Float[Tensor, "batch token width_embedding"],

@@ -216,6 +216,10 @@ class LatentModel(AdaptedNetwork, ABC):
         """Return the input embedding of every token of all text encoders."""
         return joint_table(self._towers)
 
+    def token_texts(self) -> list[str]:
+        """Return what every row of the table of embeddings stands for."""
+        return [text for tower in self._towers for text in tower.texts]
+
     def encode_prompt_embeddings(
         self,
         token_embeddings: Float[Tensor, "batch token width_embedding"],

@@ -54,6 +54,14 @@ class TextTower:
         table: Tensor = self.lookup.weight  # type: ignore[assignment]
         return table
 
+    @property
+    def texts(self) -> list[str]:
+        """Return every token as the tokenizer writes it, in the order of the table; rows of none are empty."""
+        found = [""] * self.table.shape[0]
+        for text, number in self._tokenizer.get_vocab().items():
+            found[number] = text
+        return found
+
     def tokenize(self, texts: Sequence[str]) -> PromptTokens:
         """Return the padded tokens; prompts that had to be cut are counted in the log."""
         lengths = [len(ids) for ids in self._tokenizer(list(texts), verbose=False).input_ids]

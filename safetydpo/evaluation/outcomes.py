@@ -6,9 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-PromptSet = Literal["unsafe", "ood", "neutral", "neighbour"]
+PromptSet = Literal[
+    "unsafe",
+    "ood",
+    "neutral",
+    "neighbour",
+    "attack:paraphrase",
+    "attack:typo",
+    "attack:optimised",
+    "attack:white_box",
+    "attack:random",
+]
 JudgeName = Literal["select", "audit"]
 PROMPT_SETS: tuple[PromptSet, ...] = ("unsafe", "ood", "neutral", "neighbour")
+"""Those that every evaluation has; attacks are asked for and have metrics of their own (`attack_metrics`)."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,7 @@ class ImageOutcome:
     Attributes:
         row_name: Row that drew it: `base`, `expert:<category>`, `co_merge`, …
         prompt_id: Identifier of the prompt; equal in all rows that share it.
-        prompt_set: `unsafe`; `ood` (unsafe, no expert saw it); `neutral`; `neighbour` (look-alike).
+        prompt_set: `unsafe`; `ood` (unsafe, no expert saw it); `neutral`; `neighbour` (look-alike); `attack:NAME`.
         split: `train`, `validation` or `test`.
         seed: Generation seed.
         category: First category of an unsafe prompt, under which it is counted; None for neutral ones.

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from safetydpo.errors import SafetyDPOError
+from safetydpo.evaluation.attack_metrics import attack_metrics
 from safetydpo.evaluation.damage import damage_metrics
 from safetydpo.evaluation.feature_metrics import (
     PictureMeasures,
@@ -140,6 +141,8 @@ def _build_row(
     generator, of_added = (
         derive_numpy(run_seed, f"evaluate.bootstrap{kind}", f"{source.name}/{seed}") for kind in ("", ".added")
     )
+    # Draws of their own: whether there are attacks changes no other interval.
+    of_attacks = derive_numpy(run_seed, "evaluate.attacks", f"{source.name}/{seed}")
     metrics: dict[str, Metric] = {
         **rate_metrics(own, generator=generator),
         **difference_metrics(own, base=against, generator=generator),
@@ -150,6 +153,7 @@ def _build_row(
         **distinct_metrics(own, training_texts=extra.training_texts, generator=of_added),
         **({} if against is None else damage_metrics(own, base=against, generator=of_added)),
         **measure_metrics(own, base=against, measures=extra.measures, generator=of_added),
+        **attack_metrics(own, base=against, generator=of_attacks),
     }
     present = {outcome.prompt_set for outcome in own}
     row: SummaryRow = {

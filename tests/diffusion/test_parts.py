@@ -18,6 +18,7 @@ ABSENT: dict[str, tuple[str, Callable[[Backbone], object]]] = {
     "encode_prompts": ("text encoders", lambda backbone: backbone.encode_prompts(["a ball"])),
     "tokenize": ("text encoders", lambda backbone: backbone.tokenize(["a ball"])),
     "token_embedding_table": ("text encoders", lambda backbone: backbone.token_embedding_table()),
+    "token_texts": ("text encoders", lambda backbone: backbone.token_texts()),
     "encode_images": (
         "autoencoder",
         lambda backbone: backbone.encode_images(torch.zeros(1, SIZE, SIZE, 3, dtype=torch.uint8)),
