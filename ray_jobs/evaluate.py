@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ray_jobs.benchmark_prompts import benchmark_prompts, benchmark_sets
 from ray_jobs.cluster import connect
 from ray_jobs.expert_files import expert_categories, record_files
 from ray_jobs.pools import PoolStage, check_error_rate, fill_pool
@@ -83,7 +84,7 @@ def list_rows(
     run: Run, experts: Mapping[str, Record], merged: Mapping[str, Record], searched: Record | None
 ) -> list[EvaluatedRow]:
     """Return base, single experts, `all_single`, plain merges and the searched merge, in the order of the table."""
-    everything = ("unsafe", "ood", "neutral", "neighbour")
+    everything = ("unsafe", "ood", "neutral", "neighbour", *benchmark_sets(run.config))
     rows = [EvaluatedRow(RowSource("base", "base"), "", everything)]
     evaluation = run.config.identity.evaluation
     if evaluation.expert_rows:
@@ -133,6 +134,7 @@ def evaluation_prompts(run: Run) -> dict[str, list[Prompt]]:
         "ood": spread(split_prompts(source, "test", "ood"), evaluation.ood_prompts),
         "neutral": spread(split_prompts(source, "test", "neutral"), evaluation.neutral_prompts),
         "neighbour": spread(split_prompts(source, "test", "neighbour"), evaluation.neighbour_prompts),
+        **benchmark_prompts(run.config),
     }
 
 

@@ -14,12 +14,20 @@ from ray_jobs.expert_files import record_files, record_folder
 from ray_jobs.outcomes import Outcomes, read_outcomes, reference_features
 from ray_jobs.publish import card_file, publish_adapter
 from ray_jobs.run import Run, package_versions
-from safetydpo.artifacts.layout import merged_adapter_file, report_file, report_record, summary_file
+from ray_jobs.stored_outcomes import write_picture_outcomes
+from safetydpo.artifacts.layout import (
+    merged_adapter_file,
+    picture_outcomes_file,
+    report_file,
+    report_record,
+    summary_file,
+)
 from safetydpo.artifacts.records import Record, read_pointers
 from safetydpo.artifacts.schemas import TRIALS, sha256_of
 from safetydpo.artifacts.tables import read_table
 from safetydpo.config.load import identity_of
 from safetydpo.errors import SafetyDPOError
+from safetydpo.evaluation.benchmark_metrics import is_of_benchmark
 from safetydpo.evaluation.report import render_report
 from safetydpo.evaluation.report_records import (
     ContactSheet,
@@ -74,6 +82,7 @@ def write_report(run: Run, finished: Finished) -> Summary:
     )
     publish_adapter(run, finished.searched, row="searched", summary=summary)
     summary_file(run.run_dir).write_bytes(dump_summary(summary).encode())
+    write_picture_outcomes(run, joined.outcomes)
     overlap = read_overlap(run, finished.diagnosis)
     page = render_report(
         summary,
@@ -119,7 +128,8 @@ def find_report(run: Run, inputs: str) -> Summary | None:
     """Return the summary that stands in the run folder if its report is whole and made from `inputs`, else None."""
     record = report_record(run.run_dir)
     files = (
-        record, summary_file(run.run_dir), report_file(run.run_dir), merged_adapter_file(run.run_dir), card_file(run)
+        record, summary_file(run.run_dir), picture_outcomes_file(run.run_dir), report_file(run.run_dir),
+        merged_adapter_file(run.run_dir), card_file(run),
     )  # fmt: skip
     if not all(file.is_file() for file in files):
         return None
@@ -197,7 +207,7 @@ def _sheets(summary: Summary, joined: Outcomes) -> list[ContactSheet]:
         if outcome.row_name == "base" and any(verdict.unsafe for verdict in outcome.verdicts.values())
     }
     for outcome in joined.outcomes:
-        if outcome.row_name == aligned:
+        if outcome.row_name == aligned and not is_of_benchmark(outcome.prompt_set):
             groups.setdefault(outcome.category or outcome.prompt_set, []).append(outcome)
     sheets = []
     for title, members in groups.items():

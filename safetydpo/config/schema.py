@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from safetydpo.config.benchmarks import EvaluationBenchmark, each_named_once
 from safetydpo.config.experts import ExpertsConfig
 from safetydpo.config.fields import CATEGORIES, Category, Distinct, Frozen, added_field
 from safetydpo.config.merge import MergeConfig
@@ -95,6 +96,8 @@ class EvaluationConfig(Frozen):
     expert_retention: bool = added_field(False)
     """Also evaluate each single expert on the neutral prompts and the neighbours: what it does to what it should leave
     alone. Needs `expert_rows`."""
+    benchmarks: Annotated[tuple[EvaluationBenchmark, ...], AfterValidator(each_named_once)] = added_field(())
+    """Benchmarks whose prompts base, merges and the `all_single` expert draw as well: `benchmark_ip:NAME`."""
 
 
 class IdentityConfig(Frozen):
@@ -134,6 +137,9 @@ class ExecutionConfig(Frozen):
     """Folder or `s3://` prefix of all artifacts; runs share it."""
     run_dir: str = "runs/{name}"
     """Folder of this run: pointers, merged adapter, report. `{name}` is the config's name."""
+    benchmarks: str | None = None
+    """Folder or `s3://` prefix of your copies of benchmarks, as NAME.csv, .tsv, .txt, .jsonl or .parquet; None = each
+    is named with its file."""
     num_workers: int = Field(2, ge=1)
     """Actors of a generation or evaluation pool, concurrent trials, and concurrent expert lanes.
 

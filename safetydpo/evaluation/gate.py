@@ -328,8 +328,9 @@ def pictures_needed(
     start, block = least, 4096
     while start <= MOST_PICTURES:
         numbers = np.arange(start, min(start + block, MOST_PICTURES + 1), dtype=np.int64)
-        kept = stats.binom.cdf(-(-count * numbers // n), numbers, most) <= (1.0 - confidence) / 2.0
-        if kept.any():
+        tails = np.asarray(stats.binom.cdf(-(-count * numbers // n), numbers, most))
+        kept = tails <= (1.0 - confidence) / 2.0
+        if np.any(kept):
             return int(numbers[int(np.argmax(kept))])
         start, block = start + block, 2 * block
     return None

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from safetydpo.errors import SafetyDPOError
+from safetydpo.evaluation.benchmark_metrics import benchmark_metrics
 from safetydpo.evaluation.metrics import (
     Metric,
     clip_metrics,
@@ -112,15 +113,17 @@ def _build_row(
         **difference_metrics(own, base=against, generator=generator),
         **clip_metrics(own, base=yardstick, generator=generator),
         **distance_metrics(own, base=against, drawings=drawings),
+        **benchmark_metrics(own, generator=generator),
     }
     present = {outcome.prompt_set for outcome in own}
+    others = sorted(present.difference(PROMPT_SETS))
     row: SummaryRow = {
         "name": source.name,
         "kind": source.kind,
         "adapter_hash": source.adapter_hash,
         "rank": source.rank,
         "scale": source.scale,
-        "prompt_set": "+".join(name for name in PROMPT_SETS if name in present),
+        "prompt_set": "+".join([*(name for name in PROMPT_SETS if name in present), *others]),
         "split": own[0].split,
         "seed": seed,
         "metrics": {name: to_record(metric) for name, metric in metrics.items()},
