@@ -2,6 +2,8 @@
 
 A pair is one prompt with one seed. Without the pictures' outcomes only the two summaries are left, whose difference
 treats both sets of pictures as unrelated.
+
+Axes: pair = one prompt and seed in both rows.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Float
 
 from safetydpo.errors import SafetyDPOError
 from safetydpo.evaluation.differences import (
@@ -189,8 +192,8 @@ def _score_difference(members: Sequence[tuple[PictureOutcome, PictureOutcome]], 
 
 def _over_concepts(
     name: str,
-    first: np.ndarray[tuple[int], np.dtype[np.float64]],
-    second: np.ndarray[tuple[int], np.dtype[np.float64]],
+    first: Float[np.ndarray, " pair"],
+    second: Float[np.ndarray, " pair"],
     members: Sequence[tuple[PictureOutcome, PictureOutcome]],
     seed: int,
 ) -> Interval | None:

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from safetydpo.config.fields import Category, Frozen
 from safetydpo.config.load import parse_settings, read_yaml
 from safetydpo.errors import UsageError
-from safetydpo.prompts.formats import Side, find_format
+from safetydpo.prompts.formats import find_format
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -70,7 +70,7 @@ class BenchmarkEntry(Frozen):
     """Columns of the file; () for plain lines, and where they are unknown."""
     column: str | None = None
     """Column of the prompt where the format has several; None = the format's default."""
-    side: Side
+    side: Literal["unsafe", "benign"]
     """What its prompts ask for: `unsafe` or `benign`."""
     num_rows: int | None = Field(None, ge=1)
     """Rows with a prompt; None = unknown."""
@@ -88,9 +88,13 @@ class BenchmarkEntry(Frozen):
     @model_validator(mode="after")
     def _is_read_by_a_known_format(self) -> Self:
         try:
-            find_format(self.format)
+            form = find_format(self.format)
         except UsageError as error:
             raise ValueError(str(error)) from error
+        if form.side_is_known and form.side != self.side:
+            raise ValueError(
+                f"expected side {form.side!r}, which is known of format {form.name}, found {self.side!r}: correct it"
+            )
         return self
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.prompts.benchmark_entries import BenchmarkCopy, BenchmarkEntry, find_entry, list_entries
+from safetydpo.prompts.formats import find_format
 from safetydpo.prompts.importing import ImportedSet, ImportOptions, ImportSummary, import_prompts
 from safetydpo.prompts.leaks import read_texts
 from safetydpo.prompts.readers import CHUNK_BYTES
@@ -67,7 +68,8 @@ def read_benchmark(entry: BenchmarkEntry, file: Location, *, accept_other_bytes:
     options = ImportOptions(
         format=entry.format,
         column=entry.column,
-        side=None if entry.side == "safe" else entry.side,
+        # Formats that know their side refuse to be told one.
+        side=None if find_format(entry.format).side_is_known else entry.side,
         source=entry.name,
         split="test",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import yaml
 from tests.prompts.samples import TEXTS
 
 
-def write_entry(folder: Path, name: str, *, format: str = "coprov2_test", **changes: Any) -> tuple[str, str]:
+def write_entry(
+    folder: Path, name: str, *, format: str = "coprov2_test", wrong: Mapping[str, Any] | None = None, **changes: Any
+) -> tuple[str, str]:
     """Write the sample of a format and an entry about it; return (entry file, prompt file)."""
     data = TEXTS[format].encode()
     (folder / f"{name}.csv").write_bytes(data)
-    entry = {
+    entry: dict[str, Any] = {
         "name": name,
         "title": "A small made-up set",
         "paper": "none",
@@ -25,7 +28,9 @@ def write_entry(folder: Path, name: str, *, format: str = "coprov2_test", **chan
         "format": format,
         "side": "unsafe",
         "copies": [{"source": "https://example.org/set", "path": "a.csv", "sha256": hashlib.sha256(data).hexdigest()}],
-    } | changes
+        **changes,
+        **(wrong or {}),
+    }
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(entry))
     return str(folder / f"{name}.yaml"), str(folder / f"{name}.csv")
 

@@ -100,6 +100,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(tmp_path: Path):
     ("changes", "message"),
     [
         ({"sha": "x"}, r"mine\.yaml: expected known keys only, found 'sha'; correct or remove it"),
+        ({"side": "benign"}, "expected side 'unsafe', which is known of format coprov2_test, found 'benign': correct"),
         ({"format": "coprov3"}, "expected a format out of .*, found 'coprov3'"),
         ({"copies": []}, "copies: .*at least 1 item"),
         ({"copies": [{"source": "x", "sha256": "abc"}]}, r"copies\.0\.sha256: expected a text that matches"),
@@ -109,7 +110,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(tmp_path: Path):
     ],
 )
 def test_a_wrong_entry_is_refused_naming_the_field(tmp_path: Path, changes: dict[str, object], message: str):
-    file, _ = write_entry(tmp_path, "mine", **changes)
+    file, _ = write_entry(tmp_path, "mine", wrong=changes)
     with pytest.raises(UsageError, match=message):
         find_entry(file)
 

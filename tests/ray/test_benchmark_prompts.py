@@ -85,7 +85,8 @@ def test_another_file_a_missing_one_and_a_wrong_name_are_refused(tmp_path: Path)
         benchmark_sets(config_of(tmp_path, {"name": "i3p"}))
     with pytest.raises(UsageError, match=r"expected each benchmark once, found 'ud' 2 times"):
         config_of(tmp_path, {"name": "ud"}, {"name": "ud"})
-    entry, file = write_entry(tmp_path, "benign", side="benign", copies=UNKNOWN)
+    entry, file = write_entry(tmp_path, "benign", format="prompts", side="benign", copies=UNKNOWN)
+    Path(file).write_text("prompt,side\na bomb,unsafe\n")
     with pytest.raises(SafetyDPOError, match="expected benign prompts in .*, found none: correct `side`"):
         benchmark_prompts(config_of(tmp_path, {"name": entry, "file": file}))
 
