@@ -62,7 +62,7 @@ class BenchmarkEntry(Frozen):
     """Identifier of the licence, or `unknown`."""
     licence_note: str
     """Where the licence was read, and of what it is."""
-    access: Literal["open", "on request"]
+    access: Literal["open", "on request", "unknown"]
     """Whether the file can be had without asking its authors."""
     format: str
     """Name of the format it is read by (`safetydpo prompts formats`)."""
