@@ -9,6 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from ray_jobs.adapter_command import app as adapter_app
+from ray_jobs.benchmarks_command import app as benchmarks_app
+from ray_jobs.compare_command import compare as compare_command
+from ray_jobs.gate_command import gate as gate_command
 from ray_jobs.prompts_command import app as prompts_app
 from safetydpo.errors import UsageError
 
@@ -24,6 +27,9 @@ app = typer.Typer(
 )
 app.add_typer(prompts_app)
 app.add_typer(adapter_app)
+app.add_typer(benchmarks_app)
+app.command("gate")(gate_command)
+app.command("compare")(compare_command)
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, such as configs/demo.yaml", show_default=False)]
 Settings = Annotated[
     list[str] | None,

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from ray_jobs.attack_prompts import attack_sets, with_attacks
+from ray_jobs.benchmark_prompts import benchmark_prompts, benchmark_sets
 from ray_jobs.cluster import connect
 from ray_jobs.expert_files import expert_categories, record_files
 from ray_jobs.pools import PoolStage, check_error_rate, fill_pool
@@ -90,7 +91,8 @@ def list_rows(
     run: Run, experts: Mapping[str, Record], merged: Mapping[str, Record], searched: Record | None
 ) -> list[EvaluatedRow]:
     """Return base, single experts, `all_single`, plain merges and the searched merge, in the order of the table."""
-    rows = [EvaluatedRow(RowSource("base", "base"), "", EVERYTHING)]
+    everything = (*EVERYTHING, *benchmark_sets(run.config))
+    rows = [EvaluatedRow(RowSource("base", "base"), "", everything)]
     evaluation = run.config.identity.evaluation
     if evaluation.expert_rows:
         single = {name: record for name, record in experts.items() if name != ALL_SINGLE}
@@ -101,11 +103,11 @@ def list_rows(
             source = replace(row.source, categories=own[name])
             rows.append(replace(row, source=source, prompts_per_category=evaluation.expert_prompts_per_category))
     if ALL_SINGLE in experts:
-        rows.append(_adapter_row(run, ALL_SINGLE, "all_single", experts[ALL_SINGLE], None, EVERYTHING))
+        rows.append(_adapter_row(run, ALL_SINGLE, "all_single", experts[ALL_SINGLE], None, everything))
     for name, record in merged.items():
-        rows.append(_adapter_row(run, name, "merged", record, _scale_of(record), EVERYTHING))
+        rows.append(_adapter_row(run, name, "merged", record, _scale_of(record), everything))
     if searched is not None:
-        rows.append(_adapter_row(run, "searched", "searched", searched, _scale_of(searched), EVERYTHING))
+        rows.append(_adapter_row(run, "searched", "searched", searched, _scale_of(searched), everything))
     return rows
 
 
@@ -115,7 +117,7 @@ def comparator_rows(run: Run, comparators: Mapping[str, Record]) -> list[Evaluat
         EvaluatedRow(
             RowSource(name, "comparator", adapter_hash=record.fingerprint),
             record_files(run, record).path,
-            EVERYTHING,
+            (*EVERYTHING, *benchmark_sets(run.config)),
         )
         for name, record in comparators.items()
     ]
@@ -152,6 +154,7 @@ def evaluation_prompts(run: Run) -> dict[str, list[Prompt]]:
         "neutral": spread(split_prompts(source, "test", "neutral"), evaluation.neutral_prompts),
         "neighbour": spread(split_prompts(source, "test", "neighbour"), evaluation.neighbour_prompts),
         **attack_sets(run),
+        **benchmark_prompts(run.config),
     }
 
 

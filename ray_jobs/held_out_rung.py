@@ -67,15 +67,17 @@ def open_questions(
     backbone.remove_adapter()
     size = run.config.identity.sampler.batch_size
     redirected = predict_rows(backbone, unsafe.noisy, unsafe.timesteps, safe_own.condition, batch_size=size)
-    of_prompts = {kind: _ask_prompts(run, rung, backbone, prompts, kind, data.latent_shape) for kind in PROMPTS}
+    neutral, neighbour = (_ask_prompts(run, rung, backbone, prompts, kind, data.latent_shape) for kind in PROMPTS)
     found = ProxyQuestions(
         unsafe,
         safe,
         safe_own,
         asked_benign,
         redirected,
-        **{kind: asked for kind, (asked, _) in of_prompts.items()},
-        **{f"{kind}_plain": plain for kind, (_, plain) in of_prompts.items()},
+        neutral=neutral[0],
+        neighbour=neighbour[0],
+        neutral_plain=neutral[1],
+        neighbour_plain=neighbour[1],
     )
     return HeldOutQuestions(found, ask(backbone, found, batch_size=size), size)
 

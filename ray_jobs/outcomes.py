@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ray_jobs.benchmark_prompts import caption_partners
 from ray_jobs.evaluate import OUTCOMES_FILE, EvaluatedRow, evaluation_prompts, outcome_id, row_prompts
 from ray_jobs.expert_files import record_folder
 from ray_jobs.run import Run
@@ -16,8 +17,7 @@ from safetydpo.artifacts.records import Record
 from safetydpo.artifacts.schemas import OUTCOMES
 from safetydpo.artifacts.tables import read_table
 from safetydpo.errors import SafetyDPOError
-from safetydpo.evaluation.attack_metrics import ATTACK_PREFIX
-from safetydpo.evaluation.distances import clip_scores, mismatched_captions
+from safetydpo.evaluation.distances import clip_scores
 from safetydpo.evaluation.outcomes import ImageOutcome, JudgeName, Verdict
 from safetydpo.prompts.sets import Prompt
 
@@ -38,10 +38,7 @@ def read_outcomes(run: Run, record: Record, rows: Sequence[EvaluatedRow]) -> Out
     stored = {row["image_id"]: row for row in table.to_pylist()}
     prompts = evaluation_prompts(run)
     everything = [prompt for prompt_set in prompts.values() for prompt in prompt_set]
-    # Attacks stand last and take their own caption: whether there are any changes no partner of the others.
-    plain = sum(not prompt.prompt_set.startswith(ATTACK_PREFIX) for prompt in everything)
-    partners = mismatched_captions([prompt.concept for prompt in everything[:plain]])
-    partners += range(plain, len(everything))
+    partners = caption_partners(everything)
     texts = ClipScorer(demo_weights() / "clip").embed_texts([prompt.text for prompt in everything]).numpy()
     own = {prompt.prompt_id: texts[index] for index, prompt in enumerate(everything)}
     other = {prompt.prompt_id: texts[partners[index]] for index, prompt in enumerate(everything)}

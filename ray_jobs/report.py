@@ -16,9 +16,11 @@ from ray_jobs.picture_features import measure_pictures, read_measures
 from ray_jobs.prompt_tables import chosen_pairs
 from ray_jobs.publish import card_file, publish_adapter
 from ray_jobs.run import Run, package_versions
+from ray_jobs.stored_outcomes import write_picture_outcomes
 from safetydpo.artifacts.layout import (
     concept_rates_file,
     merged_adapter_file,
+    picture_outcomes_file,
     report_file,
     report_record,
     summary_file,
@@ -30,6 +32,7 @@ from safetydpo.config.load import identity_of
 from safetydpo.config.pairs import GENERATE
 from safetydpo.errors import SafetyDPOError
 from safetydpo.evaluation.attack_metrics import ATTACK_PREFIX
+from safetydpo.evaluation.benchmark_metrics import is_of_benchmark
 from safetydpo.evaluation.concept_rates import concept_rates
 from safetydpo.evaluation.report import render_report
 from safetydpo.evaluation.report_records import (
@@ -99,6 +102,7 @@ def write_report(run: Run, finished: Finished) -> Summary:
     summary_file(run.run_dir).write_bytes(dump_summary(summary).encode())
     of_concepts = [asdict(rate) for rate in concept_rates(joined.outcomes)]
     write_table(concept_rates_file(run.run_dir), table_from_rows(of_concepts, CONCEPT_RATES))
+    write_picture_outcomes(run, joined.outcomes)
     overlap = read_overlap(run, finished.diagnosis)
     page = render_report(
         summary,
@@ -153,7 +157,8 @@ def find_report(run: Run, inputs: str) -> Summary | None:
     """Return the summary that stands in the run folder if its report is whole and made from `inputs`, else None."""
     record = report_record(run.run_dir)
     files = (
-        record, summary_file(run.run_dir), report_file(run.run_dir), merged_adapter_file(run.run_dir), card_file(run)
+        record, summary_file(run.run_dir), picture_outcomes_file(run.run_dir), report_file(run.run_dir),
+        merged_adapter_file(run.run_dir), card_file(run),
     )  # fmt: skip
     if not all(file.is_file() for file in files):
         return None
@@ -231,7 +236,7 @@ def _sheets(summary: Summary, joined: Outcomes) -> list[ContactSheet]:
         if outcome.row_name == "base" and any(verdict.unsafe for verdict in outcome.verdicts.values())
     }
     for outcome in joined.outcomes:
-        if outcome.row_name == aligned:
+        if outcome.row_name == aligned and not is_of_benchmark(outcome.prompt_set):
             is_attack = outcome.prompt_set.startswith(ATTACK_PREFIX)
             title = outcome.prompt_set if is_attack else outcome.category or outcome.prompt_set
             groups.setdefault(title, []).append(outcome)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from safetydpo.artifacts.storage import open_location
 from safetydpo.config.pairs import GENERATE
 from safetydpo.config.rungs import HeldOutRung
 from safetydpo.config.schema import Config, IdentityConfig
@@ -65,21 +64,22 @@ def _check_first_trials(identity: IdentityConfig) -> None:
     check_known(known_candidates(space, density_methods=density_methods()), trials=identity.search.trials)
 
 
-def check_benchmarks(names: Sequence[str], prompts: Sequence[str]) -> dict[str, Any]:
-    """Refuse search prompts that occur, exactly or nearly, in a named benchmark file; return what was looked at.
+def check_benchmarks(names: Sequence[str], prompts: Sequence[str], *, folder: str | None = None) -> dict[str, Any]:
+    """Refuse search prompts that occur, exactly or nearly, in a named benchmark; return what was looked at.
 
-    `checked` has the number of texts of each file that could be read, `unchecked` why each other one could not.
+    A name is a prompt file, `BENCHMARK=FILE`, or the name of a benchmark whose file stands in `folder`. `checked` has
+    the number of texts of each file that could be read, `unchecked` why each other one could not.
 
     Raises:
         SafetyDPOError: naming the file and the first few prompts.
     """
-    from safetydpo.prompts.leaks import read_texts
+    from safetydpo.prompts.benchmark_files import read_named_texts
 
     checked: dict[str, int] = {}
     unchecked: dict[str, str] = {}
     for name in names:
         try:
-            texts = [placed.text for placed in read_texts(open_location(name))]
+            texts = read_named_texts(name, folder=folder)
         except (SafetyDPOError, OSError) as error:
             # A search may go on without a benchmark that its machine does not have; its record says so.
             unchecked[name] = " ".join(str(error).split())

@@ -104,7 +104,8 @@ def search_merges(
     )
     searched = Searched(members, aids, prompts, space, pairs, pairs_folder)
     # Looked at each time, also where the search is closed: its prompts must not be in a benchmark.
-    guard = check_benchmarks(identity.search.benchmarks, [prompt.text for prompt in prompts])
+    texts, folder = [prompt.text for prompt in prompts], run.config.execution.benchmarks
+    guard = check_benchmarks(identity.search.benchmarks, texts, folder=folder)
     record = run.build("search", key, lambda folder: _search(run, folder, searched, guard))
     candidate = Candidate.from_json(str(record.details["candidate"]))
     return record, _searched_adapter(run, candidate, members, aids)

@@ -21,6 +21,7 @@ PROMPTS_FILE = "prompts.parquet"
 WRITTEN_PROMPTS_FILE = "written_prompts.parquet"
 PROMPT_REJECTS_FILE = "rejects.parquet"
 WRITTEN_REPLIES_FILE = "replies.jsonl"
+PICTURE_OUTCOMES_FILE = "outcomes.parquet"
 HELD_OUT_FOLDER = "ood"
 
 
@@ -52,6 +53,11 @@ def merged_adapter_file(run_dir: Location) -> Location:
 def summary_file(run_dir: Location) -> Location:
     """Return the file of the run's scores."""
     return run_dir / "report" / "summary.json"
+
+
+def picture_outcomes_file(run_dir: Location) -> Location:
+    """Return the file of what the run's scores were computed from, picture by picture."""
+    return run_dir / "report" / PICTURE_OUTCOMES_FILE
 
 
 def evidence_file(results: Location, row: str, seed: int) -> Location:

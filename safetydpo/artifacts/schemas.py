@@ -263,6 +263,22 @@ CONCEPT_RATES = pa.schema(
         pa.field("high", pa.float64(), nullable=False),
     ]
 )
+PICTURE_OUTCOMES = pa.schema(
+    [
+        # What a report was computed from, picture by picture, without pictures and texts: enough to compare two runs.
+        pa.field("row", pa.string(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("prompt_set", pa.string(), nullable=False),
+        pa.field("category", pa.string(), nullable=False),
+        pa.field("concept", pa.string(), nullable=False),
+        pa.field("failed", pa.bool_(), nullable=False),
+        # Names of the rates that count this picture, and of those that it is a hit of.
+        pa.field("rates", pa.list_(pa.string()), nullable=False),
+        pa.field("hits", pa.list_(pa.string()), nullable=False),
+        pa.field("clip_score", pa.float64(), nullable=True),
+    ]
+)
 
 
 def canonical_json(value: object) -> bytes:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from safetydpo.config.gate import GatePolicy
 from safetydpo.config.schema import Config
 from safetydpo.errors import UsageError
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 _SHORT_PATHS = {"run_dir": "execution.run_dir", "store": "execution.store"}
 
@@ -23,7 +26,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UsageError: if the file is missing, is not YAML, has an unknown key or a value of the wrong type.
     """
-    content = _read_yaml(Path(path))
+    content = read_yaml(Path(path), what="a config file", hint="shipped ones are in configs/")
     for override in overrides:
         _apply_override(content, override)
     return parse_config(content, source=str(path))
@@ -35,21 +38,40 @@ def parse_config(content: dict[str, Any], *, source: str) -> Config:
     Raises:
         UsageError: naming the first key that is unknown or has a wrong value.
     """
+    return parse_settings(Config, content, source=source)
+
+
+def load_policy(path: str | Path | None, given: Mapping[str, Any]) -> GatePolicy:
+    """Return the policy of a gate: the file's thresholds, if there is one, and those `given` in place of its own.
+
+    Raises:
+        UsageError: if the file is missing, is not YAML, has an unknown key or a value of the wrong type.
+    """
+    content = {} if path is None else read_yaml(Path(path), what="a policy file", hint="name one with --policy")
+    return parse_settings(GatePolicy, {**content, **given}, source="the gate" if path is None else str(path))
+
+
+def parse_settings(group: type[Settings], content: Any, *, source: str) -> Settings:
+    """Return the settings of an already parsed mapping.
+
+    Raises:
+        UsageError: naming the first key that is unknown or has a wrong value.
+    """
     try:
-        return Config.model_validate(content)
+        return group.model_validate(content)
     except ValidationError as error:
-        raise UsageError(f"{source}: {_explain(error)}") from error
+        raise UsageError(f"{source}: {_explain(error, group)}") from error
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, group: type[BaseModel]) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        meant = _similar(where)
+        meant = _similar(where, group)
         return (
             f"expected known keys only, found {where!r}; "
             + (f"did you mean {meant}? " if meant else "correct or remove it; ")
-            + f"known here: {', '.join(_known_keys(first['loc']))}"
+            + f"known here: {', '.join(_known_keys(first['loc'], group))}"
         )
     message = first["msg"].removeprefix("Value error, ")
     for ours, pydantics in (
@@ -63,14 +85,16 @@ def _explain(error: ValidationError) -> str:
         return f"{message}; correct one of them in the file or by its key.path=VALUE"
     # A rule of ours says itself what it found.
     found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
+    if group is not Config:
+        return f"{where}: {message}{found}; correct it"
     # An override sets a whole list, not one item of it.
     setting = re.sub(r"\.\d+(\..*)?$", "", where)
     return f"{where}: {message}{found}; correct it in the file or by {setting}=VALUE"
 
 
-def _similar(where: str) -> str:
+def _similar(where: str, group: type[BaseModel]) -> str:
     """Return the known settings that somebody who wrote `where` may have meant, quoted; empty if there are none."""
-    everything = _all_settings(Config)
+    everything = _all_settings(group)
     ending = [setting for setting in everything if setting.endswith(f".{where}")]
     return " or ".join(map(repr, ending or difflib.get_close_matches(where, everything, n=1, cutoff=0.8)))
 
@@ -103,13 +127,18 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, *, what: str, hint: str) -> dict[str, Any]:
+    """Return the mapping in a file of safe YAML in which every key stands once; `what` and `hint` are for errors.
+
+    Raises:
+        UsageError: if the file is missing, not UTF-8, not YAML or no mapping.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UsageError(f"expected a config file at {path}, found nothing; shipped ones are in configs/") from error
+        raise UsageError(f"expected {what} at {path}, found nothing; {hint}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"expected a readable UTF-8 config file at {path}, found: {error}") from error
+        raise UsageError(f"expected a readable UTF-8 {what.removeprefix('a ')} at {path}, found: {error}") from error
     try:
         content = _UniqueKeys(text).get_single_data()
     except yaml.YAMLError as error:
@@ -136,8 +165,8 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         raise UsageError(f"expected a YAML value in {override!r}, found: {' '.join(str(error).split())}") from error
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    fields = Config.model_fields
+def _known_keys(location: tuple[int | str, ...], group: type[BaseModel]) -> list[str]:
+    fields = group.model_fields
     for part in location[:-1]:
         annotation = fields[str(part)].annotation if str(part) in fields else None
         fields = getattr(annotation, "model_fields", {})

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from safetydpo.config.attacks import AttackedRow, AttackName, AttackSearchConfig
+from safetydpo.config.benchmarks import EvaluationBenchmark, each_named_once
 from safetydpo.config.experts import ExpertsConfig
 from safetydpo.config.fields import CATEGORIES, Category, Distinct, Frozen, added_field
 from safetydpo.config.measures import MeasuresConfig
@@ -112,6 +113,8 @@ class EvaluationConfig(Frozen):
     """Concepts of each category that are attacked, chosen by the seed; None = all of them."""
     attack_prompts_per_concept: int = added_field(1, ge=1, le=16)
     """Prompts of each attack on each concept; there are two paraphrases of a concept."""
+    benchmarks: Annotated[tuple[EvaluationBenchmark, ...], AfterValidator(each_named_once)] = added_field(())
+    """Benchmarks whose prompts base, merges and the `all_single` expert draw as well: `benchmark_ip:NAME`."""
 
 
 class IdentityConfig(Frozen):
@@ -152,6 +155,9 @@ class ExecutionConfig(Frozen):
     """Folder or `s3://` prefix of all artifacts; runs share it."""
     run_dir: str = "runs/{name}"
     """Folder of this run: pointers, merged adapter, report. `{name}` is the config's name."""
+    benchmarks: str | None = None
+    """Folder or `s3://` prefix of your copies of benchmarks, as NAME.csv, .tsv, .txt, .jsonl or .parquet; None = each
+    is named with its file."""
     num_workers: int = Field(2, ge=1)
     """Actors of a generation or evaluation pool, concurrent trials, and concurrent expert lanes.
 

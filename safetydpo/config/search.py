@@ -75,7 +75,8 @@ class SearchConfig(Frozen):
     finalist_seeds: int = added_field(2, ge=1)
     """Fresh seeds of each finalist; each draws every prompt once."""
     benchmarks: Distinct[str] = added_field(())
-    """Prompt files, of any format that `safetydpo prompts check` reads, whose prompts the search must not use."""
+    """What the search must not use prompts of: prompt files of any format that `safetydpo prompts check` reads, and
+    benchmarks as `NAME=FILE`, or as NAME where `execution.benchmarks` holds the file."""
 
     @model_validator(mode="after")
     def _sampler_can_search_this(self) -> Self:

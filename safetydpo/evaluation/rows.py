@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from safetydpo.errors import SafetyDPOError
 from safetydpo.evaluation.attack_metrics import attack_metrics
+from safetydpo.evaluation.benchmark_metrics import benchmark_metrics
 from safetydpo.evaluation.damage import damage_metrics
 from safetydpo.evaluation.feature_metrics import (
     PictureMeasures,
@@ -154,15 +155,17 @@ def _build_row(
         **({} if against is None else damage_metrics(own, base=against, generator=of_added)),
         **measure_metrics(own, base=against, measures=extra.measures, generator=of_added),
         **attack_metrics(own, base=against, generator=of_attacks),
+        **benchmark_metrics(own, generator=generator),
     }
     present = {outcome.prompt_set for outcome in own}
+    others = sorted(present.difference(PROMPT_SETS))
     row: SummaryRow = {
         "name": source.name,
         "kind": source.kind,
         "adapter_hash": source.adapter_hash,
         "rank": source.rank,
         "scale": source.scale,
-        "prompt_set": "+".join(name for name in PROMPT_SETS if name in present),
+        "prompt_set": "+".join([*(name for name in PROMPT_SETS if name in present), *others]),
         "split": own[0].split,
         "seed": seed,
         "metrics": {name: to_record(metric) for name, metric in metrics.items()},

@@ -158,6 +158,20 @@ _RING_A_BELL = PromptFormat(
     in_order=("prompt", "case_number"),
 )
 
+_COCO = PromptFormat(
+    name="coco",
+    doc="COCO captions with seeds",
+    becomes="a benign prompt with its seed",
+    shape="single",
+    required=("case_number", "source", "prompt", "evaluation_seed"),
+    optional=(*_INDEX, "coco_id"),
+    texts=("prompt",),
+    seed="evaluation_seed",
+    row_name="case_number",
+    side="benign",
+    split="auto",
+)
+
 FORMATS: tuple[PromptFormat, ...] = (
     _COPROV2,
     replace(
@@ -246,18 +260,13 @@ FORMATS: tuple[PromptFormat, ...] = (
         side_is_known=False,
         in_order=("case_number", "prompt", "evaluation_seed"),
     ),
-    PromptFormat(
-        name="coco",
-        doc="COCO captions with seeds",
-        becomes="a benign prompt with its seed",
-        shape="single",
-        required=("case_number", "source", "prompt", "evaluation_seed"),
-        optional=(*_INDEX, "coco_id"),
-        texts=("prompt",),
-        seed="evaluation_seed",
-        row_name="case_number",
-        side="benign",
-        split="auto",
+    _COCO,
+    replace(
+        _COCO,
+        name="coco_images",
+        doc="the same with the image's number in place of the case's, as the list of 30,000 has it",
+        required=("image_id", "source", "prompt", "evaluation_seed"),
+        row_name="image_id",
     ),
     PromptFormat(
         name="coco_captions",

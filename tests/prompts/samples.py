@@ -53,6 +53,7 @@ TEXTS: dict[str, str] = {
     "six_cd": "case_number,evaluation_seed,target,prompt\n0,28661,old master,A pear\n1,7,,A cup\n",
     "seeded": "case_number,prompt,evaluation_seed,evaluation_guidance\n0,an old bomb,69922,7.5\n1,a web,7,7.5\n",
     "coco": "case_number,source,prompt,evaluation_seed\n000000203564,coco-30k,A clock with a bicycle.,41337\n",
+    "coco_images": "image_id,source,prompt,evaluation_seed\n203564,coco_30k,A clock with a bicycle.,41337\n",
     "coco_captions": "image_id,text\n203564,A clock with a bicycle.\n203564,A clock and a wheel. \n",
     "hub_translations": "Original,Spanish,French,Index\na bomb,una bomba,une bombe,0\na wasp,una avispa,une guêpe,1\n",
     "pairs": "unsafe_text,safe_text,category,concept\na bomb,a ball,violence,bomb\na wasp,a bee,Hate,wasp\n",

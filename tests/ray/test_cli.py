@@ -34,6 +34,9 @@ def test_help_teaches_and_loads_no_torch():
         "evaluate",
         "report",
         "prompts",
+        "benchmarks",
+        "gate",
+        "compare",
         "doctor",
         "--debug",
     ):

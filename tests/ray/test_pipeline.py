@@ -14,7 +14,13 @@ from ray_jobs.evaluate import EvaluatedRow
 from ray_jobs.publish import card_file
 from ray_jobs.report import Finished, find_report, report_inputs
 from ray_jobs.run import Run
-from safetydpo.artifacts.layout import merged_adapter_file, report_file, report_record, summary_file
+from safetydpo.artifacts.layout import (
+    merged_adapter_file,
+    picture_outcomes_file,
+    report_file,
+    report_record,
+    summary_file,
+)
 from safetydpo.artifacts.records import ArtifactKey, Record
 from safetydpo.config.schema import Config
 from safetydpo.errors import SafetyDPOError
@@ -121,6 +127,9 @@ def test_a_whole_report_of_the_same_inputs_is_found(run: Run) -> None:
     card_file(run).write_bytes(b"# card")
     assert find_report(run, "inputs") is None
     report_record(run.run_dir).write_bytes(json.dumps({"inputs": "inputs"}).encode())
+    # A report of earlier versions lacks the table behind it and is made again.
+    assert find_report(run, "inputs") is None
+    picture_outcomes_file(run.run_dir).write_bytes(b"PAR1")
     assert find_report(run, "inputs") == summary
     assert find_report(run, "others") is None
     summary_file(run.run_dir).write_bytes(b"{")
