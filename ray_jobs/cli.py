@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ray_jobs.adapter_command import app as adapter_app
+from ray_jobs.merge_evidence_command import merge_evidence
 from ray_jobs.prompts_command import app as prompts_app
 from safetydpo.errors import UsageError
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(prompts_app)
 app.add_typer(adapter_app)
+app.command("merge-evidence")(merge_evidence)
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, such as configs/demo.yaml", show_default=False)]
 Settings = Annotated[
     list[str] | None,
@@ -42,7 +44,7 @@ def _options(
 @app.command()
 def demo(settings: Settings = None) -> None:
     """Run the whole chain on the small model that ships with the project (about 15 minutes on 2 CPU cores)."""
-    _chain(_shipped("demo.yaml"), settings, last="report")
+    _chain(shipped_config("demo.yaml"), settings, last="report")
 
 
 @app.command()
@@ -116,7 +118,7 @@ def evidence(
     given = list(settings or [])
     if config is not None and "=" in str(config) and not config.is_file():
         given, config = [str(config), *given], None
-    loaded = load_config(config or _shipped("evidence.yaml"), given)
+    loaded = load_config(config or shipped_config("evidence.yaml"), given)
     run_evidence(loaded, seed=seed, row=row, minutes=minutes, only_list=list_units, only_tables=tables)
 
 
@@ -293,7 +295,8 @@ def _print_times(console: Any, chain: Any) -> None:
     console.print(f"wall time  {text}; {sum(times.values()):.0f} s in all", soft_wrap=True)
 
 
-def _shipped(name: str) -> Path:
+def shipped_config(name: str) -> Path:
+    """Return a config of the project: that of the working folder, else that of the clone."""
     for folder in (Path("configs"), Path(__file__).resolve().parent.parent / "configs"):
         if (folder / name).is_file():
             return folder / name

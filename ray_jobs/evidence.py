@@ -76,7 +76,7 @@ class PlannedUnit:
                 "base": self.run.base_fingerprint,
                 "judges": judges_fingerprint(),
                 "features": _file_hash(demo_weights() / "reference_features.safetensors"),
-                "prompts": _prompts_fingerprint(self.run.config),
+                "prompts": prompts_fingerprint(self.run.config),
                 "recipes": {
                     "pairs": PAIRS_RECIPE_VERSION,
                     "train": expert_plan.RECIPE_VERSION,
@@ -110,7 +110,8 @@ def _file_hash(path: Path) -> str:
 _PROMPTS: dict[str, str] = {}
 
 
-def _prompts_fingerprint(config: Config) -> str:
+def prompts_fingerprint(config: Config) -> str:
+    """Return a hash over every prompt pair and prompt of a run's source."""
     prompts = config.identity.prompts
     key = sha256_of(prompts.model_dump(mode="json"))
     # One source has the same prompts for every unit; reading them forty times would be felt.
@@ -119,8 +120,8 @@ def _prompts_fingerprint(config: Config) -> str:
         for split in ("train", "validation", "test"):
             for prompt_set in PROMPT_SETS:
                 for prompt in split_prompts(prompts, split, prompt_set):
-                    content = (split, prompt_set, prompt.concept, prompt.background, *prompt.categories)
-                    rows.append((prompt.prompt_id, "/".join(content)))
+                    known = (split, prompt_set, prompt.concept, prompt.background, *prompt.categories)
+                    rows.append((prompt.prompt_id, "/".join(known)))
         _PROMPTS[key] = fingerprint_rows(rows)
     return _PROMPTS[key]
 
