@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.config.merge_evidence import Factor
-from safetydpo.config.schema import Config
+from safetydpo.config.schema import BaseModelConfig, Config, PromptsConfig
+from safetydpo.diffusion.build import base_fingerprint
 from safetydpo.errors import UsageError
 from safetydpo.evaluation.merge_curve import Tuning, list_tunings, order_concepts
 from safetydpo.evaluation.merge_units import MergeUnit, parse_merge_unit
@@ -62,7 +64,7 @@ class PlannedMerge:
     @cached_property
     def concepts(self) -> tuple[str, ...]:
         """Concepts that an expert is in the merge for."""
-        return tuple(ordered_concepts(self.config, self.seed)[: self.count])
+        return ordered_concepts(self.config.identity.prompts, self.seed)[: self.count]
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -105,8 +107,7 @@ class PlannedMerge:
                 "identity": identity,
                 "unit": [self.method, self.count, self.concepts],
                 "protocol": self.config.merge_evidence.model_dump(mode="json", include=set(PROTOCOL)),
-                "base": self.run.base_fingerprint,
-                "judges": judges_fingerprint(),
+                **_weights_fingerprint(self.config.identity.base),
                 "prompts": prompts_fingerprint(self.config),
                 "recipes": {
                     "pairs": PAIRS_RECIPE_VERSION,
@@ -133,12 +134,19 @@ class PlannedMerge:
         return "done" if self.read() is not None else "other" if self.file.is_file() else "to do"
 
 
-def ordered_concepts(config: Config, seed: int) -> list[str]:
+# Asked by every one of a hundred and more units, and the same for all.
+@functools.cache
+def ordered_concepts(prompts: PromptsConfig, seed: int) -> tuple[str, ...]:
     """Return all unsafe concepts of the training pairs in the order in which experts cover them."""
     by_category: dict[str, set[str]] = defaultdict(set)
-    for pair in all_pairs(config.identity.prompts):
+    for pair in all_pairs(prompts):
         by_category[pair.category].add(pair.concept)
-    return order_concepts({name: sorted(members) for name, members in by_category.items()}, seed=seed)
+    return tuple(order_concepts({name: sorted(members) for name, members in by_category.items()}, seed=seed))
+
+
+@functools.cache
+def _weights_fingerprint(base: BaseModelConfig) -> dict[str, str]:
+    return {"base": base_fingerprint(base), "judges": judges_fingerprint()}
 
 
 def unit_config(unit: PlannedMerge) -> Config:
@@ -214,7 +222,7 @@ def plan_merges(
         ("count", count, tuple(sorted({key[1] for key in keys}))),
     ):
         _check_choice(what, value, known)
-    available = len(ordered_concepts(config, first))
+    available = len(ordered_concepts(config.identity.prompts, first))
     largest = max((key[1] for key in keys), default=0)
     if largest > available:
         raise UsageError(
