@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_jobs.generate_pairs import SELECT_JUDGE
 from ray_jobs.merge_evaluator import MergeEvaluator
@@ -28,6 +28,9 @@ from safetydpo.judges.protocol import known_answers
 from safetydpo.prompts.sets import Prompt
 from safetydpo.search.guard import refuse_test_prompts
 from safetydpo.search.space import Candidate
+
+if TYPE_CHECKING:
+    from safetydpo.merging.merge import MergeResult
 
 RECIPE_VERSION = 1
 """How a merged adapter becomes counts."""
@@ -95,13 +98,25 @@ class MergeBench:
         config = run.config.model_copy(update={"identity": identity})
         self.evaluator = MergeEvaluator(config.model_dump(mode="json"), folders, aids, [])
         self._run, self._cache = run, cache
-        self._weights = tuple((name, 1.0) for name in sorted(folders))
+        self.names = tuple(sorted(folders))
+        self._weights = tuple((name, 1.0) for name in self.names)
         self._tests: AuditedTest | None = None
+        self._plain: tuple[tuple[str, float | None], MergeResult] | None = None
 
     def merge(self, method: str, tuning: Tuning) -> Merged:
-        """Merge the experts as a candidate says."""
-        result = self.evaluator.merge(Candidate(method, tuning.scale, self._weights, tuning.density))
-        return Merged(result.layers, adapter_hash(result.layers), result.overall_truncation_error)
+        """Merge the experts as a candidate says.
+
+        The global scale multiplies what a method makes, so that candidates of one density are one merge. (The same
+        merge at its scale from the start differs in the last bits where a reduction of rank comes after the scaling.)
+        """
+        from safetydpo.merging.algebra import scale_layer
+
+        made = (method, tuning.density)
+        if self._plain is None or self._plain[0] != made:
+            self._plain = made, self.evaluator.merge(Candidate(method, 1.0, self._weights, tuning.density))
+        result = self._plain[1]
+        layers = {name: scale_layer(layer, tuning.scale) for name, layer in result.layers.items()}
+        return Merged(layers, adapter_hash(layers), result.overall_truncation_error)
 
     def validate(self, merged: Merged | None, prompts: Sequence[Prompt], *, steps: int | None) -> Measurement:
         """Return the tally of a merge, or of the base for None, by the `select` judge."""

@@ -65,7 +65,7 @@ class MergeEvidenceConfig(Frozen):
     """Candidates that are validated in full: the best ones of the small measurement."""
     retention: Rate = 0.9
     """Least retention of the candidate that is tested, and the one at which methods are compared."""
-    small: PromptCounts = PromptCounts(unsafe=24, benign=12, steps=3)
+    small: PromptCounts = PromptCounts(unsafe=24, benign=12, steps=4)
     """The measurement of every candidate, on validation prompts."""
     full: PromptCounts = PromptCounts(unsafe=44, benign=26)
     """The measurement of the best ones, on validation prompts."""

@@ -62,7 +62,8 @@ def list_tunings(
     last = float(num_experts) if num_experts not in scales else min(scales) / 2
     every = [*scales, last]
     if uses_density:
-        return [Tuning(scale, density) for scale in every for density in densities]
+        # By density, because one merge serves all scales of it.
+        return [Tuning(scale, density) for density in densities for scale in every]
     return [Tuning(scale * factor) for scale in every for factor in scale_factors]
 
 

@@ -49,8 +49,8 @@ def test_every_method_has_eighteen_candidates_no_two_alike(count: int, uses_dens
 def test_candidates_worked_by_hand() -> None:
     assert list_tunings(4, uses_density=True, scales=(1.0,), densities=(0.1, 0.5), scale_factors=(1.0, 2.0)) == [
         Tuning(1.0, 0.1),
-        Tuning(1.0, 0.5),
         Tuning(4.0, 0.1),
+        Tuning(1.0, 0.5),
         Tuning(4.0, 0.5),
     ]
     assert list_tunings(1, uses_density=False, scales=(1.0,), densities=(0.1, 0.5), scale_factors=(0.5, 1.0)) == [

@@ -23,6 +23,7 @@ from safetydpo.dpo.engine import lora_signature
 from safetydpo.errors import SafetyDPOError
 from safetydpo.evaluation.merge_curve import Tuning
 from safetydpo.prompts.sets import Prompt
+from safetydpo.search.space import Candidate
 from tests.ray.smoke_place import SMOKE
 from tests.ray.tiny_merges import tiny_settings
 
@@ -61,6 +62,20 @@ def bench(config: Config) -> MergeBench:
 
 def record(name: str) -> Record:
     return Record("experts", name, "0" * 12, 1, {}, {}, fingerprint=name, seconds=2.5)
+
+
+@pytest.mark.parametrize(("method", "density"), [("sum", None), ("ties", 0.3)])
+def test_a_candidate_is_the_merge_at_its_scale(bench: MergeBench, method: str, density: float | None) -> None:
+    """Independently: the merging code with the scale given to it; equal but for rounding, at the rank of an expert."""
+    weights = tuple((name, 1.0) for name in sorted(bench.names))
+    expected = bench.evaluator.merge(Candidate(method, 1.7, weights, density))
+    merged = bench.merge(method, Tuning(1.7, density))
+    assert merged.truncation_error == pytest.approx(expected.overall_truncation_error, rel=1e-5)
+    for name, layer in expected.layers.items():
+        change = layer.up @ layer.down
+        found = merged.layers[name].up @ merged.layers[name].down
+        assert layer.down.shape[0] == 4
+        assert (found - change).norm() <= 1e-5 * change.norm()
 
 
 def test_prompts_of_a_measurement(config: Config) -> None:

@@ -11,7 +11,7 @@ TINY = [
     "identity.experts={group_by: concept, all_single: false}",
     "identity.prompts.pairs_per_concept=2",
     "identity.dpo.steps=2",
-    "identity.sampler.steps=2",
+    "identity.sampler.steps=4",
     "execution.num_workers=1",
     "merge_evidence.seeds=[3]",
     "merge_evidence.screen_count=2",
@@ -20,7 +20,7 @@ TINY = [
     "merge_evidence.densities=[0.3]",
     "merge_evidence.scale_factors=[1.0]",
     "merge_evidence.validated=1",
-    "merge_evidence.small={unsafe: 2, benign: 2, steps: 1}",
+    "merge_evidence.small={unsafe: 2, benign: 2, steps: 4}",
     "merge_evidence.full={unsafe: 4, benign: 2}",
     "merge_evidence.test={unsafe: 4, benign: 4, uncovered: 2}",
 ]
