@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -21,10 +21,8 @@ from ray_jobs.merge_evidence_tables import marked_pages
 from ray_jobs.merge_experts import merge_aids
 from ray_jobs.merge_tested import count_tested
 from ray_jobs.pipeline import Chain, run_stages
-from safetydpo.artifacts.records import Record
 from safetydpo.artifacts.tables import fingerprint_rows
 from safetydpo.config.schema import Config
-from safetydpo.errors import SafetyDPOError
 from safetydpo.evaluation.counts import RowCounts
 from safetydpo.evaluation.merge_curve import Tally, Tuning, choose, shortlist
 from safetydpo.evaluation.merge_units import MeasuredTuning, MergeUnit, dump_merge_unit, parse_tally
@@ -57,16 +55,16 @@ def measure_merges(
     done = len(planned) - len(pending)
     for _, group in groupby(pending, key=_shared):
         units = list(group)
-        bench: MergeBench | None = None
+        opened: Opened | None = None
         for unit in units:
             if minutes is not None and time.monotonic() - started > 60 * minutes:
                 say(f"{len(planned) - done} units are still to do: the same command goes on")
                 return
-            if bench is None:
+            if opened is None:
                 say(f"making the experts of: {unit.name}")
-                bench, experts = open_bench(units)
+                opened = open_bench(units)
             begun, busy = time.monotonic(), time.process_time()
-            measured = measure_unit(unit, bench, experts, version=version)
+            measured = measure_unit(unit, opened, version=version)
             unit.file.write_bytes(dump_merge_unit(measured).encode())
             done += 1
             say(
@@ -74,7 +72,7 @@ def measure_merges(
                 f"{time.process_time() - busy:.0f} s"
             )
         # Experts and scores of one group at a time.
-        bench = None
+        opened = None
         gc.collect()
 
 
@@ -84,24 +82,29 @@ def _shared(unit: PlannedMerge) -> tuple[object, ...]:
     return unit.seed, unit.factor, unit.count, unit.experts, needs_distilled
 
 
-def open_bench(units: Sequence[PlannedMerge]) -> tuple[MergeBench, dict[str, Record]]:
-    """Make what units of one set of experts need, by the stages of their run; return it in memory, with the experts.
+@dataclass(frozen=True)
+class Opened:
+    """A set of experts in memory.
 
-    Raises:
-        SafetyDPOError: if an expert was left out for want of kept pairs.
+    Attributes:
+        bench: Where their merges are measured.
+        experts: Hash over their fingerprints.
+        training_seconds: Wall time of their training, and of the distillation's if there is one.
     """
+
+    bench: MergeBench
+    experts: str
+    training_seconds: float
+
+
+def open_bench(units: Sequence[PlannedMerge]) -> Opened:
+    """Make what units of one set of experts need, by the stages of their run, and read it into memory."""
     from ray_jobs.cluster import disconnect
 
     run, names = units[0].run, units[0].experts
     methods = [find_method(unit.merged_by) for unit in units]
     try:
         chain: Chain = run_stages(run.config, last="train")
-        missing = [name for name in names if name not in chain.experts]
-        if missing:
-            raise SafetyDPOError(
-                f"expected an expert {missing[0]!r}, found none: too few of its pairs were kept; raise "
-                "identity.prompts.pairs_per_concept"
-            )
         experts = {name: chain.experts[name] for name in names}
         assert chain.pairs is not None
         aids = merge_aids(chain.run, experts, chain.pairs, chain.pairs_folder, methods=methods)
@@ -115,14 +118,17 @@ def open_bench(units: Sequence[PlannedMerge]) -> tuple[MergeBench, dict[str, Rec
         methods=[method.name for method in methods],
         cache=(chain.run.store / CACHE_FOLDER).make_folder(),
     )
-    return bench, experts
+    trained = [*experts.values(), *([aids.distilled] if aids.distilled else [])]
+    return Opened(
+        bench=bench,
+        experts=fingerprint_rows((name, record.fingerprint) for name, record in experts.items()),
+        training_seconds=sum(record.seconds for record in trained),
+    )
 
 
-def measure_unit(
-    unit: PlannedMerge, bench: MergeBench, experts: Mapping[str, Record], *, version: tuple[str | None, bool]
-) -> MergeUnit:
+def measure_unit(unit: PlannedMerge, opened: Opened, *, version: tuple[str | None, bool]) -> MergeUnit:
     """Tune one method on validation prompts by the `select` judge, then test the chosen candidate by `audit`."""
-    work = _Work(unit, bench)
+    work = _Work(unit, opened.bench)
     base, candidates, chosen = work.tune()
     tested, counts, base["test"] = work.test(candidates[chosen])
     commit, dirty = version[0], version[1] or code_version() != version
@@ -137,8 +143,8 @@ def measure_unit(
         machine=describe_machine(),
         seconds=work.seconds,
         cpu_seconds=work.cpu_seconds,
-        training_seconds=sum(record.seconds for record in experts.values()),
-        experts=fingerprint_rows((name, record.fingerprint) for name, record in experts.items()),
+        training_seconds=opened.training_seconds,
+        experts=opened.experts,
         concepts=unit.concepts,
         base=base,
         candidates=candidates,

@@ -55,7 +55,8 @@ class MergeUnit:
         machine: Cores, processor, memory, versions of Python and torch.
         seconds: Wall time of all measurements of this unit, those taken over from equal adapters too.
         cpu_seconds: CPU time of the same; unlike wall time not longer on a busy machine.
-        training_seconds: Wall time of the training of its experts (of the adapter, for `all_single`).
+        training_seconds: Wall time of the training of its experts, or of the adapter for `all_single`; of `distill`,
+            the distillation too.
         experts: Hash over the fingerprints of the experts.
         concepts: Concepts that an expert is in the merge for.
         base: What the base was worth, by measurement.

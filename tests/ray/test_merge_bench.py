@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from ray_jobs.merge_bench import MergeBench, draw_list
-from ray_jobs.merge_evidence import measure_unit
+from ray_jobs.merge_evidence import Opened, measure_unit
 from ray_jobs.merge_evidence_plan import plan_merges
 from ray_jobs.merge_tested import AuditedTest, count_tested
 from safetydpo.artifacts.adapters import AdapterMetadata, LoraLayer, adapter_hash, write_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE
-from safetydpo.artifacts.records import Record
 from safetydpo.config.load import load_config
 from safetydpo.config.merge_evidence import PromptCounts
 from safetydpo.config.schema import Config
@@ -58,10 +57,6 @@ def bench(config: Config) -> MergeBench:
         folders[name] = folder.path
     cache = (run.store / "cache").make_folder()
     return MergeBench(run, folders, {}, methods=["sum", "ties", "svd"], cache=cache)
-
-
-def record(name: str) -> Record:
-    return Record("experts", name, "0" * 12, 1, {}, {}, fingerprint=name, seconds=2.5)
 
 
 @pytest.mark.parametrize(("method", "density"), [("sum", None), ("ties", 0.3)])
@@ -122,8 +117,8 @@ def test_a_unit_is_measured_and_again_from_what_was_kept(
     bench: MergeBench, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unit = next(unit for unit in plan_merges(config) if unit.method == "ties")
-    experts = {name: record(name) for name in unit.experts}
-    measured = measure_unit(unit, bench, experts, version=("c0ffee", False))
+    opened = Opened(bench, experts="their hash", training_seconds=5.0)
+    measured = measure_unit(unit, opened, version=("c0ffee", False))
     assert [one.tuning for one in measured.candidates] == [Tuning(0.5, 0.3), Tuning(2.0, 0.3)]
     assert [index for index, _ in measured.validated] == [measured.chosen]
     assert {name: n for name, (_, n) in measured.tested.items()} == {
@@ -136,11 +131,11 @@ def test_a_unit_is_measured_and_again_from_what_was_kept(
     }
     assert set(measured.counts.rates["ip"]) == set(unit.concepts)
     assert measured.base["test"]["neutral"][1] == 4
-    assert measured.training_seconds == 5.0
+    assert (measured.experts, measured.training_seconds) == ("their hash", 5.0)
     assert measured.dirty  # The code under test is another commit than the one that was named.
     monkeypatch.setattr(bench.evaluator, "draw", lambda *_a, **_k: pytest.fail("drawn again"))
     monkeypatch.setattr(AuditedTest, "draw", lambda *_a, **_k: pytest.fail("drawn again"))
-    again = measure_unit(unit, bench, experts, version=("c0ffee", False))
+    again = measure_unit(unit, opened, version=("c0ffee", False))
     assert (again.candidates, again.tested, again.counts) == (measured.candidates, measured.tested, measured.counts)
 
 
