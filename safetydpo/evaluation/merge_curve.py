@@ -149,19 +149,31 @@ def choose(tallies: Sequence[Tally], base: Tally, *, retention: float) -> int:
 
 
 def frontier(points: Sequence[CurvePoint]) -> list[CurvePoint]:
-    """Return the points that no other beats in both, by falling retention and so by falling harm."""
-    best: list[CurvePoint] = []
+    """Return the corners of the lower convex hull, by falling retention and falling harm.
+
+    Drawing each picture with one of two models, chosen at random, gives any point between them; the hull is the least
+    harm that can be had so. Points that another beats in both are none of its corners.
+    """
+    corners: list[CurvePoint] = []
     for point in sorted(points, key=lambda one: (-one.retention, one.harm)):
-        if not best or point.harm < best[-1].harm:
-            best.append(point)
-    return best
+        if corners and point.harm >= corners[-1].harm:
+            continue
+        while len(corners) > 1 and _is_above(corners[-1], corners[-2], point):
+            corners.pop()
+        corners.append(point)
+    return corners
+
+
+def _is_above(middle: CurvePoint, right: CurvePoint, left: CurvePoint) -> bool:
+    """Return whether a point lies on the line between its neighbours or above it."""
+    fall = (right.harm - left.harm) * (middle.retention - left.retention)
+    return (middle.harm - left.harm) * (right.retention - left.retention) >= fall
 
 
 def harm_at(points: Sequence[CurvePoint], retention: float) -> float | None:
-    """Return the harm of the frontier at a retention: between two of its points on the straight line.
+    """Return the least harm that points and mixtures of two of them have at a retention (`frontier`).
 
-    Drawing every picture with one of two models, chosen at random, gives any point between them, so the line can be
-    had. Where all points keep more, it is the least harm of all; None where all keep less.
+    Where all points keep more, it is the least harm of all; None where all keep less.
     """
     curve = frontier(points)
     above = [point for point in curve if point.retention >= retention - ROUNDING]

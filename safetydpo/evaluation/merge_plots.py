@@ -63,7 +63,8 @@ def draw_plots(measured: Measured) -> Drawn:
 def _describe_screen(measured: Measured) -> str:
     return (
         "Share of unsafe prompts without a recognisable safe picture against retention, for each method with "
-        f"{measured.screen_count} experts: all candidates, those validated in full, and the line through the best"
+        f"{measured.screen_count} experts: all candidates, those validated in full (blue; the tested one red) and the "
+        "hull through the best of them; the grey line is the best of all methods together"
     )
 
 

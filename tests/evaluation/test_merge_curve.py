@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -104,35 +103,59 @@ def test_the_choice_keeps_the_retention_if_any_does() -> None:
 
 
 def test_the_curve_worked_by_hand() -> None:
-    """Between (0.96, 0.4) and (0.84, 0.1) the line is at 0.25 halfway, at 0.9; (0.9, 0.5) is beaten by the first."""
-    points = [CurvePoint(1.0, 1.0), CurvePoint(0.84, 0.1), CurvePoint(0.9, 0.5), CurvePoint(0.96, 0.4)]
+    """(0.9, 0.5) is beaten by (0.95, 0.4); from (1, 1) by (0.95, 0.4) to (0.85, 0.1) the hull has all three corners.
+
+    At 0.9 it is halfway between 0.4 and 0.1; (0.8, 0.09) gains so little that it is one more corner.
+    """
+    points = [CurvePoint(1.0, 1.0), CurvePoint(0.85, 0.1), CurvePoint(0.9, 0.5), CurvePoint(0.95, 0.4)]
     assert frontier(points) == [points[0], points[3], points[1]]
     assert harm_at(points, 0.9) == pytest.approx(0.25)
-    assert harm_at(points, 0.96) == pytest.approx(0.4)
-    assert harm_at(points, 0.98) == pytest.approx(0.7)
+    assert harm_at(points, 0.95) == pytest.approx(0.4)
+    assert harm_at(points, 0.975) == pytest.approx(0.7)
     assert harm_at(points, 0.5) == pytest.approx(0.1)
     assert harm_at(points[1:3], 0.95) is None
     assert harm_at([], 0.9) is None
+    assert frontier([*points, CurvePoint(0.8, 0.09)])[-1] == CurvePoint(0.8, 0.09)
+
+
+def test_a_point_above_the_line_between_two_others_is_no_corner() -> None:
+    """(0.9, 0.8) is beaten by none, and a mixture of its neighbours has 0.5 there."""
+    points = [CurvePoint(1.0, 1.0), CurvePoint(0.9, 0.8), CurvePoint(0.8, 0.0)]
+    assert frontier(points) == [points[0], points[2]]
+    assert harm_at(points, 0.9) == pytest.approx(0.5)
 
 
 POINTS = st.lists(
-    st.builds(CurvePoint, st.floats(0, 1.1, allow_subnormal=False), st.floats(0, 1, allow_subnormal=False)),
+    st.builds(CurvePoint, st.integers(0, 110).map(lambda n: n / 100), st.integers(0, 100).map(lambda n: n / 100)),
     min_size=1,
-    max_size=12,
+    max_size=9,
 )
+BASE_POINT = CurvePoint(1.2, 1.0)
 
 
-@given(POINTS, st.floats(0, 1))
-def test_the_curve_is_the_cheapest_mixture_of_neighbours(points: list[CurvePoint], retention: float) -> None:
-    """Independently: linear interpolation by numpy through the points that none beats; and no point lies below."""
-    found = harm_at([CurvePoint(1.2, 1.0), *points], retention)
-    kept = [p for p in [CurvePoint(1.2, 1.0), *points] if not any(_beats(q, p) for q in points)]
-    kept.sort(key=lambda point: point.retention)
-    expected = np.interp(retention, [p.retention for p in kept], [p.harm for p in kept])
-    assert found == pytest.approx(expected, abs=1e-6)
-    assert all(found <= p.harm + 1e-6 for p in points if p.retention >= retention)
+@given(POINTS, st.floats(0, 1.2))
+def test_the_curve_is_the_best_mixture_of_two(points: list[CurvePoint], retention: float) -> None:
+    """Independently: the least harm over all mixtures of all pairs that keep at least this much."""
+    everything = [BASE_POINT, *points]
+    expected = min(
+        mixed
+        for one in everything
+        for other in everything
+        if one.retention >= retention
+        for mixed in [_mixture(one, other, retention)]
+    )
+    assert harm_at(everything, retention) == pytest.approx(expected, abs=1e-7)
 
 
-def _beats(one: CurvePoint, other: CurvePoint) -> bool:
-    at_least = one.retention >= other.retention and one.harm <= other.harm
-    return at_least and (one.retention > other.retention or one.harm < other.harm)
+def _mixture(one: CurvePoint, other: CurvePoint, retention: float) -> float:
+    if other.retention >= retention:
+        return min(one.harm, other.harm)
+    part = (one.retention - retention) / (one.retention - other.retention)
+    return min(one.harm, one.harm + part * (other.harm - one.harm))
+
+
+@given(POINTS, st.floats(0, 1.2))
+def test_more_harm_at_every_point_is_more_harm_on_the_curve(points: list[CurvePoint], retention: float) -> None:
+    worse = [CurvePoint(point.retention, min(1.0, 1.3 * point.harm)) for point in points]
+    found = [harm_at([BASE_POINT, *members], retention) for members in (points, worse)]
+    assert found[0] <= found[1] + 1e-9

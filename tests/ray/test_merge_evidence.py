@@ -126,8 +126,8 @@ def test_the_identity_of_a_unit_changes_with_what_decides_it(configs: Path, monk
     lists = ["merge_evidence.seeds=[0]", "merge_evidence.methods=[sum]", "merge_evidence.results=elsewhere"]
     assert hash_of(*lists, "identity.search.trials=3", "execution.num_workers=2") == before
     # Only a distillation depends on how one is trained.
-    assert hash_of("identity.merge.distill.steps=10") == before
-    assert hash_of("identity.merge.distill.steps=10", method="distill") != hash_of(method="distill")
+    assert hash_of("identity.merge.distill.steps=90") == before
+    assert hash_of("identity.merge.distill.steps=90", method="distill") != hash_of(method="distill")
     monkeypatch.setattr(merge_bench, "RECIPE_VERSION", merge_bench.RECIPE_VERSION + 1)
     assert hash_of() != before
 
