@@ -111,17 +111,16 @@ _PROMPTS: dict[str, str] = {}
 
 
 def prompts_fingerprint(config: Config) -> str:
-    """Return a hash over every prompt pair and prompt of a run's source."""
+    """Return a hash over every prompt pair and prompt of a run's source, which is read once for all units."""
     prompts = config.identity.prompts
     key = sha256_of(prompts.model_dump(mode="json"))
-    # One source has the same prompts for every unit; reading them forty times would be felt.
     if key not in _PROMPTS:
         rows = [(pair.pair_id, "/".join((pair.concept, *pair.categories))) for pair in all_pairs(prompts)]
         for split in ("train", "validation", "test"):
             for prompt_set in PROMPT_SETS:
                 for prompt in split_prompts(prompts, split, prompt_set):
-                    known = (split, prompt_set, prompt.concept, prompt.background, *prompt.categories)
-                    rows.append((prompt.prompt_id, "/".join(known)))
+                    content = (split, prompt_set, prompt.concept, prompt.background, *prompt.categories)
+                    rows.append((prompt.prompt_id, "/".join(content)))
         _PROMPTS[key] = fingerprint_rows(rows)
     return _PROMPTS[key]
 
