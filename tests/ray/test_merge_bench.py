@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from ray_jobs.expert_plan import plan_experts
 from ray_jobs.merge_bench import MergeBench, draw_list
-from ray_jobs.merge_evidence import Opened, measure_unit
+from ray_jobs.merge_evidence import Opened, measure_merges, measure_unit, open_bench
 from ray_jobs.merge_evidence_plan import plan_merges
+from ray_jobs.merge_evidence_tables import write_merge_tables
 from ray_jobs.merge_tested import AuditedTest, count_tested
 from safetydpo.artifacts.adapters import AdapterMetadata, LoraLayer, adapter_hash, write_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE
+from safetydpo.artifacts.storage import Location
 from safetydpo.config.load import load_config
 from safetydpo.config.merge_evidence import PromptCounts
 from safetydpo.config.schema import Config
@@ -23,6 +26,7 @@ from safetydpo.errors import SafetyDPOError
 from safetydpo.evaluation.merge_curve import Tuning
 from safetydpo.prompts.sets import Prompt
 from safetydpo.search.space import Candidate
+from tests.ray.closed_artifacts import close_pairs
 from tests.ray.smoke_place import SMOKE
 from tests.ray.tiny_merges import tiny_settings
 
@@ -33,11 +37,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 @pytest.fixture(scope="module")
-def bench(config: Config) -> MergeBench:
-    run = plan_merges(config)[0].run
+def opened(config: Config) -> Opened:
+    """The experts as the stages of the units' run find them: closed, with all of their layers, at random."""
+    units = plan_merges(config)
+    run = units[0].run
     backbone, lora = load_backbone(run.config.identity.base), run.config.identity.lora
-    folders = {}
-    for seed, name in enumerate(plan_merges(config)[0].experts):
+    for seed, unit in enumerate(plan_experts(run, *close_pairs(run))):
         generator = torch.Generator().manual_seed(seed)
         layers = {
             module: LoraLayer(
@@ -52,11 +57,25 @@ def bench(config: Config) -> MergeBench:
             signature=lora_signature(lora),
             training_hash=adapter_hash(layers),
         )
-        folder = run.store / "made" / name
-        write_adapter(folder / ADAPTER_FILE, layers, metadata=metadata)
-        folders[name] = folder.path
-    cache = (run.store / "cache").make_folder()
-    return MergeBench(run, folders, {}, methods=["sum", "ties", "svd"], cache=cache)
+
+        def make(folder: Location, layers: Any = layers, metadata: Any = metadata) -> dict[str, Any]:
+            write_adapter(folder / ADAPTER_FILE, layers, metadata=metadata)
+            return {"fingerprint": adapter_hash(layers)}
+
+        run.make(unit.key, make)
+    return open_bench(units)
+
+
+@pytest.fixture
+def bench(opened: Opened) -> MergeBench:
+    return opened.bench
+
+
+def test_the_stages_find_the_experts_of_a_unit(opened: Opened, config: Config) -> None:
+    unit = plan_merges(config)[0]
+    assert opened.bench.names == tuple(sorted(unit.experts))
+    assert opened.training_seconds < 60
+    assert len(unit.experts) == 2
 
 
 @pytest.mark.parametrize(("method", "density"), [("sum", None), ("ties", 0.3)])
@@ -114,10 +133,9 @@ def test_equal_adapters_are_measured_once(bench: MergeBench, config: Config, mon
 
 
 def test_a_unit_is_measured_and_again_from_what_was_kept(
-    bench: MergeBench, config: Config, monkeypatch: pytest.MonkeyPatch
+    opened: Opened, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unit = next(unit for unit in plan_merges(config) if unit.method == "ties")
-    opened = Opened(bench, experts="their hash", training_seconds=5.0)
     measured = measure_unit(unit, opened, version=("c0ffee", False))
     assert [one.tuning for one in measured.candidates] == [Tuning(0.5, 0.3), Tuning(2.0, 0.3)]
     assert [index for index, _ in measured.validated] == [measured.chosen]
@@ -131,9 +149,9 @@ def test_a_unit_is_measured_and_again_from_what_was_kept(
     }
     assert set(measured.counts.rates["ip"]) == set(unit.concepts)
     assert measured.base["test"]["neutral"][1] == 4
-    assert (measured.experts, measured.training_seconds) == ("their hash", 5.0)
+    assert (measured.experts, measured.training_seconds) == (opened.experts, opened.training_seconds)
     assert measured.dirty  # The code under test is another commit than the one that was named.
-    monkeypatch.setattr(bench.evaluator, "draw", lambda *_a, **_k: pytest.fail("drawn again"))
+    monkeypatch.setattr(opened.bench.evaluator, "draw", lambda *_a, **_k: pytest.fail("drawn again"))
     monkeypatch.setattr(AuditedTest, "draw", lambda *_a, **_k: pytest.fail("drawn again"))
     again = measure_unit(unit, opened, version=("c0ffee", False))
     assert (again.candidates, again.tested, again.counts) == (measured.candidates, measured.tested, measured.counts)
@@ -185,6 +203,16 @@ def test_a_test_counts_uncovered_concepts_apart() -> None:
     assert counts.sums["clip_margin:base"] == {"dog": (1.0, 1)}
 
 
-def test_the_cache_is_files_of_the_store(bench: MergeBench, config: Config) -> None:
-    folder = Path(plan_merges(config)[0].run.store.path) / "cache"
-    assert all(len(file.stem) == 64 for file in folder.glob("*.json"))
+def test_the_measurement_from_the_first_unit_to_the_page(opened: Opened, config: Config) -> None:
+    """Both units, whose measurements are partly there already, then the tables: what the command does."""
+    assert opened.bench.names
+    said: list[str] = []
+    measure_merges(config, say=said.append)
+    assert said[0] == "0 of 2 units are done, 2 to do"
+    assert said[-1].startswith("unit 2 of 2: ties, 2 experts, seed 3: ")
+    assert [unit.state for unit in plan_merges(config)] == ["done", "done"]
+    (page,) = write_merge_tables(config)
+    assert "2 of 2 units are measured" in Path(page).read_text()
+    cache = Path(plan_merges(config)[0].run.store.path) / "merge_evidence"
+    assert all(len(file.stem) == 64 for file in cache.glob("*.json"))
+    assert any(cache.iterdir())
