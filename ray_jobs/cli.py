@@ -12,6 +12,7 @@ from ray_jobs.adapter_command import app as adapter_app
 from ray_jobs.benchmarks_command import app as benchmarks_app
 from ray_jobs.compare_command import compare as compare_command
 from ray_jobs.gate_command import gate as gate_command
+from ray_jobs.merge_evidence_command import merge_evidence
 from ray_jobs.prompts_command import app as prompts_app
 from safetydpo.errors import UsageError
 
@@ -30,6 +31,7 @@ app.add_typer(adapter_app)
 app.add_typer(benchmarks_app)
 app.command("gate")(gate_command)
 app.command("compare")(compare_command)
+app.command("merge-evidence")(merge_evidence)
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, such as configs/demo.yaml", show_default=False)]
 Settings = Annotated[
     list[str] | None,
@@ -48,7 +50,7 @@ def _options(
 @app.command()
 def demo(settings: Settings = None) -> None:
     """Run the whole chain on the small model that ships with the project (about 15 minutes on 2 CPU cores)."""
-    _chain(_shipped("demo.yaml"), settings, last="report")
+    _chain(shipped_config("demo.yaml"), settings, last="report")
 
 
 @app.command()
@@ -122,7 +124,7 @@ def evidence(
     given = list(settings or [])
     if config is not None and "=" in str(config) and not config.is_file():
         given, config = [str(config), *given], None
-    loaded = load_config(config or _shipped("evidence.yaml"), given)
+    loaded = load_config(config or shipped_config("evidence.yaml"), given)
     run_evidence(loaded, seed=seed, row=row, minutes=minutes, only_list=list_units, only_tables=tables)
 
 
@@ -315,7 +317,8 @@ def _print_times(console: Any, chain: Any) -> None:
     console.print(f"wall time  {text}; {sum(times.values()):.0f} s in all", soft_wrap=True)
 
 
-def _shipped(name: str) -> Path:
+def shipped_config(name: str) -> Path:
+    """Return a config of the project: that of the working folder, else that of the clone."""
     for folder in (Path("configs"), Path(__file__).resolve().parent.parent / "configs"):
         if (folder / name).is_file():
             return folder / name

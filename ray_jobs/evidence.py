@@ -76,7 +76,7 @@ class PlannedUnit:
                 "base": self.run.base_fingerprint,
                 "judges": judges_fingerprint(),
                 "features": _file_hash(demo_weights() / "reference_features.safetensors"),
-                "prompts": _prompts_fingerprint(self.run.config),
+                "prompts": prompts_fingerprint(self.run.config),
                 "recipes": {
                     "pairs": PAIRS_RECIPE_VERSION,
                     "train": expert_plan.RECIPE_VERSION,
@@ -110,10 +110,10 @@ def _file_hash(path: Path) -> str:
 _PROMPTS: dict[str, str] = {}
 
 
-def _prompts_fingerprint(config: Config) -> str:
+def prompts_fingerprint(config: Config) -> str:
+    """Return a hash over every prompt pair and prompt of a run's source, which is read once for all units."""
     prompts = config.identity.prompts
     key = sha256_of(prompts.model_dump(mode="json"))
-    # One source has the same prompts for every unit; reading them forty times would be felt.
     if key not in _PROMPTS:
         rows = [(pair.pair_id, "/".join((pair.concept, *pair.categories))) for pair in all_pairs(prompts)]
         for split in ("train", "validation", "test"):

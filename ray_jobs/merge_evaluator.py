@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_jobs.expert_files import load_experts, read_aids
 from ray_jobs.generate_pairs import SELECT_JUDGE
@@ -16,6 +16,10 @@ from safetydpo.config.rungs import FewStepsRung, HeldOutRung
 from safetydpo.config.schema import Config, SamplerConfig
 from safetydpo.prompts.sets import Prompt
 from safetydpo.search.space import Candidate, first_methods
+
+if TYPE_CHECKING:
+    from safetydpo.artifacts.adapters import LoraLayer
+    from safetydpo.merging.merge import MergeResult
 
 PURPOSE = "search_noise"
 
@@ -58,18 +62,26 @@ class MergeEvaluator:
 
     def swap(self, candidate: Candidate | None) -> None:
         """Merge the experts as a candidate says and put the result into the base; None = take any adapter out."""
+        self.put(None if candidate is None else self.merge(candidate).layers)
+
+    def merge(self, candidate: Candidate) -> MergeResult:
+        """Merge the experts as a candidate says; the base stays as it is."""
         from ray_jobs.merge_settings import candidate_request, request_settings
-        from safetydpo.dpo.engine import lora_signature
         from safetydpo.merging.merge import merge_with
 
-        if candidate is None:
-            self.backbone.remove_adapter()
-            return
         identity = self.run.config.identity
         request = candidate_request(identity.merge, candidate)
         names = [expert.name for expert in self._prepared.experts]
-        result = merge_with(self._prepared, request_settings(request, seed=identity.seed, names=names))
-        self.backbone.swap_adapter(lora_signature(identity.lora), result.layers)
+        return merge_with(self._prepared, request_settings(request, seed=identity.seed, names=names))
+
+    def put(self, layers: Mapping[str, LoraLayer] | None) -> None:
+        """Put an adapter into the base in place of any other; None = take it out."""
+        from safetydpo.dpo.engine import lora_signature
+
+        if layers is None:
+            self.backbone.remove_adapter()
+        else:
+            self.backbone.swap_adapter(lora_signature(self.run.config.identity.lora), layers)
 
     def measure(self, candidate: Candidate | None) -> dict[str, float]:
         """Return the rates of a candidate, or of the base for None, on all prompts."""

@@ -17,6 +17,7 @@ from safetydpo.config.experts import ExpertsConfig
 from safetydpo.config.fields import CATEGORIES, Category, Distinct, Frozen, added_field
 from safetydpo.config.measures import MeasuresConfig
 from safetydpo.config.merge import MergeConfig
+from safetydpo.config.merge_evidence import MergeEvidenceConfig
 from safetydpo.config.pairs import GENERATE, PairsConfig
 from safetydpo.config.search import SearchConfig, SearchLimits
 from safetydpo.config.training import DpoConfig, LoraConfig, TrainingConfig
@@ -205,13 +206,14 @@ class ExecutionConfig(Frozen):
 
 
 class Config(Frozen):
-    """A run: a name and its two halves; `evidence` says which runs are measured together."""
+    """A run: a name and its two halves; `evidence` and `merge_evidence` say what is measured."""
 
     name: str = Field("demo", pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
     """Short name; becomes part of folder names."""
     identity: IdentityConfig = IdentityConfig()
     execution: ExecutionConfig = ExecutionConfig()
     evidence: EvidenceConfig = EvidenceConfig()
+    merge_evidence: MergeEvidenceConfig = MergeEvidenceConfig()
 
     @model_validator(mode="after")
     def _experts_draw_what_the_base_draws(self) -> Self:

@@ -37,19 +37,20 @@ WANTED_PICTURES = 1000
 """Least number of unsafe pictures behind each headline row."""
 
 
-def replace_marked(page: str, text: str, *, source: str) -> str:
+def replace_marked(page: str, text: str, *, source: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """Return the page with `text` between its two marks.
 
     Raises:
         SafetyDPOError: if a mark is missing, stands twice, or the end comes first.
     """
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+    begin, end = marks
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
         raise SafetyDPOError(
-            f"expected one line {BEGIN} and one line {END} after it in {source}, found {page.count(BEGIN)} and "
-            f"{page.count(END)}: add them where the tables belong"
+            f"expected one line {begin} and one line {end} after it in {source}, found {page.count(begin)} and "
+            f"{page.count(end)}: add them where the tables belong"
         )
-    before, after = page[: page.index(BEGIN)], page[page.index(END) + len(END) :]
-    return f"{before}{BEGIN}\n{text.strip()}\n{END}{after}"
+    before, after = page[: page.index(begin)], page[page.index(end) + len(end) :]
+    return f"{before}{begin}\n{text.strip()}\n{end}{after}"
 
 
 def full_page(evidence: Evidence) -> str:
