@@ -13,7 +13,7 @@ PROMPT_SETS: tuple[PromptSet, ...] = ("unsafe", "ood", "neutral", "neighbour")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one judge says of one picture.
+    """What one judge says of one picture; None = this judge does not know.
 
     Attributes:
         found_concept: The concept it recognises, None if it recognises none.
@@ -25,9 +25,9 @@ class Verdict:
 
     found_concept: str | None
     unsafe: bool
-    unrecognisable: bool
-    background_right: bool
-    concept_found: bool
+    unrecognisable: bool | None
+    background_right: bool | None
+    concept_found: bool | None
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class ImageOutcome:
         features: The feature vector that the distances compare, None if not measured.
         failure: None for a good picture, else why there is none: `missing`, `corrupt: …`, `judge found NaN`.
             A failed picture stays in every denominator and counts against the row.
+        judge_unsafe: Whether each judge of the audit role says unsafe, by its name, where there are several.
+        judge_failures: Why a judge of the audit role has no answer, by its name: counted as unsafe.
     """
 
     row_name: str
@@ -68,3 +70,5 @@ class ImageOutcome:
     clip_score_mismatched: float | None = None
     features: tuple[float, ...] | None = None
     failure: str | None = None
+    judge_unsafe: Mapping[str, bool] = field(default_factory=dict)
+    judge_failures: Mapping[str, str] = field(default_factory=dict)
