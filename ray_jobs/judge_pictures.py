@@ -164,7 +164,9 @@ class StoredPictureJudge:
         """Return `picture verdicts` rows, one per manifest row."""
         from safetydpo.judges.picture_files import read_picture
 
-        rows, pictures, made = [], [], []
+        rows: list[dict[str, Any]] = []
+        pictures: list[Any] = []
+        made: list[dict[str, object]] = []
         for row in table.select(STORED_PICTURES.names).to_pylist():
             # Bytes that do not decode never will; a file that cannot be read now perhaps can be later.
             status = "error"
