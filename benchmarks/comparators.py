@@ -37,8 +37,9 @@ from ray_jobs.baselines import (
     erasure_of,
     tune,
 )
-from ray_jobs.evaluate import evaluation_prompts, judges_fingerprint, picture_seed
+from ray_jobs.evaluate import evaluation_prompts, picture_seed
 from ray_jobs.failures import run_guarded
+from ray_jobs.final_judges import judges_fingerprint
 from ray_jobs.prompt_tables import chosen_pairs
 from ray_jobs.run import Run, with_absolute_paths
 from safetydpo.artifacts.schemas import sha256_of

@@ -12,6 +12,8 @@ from ray_jobs.adapter_command import app as adapter_app
 from ray_jobs.benchmarks_command import app as benchmarks_app
 from ray_jobs.compare_command import compare as compare_command
 from ray_jobs.gate_command import gate as gate_command
+from ray_jobs.judge_command import app as judges_app
+from ray_jobs.judge_command import judge_command
 from ray_jobs.merge_evidence_command import merge_evidence
 from ray_jobs.prompts_command import app as prompts_app
 from safetydpo.errors import UsageError
@@ -32,6 +34,8 @@ app.add_typer(benchmarks_app)
 app.command("gate")(gate_command)
 app.command("compare")(compare_command)
 app.command("merge-evidence")(merge_evidence)
+app.add_typer(judges_app)
+app.command("judge")(judge_command)
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, such as configs/demo.yaml", show_default=False)]
 Settings = Annotated[
     list[str] | None,
@@ -250,9 +254,12 @@ _WIDTH_FOR_INTERVALS = 92
 
 
 def _print_summary(console: Any, chain: Any) -> None:
-    from safetydpo.artifacts.layout import merged_adapter_file, report_file
+    from safetydpo.artifacts.layout import merged_adapter_file, report_file, summary_file
 
     console.print(summary_table(chain.summary, name=chain.run.config.name, width=console.width))
+    if chain.searched is None:
+        console.print(f"summary  {summary_file(chain.run.run_dir).shown}", soft_wrap=True)
+        return
     console.print(f"adapter  {merged_adapter_file(chain.run.run_dir).shown}", soft_wrap=True)
     console.print(f"report   {report_file(chain.run.run_dir).shown}  (intervals of every column)", soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""Stage 5: the final measurement on test prompts, by the judge that chose nothing (`audit`) and the one that did.
+"""Stage 5: the final measurement on test prompts, by judges that chose nothing (`audit`) and those that did.
 
 One Ray Data pipeline draws and judges the pictures of all rows; a picture that an earlier run of the same base,
 sampler and judges made is taken from the pool.
@@ -17,12 +17,13 @@ from ray_jobs.attack_prompts import attack_sets, with_attacks
 from ray_jobs.benchmark_prompts import benchmark_prompts, benchmark_sets
 from ray_jobs.cluster import connect
 from ray_jobs.expert_files import expert_categories, record_files
+from ray_jobs.final_judges import JudgePanel, asks_demo_judges, clip_of, judge_roles, judges_fingerprint
 from ray_jobs.pools import PoolStage, check_error_rate, fill_pool
 from ray_jobs.prompt_tables import needed_prompts, split_prompts, spread_prompts
 from ray_jobs.run import Run
 from ray_jobs.workers import make_each, padded, worker_device
 from safetydpo.artifacts.adapters import read_adapter
-from safetydpo.artifacts.layout import ADAPTER_FILE, INTERVENTION_FILE, demo_weights, stage_folder
+from safetydpo.artifacts.layout import ADAPTER_FILE, INTERVENTION_FILE, stage_folder
 from safetydpo.artifacts.pool_index import read_rows
 from safetydpo.artifacts.records import ArtifactKey, Record
 from safetydpo.artifacts.schemas import IMAGE_MANIFEST, OUTCOMES, make_image_id, sha256_of
@@ -31,7 +32,6 @@ from safetydpo.artifacts.tables import fingerprint_rows, table_from_rows, write_
 from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.config.schema import BaseModelConfig, Config, SamplerConfig
 from safetydpo.evaluation.rows import RowSource
-from safetydpo.judges.build import fingerprint_files
 from safetydpo.prompts.sets import Prompt
 from safetydpo.seeding import derive_seed
 
@@ -57,7 +57,7 @@ def evaluate(
     run: Run,
     experts: Mapping[str, Record],
     merged: Mapping[str, Record],
-    searched: Record,
+    searched: Record | None,
     comparators: Mapping[str, Record] | None = None,
 ) -> tuple[Record, list[EvaluatedRow]]:
     """Make or find the outcomes of every row; return the record and the rows."""
@@ -79,7 +79,7 @@ def evaluate_rows(run: Run, rows: Sequence[EvaluatedRow], *, pointer: str = "out
         },
         inputs={
             "base": run.base_fingerprint,
-            "judges": judges_fingerprint(),
+            "judges": judges_fingerprint(run.config),
             "pictures": fingerprint_rows((str(row["image_id"]), str(row["prompt"])) for row in manifest),
         },
         recipe_version=RECIPE_VERSION,
@@ -216,15 +216,6 @@ def outcome_id(run: Run, row: EvaluatedRow, prompt: Prompt, seed: int, sampler: 
     )
 
 
-def judges_fingerprint() -> str:
-    """Return a hash over all files of both judges and of CLIP.
-
-    Raises:
-        SafetyDPOError: if one of them has no weights.
-    """
-    return sha256_of([fingerprint_files(demo_weights() / name) for name in ("judge_select", "judge_audit", "clip")])
-
-
 def outcomes_pool(run: Run) -> Location:
     """Return where the test pictures of this base, sampler and judges lie, of all runs together."""
     identity = run.config.identity
@@ -233,7 +224,7 @@ def outcomes_pool(run: Run) -> Location:
             run.base_fingerprint,
             identity.base.dtype,
             identity.sampler.model_dump(mode="json"),
-            judges_fingerprint(),
+            judges_fingerprint(run.config),
             RECIPE_VERSION,
         ]
     )
@@ -262,34 +253,41 @@ def _make(
     failed = check_error_rate(outcomes, limit=identity.pairs.max_error_rate)
     write_table(folder / MANIFEST_FILE, table)
     write_table(folder / OUTCOMES_FILE, outcomes)
-    content = outcomes.select(["image_id", "audit_concept", "select_concept", "status"]).to_pylist()
     return {
-        "fingerprint": fingerprint_rows(
-            (row["image_id"], f"{row['audit_concept']} {row['select_concept']} {row['status']}") for row in content
-        ),
+        "fingerprint": _fingerprint(outcomes),
         "counts": {"pictures": outcomes.num_rows, "rows": len(rows), "failed": len(failed)},
         "failed_units": failed,
     }
 
 
+def _fingerprint(outcomes: pa.Table) -> str:
+    content = outcomes.select(["image_id", "audit_concept", "select_concept", "status", "judgements"]).to_pylist()
+    return fingerprint_rows(
+        (
+            row["image_id"],
+            f"{row['audit_concept']} {row['select_concept']} {row['status']}"
+            + ("" if row["judgements"] is None else f" {sha256_of(row['judgements'])}"),
+        )
+        for row in content
+    )
+
+
 class EvaluateWorker:
-    """Draws with the adapter of each manifest row, judges twice, and embeds with CLIP."""
+    """Draws with the adapter of each manifest row, has all judges look at it, and embeds with CLIP."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         from safetydpo.diffusion.build import load_backbone
-        from safetydpo.judges.build import load_judge
         from safetydpo.judges.clip import ClipScorer
-        from safetydpo.judges.demo_audit import load_audit_judge
-        from safetydpo.judges.demo_verdicts import NamedDemoJudge
 
         self._run = Run(Config.model_validate(config))
         identity = self._run.config.identity
         self._sampler: SamplerConfig = identity.sampler
         base: BaseModelConfig = identity.base
         self._backbone = load_backbone(base, device=worker_device())
-        self._select = load_judge("demo_select")
-        self._audit = NamedDemoJudge(load_audit_judge())
-        self._clip = ClipScorer(demo_weights() / "clip")
+        judges = self._run.config.execution.judges
+        self._panel = JudgePanel(judge_roles(identity), judges, device=worker_device())
+        self._stores_judgements = not asks_demo_judges(identity)
+        self._clip = ClipScorer(clip_of(identity))
         self._adapter = ""
         self._guided: Mapping[str, Any] = {}
 
@@ -337,7 +335,7 @@ class EvaluateWorker:
         )
         # Judged in full batches too, so that a picture's scores do not depend on how many came with it.
         full = torch.stack(padded(list(pictures), self._sampler.batch_size))
-        select, audit = self._select.judge(full), self._audit.judge(full)
+        panel = self._panel.judge(full)
         embeddings = self._clip.embed_images(full).numpy()
         return [
             {
@@ -346,16 +344,11 @@ class EvaluateWorker:
                 "status": "ok",
                 "error": "",
                 "attempt": row["attempt"],
-                "select_concept": select.concept[index],
-                "select_background": select.background[index],
-                "select_unsafe": select.is_unsafe[index],
-                "select_unrecognisable": select.is_unrecognisable[index],
-                "audit_concept": audit.concept[index],
-                "audit_background": audit.background[index],
-                "audit_unsafe": audit.is_unsafe[index],
-                "audit_unrecognisable": audit.is_unrecognisable[index],
+                **panel.columns("select", index),
+                **panel.columns("audit", index),
                 "clip_embedding": embeddings[index].tolist(),
                 "micro_batch": size,
+                "judgements": panel.judgements(index) if self._stores_judgements else None,
             }
             for index, row in enumerate(rows)
         ]
@@ -374,4 +367,5 @@ def _error_outcome(row: Mapping[str, Any], error: BaseException) -> dict[str, ob
         **dict.fromkeys(flags, False),
         "clip_embedding": [],
         "micro_batch": None,
+        "judgements": None,
     }

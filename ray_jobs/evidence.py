@@ -18,8 +18,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ray_jobs import distill_experts, evaluate, expert_plan, layer_inputs, search_merges
-from ray_jobs.evaluate import EvaluatedRow, evaluate_rows, evaluation_prompts, judges_fingerprint, list_rows
+from ray_jobs import distill_experts, evaluate, expert_plan, final_judges, layer_inputs, search_merges
+from ray_jobs.evaluate import EvaluatedRow, evaluate_rows, evaluation_prompts, list_rows
 from ray_jobs.expert_files import MERGE_RECIPE_VERSION
 from ray_jobs.expert_plan import planned_names, refuse_left_out
 from ray_jobs.outcomes import read_outcomes, reference_features
@@ -74,7 +74,7 @@ class PlannedUnit:
                 "identity": identity_of(self.run.config),
                 "row": self.row,
                 "base": self.run.base_fingerprint,
-                "judges": judges_fingerprint(),
+                "judges": final_judges.judges_fingerprint(self.run.config),
                 "features": _file_hash(demo_weights() / "reference_features.safetensors"),
                 "prompts": prompts_fingerprint(self.run.config),
                 "recipes": {

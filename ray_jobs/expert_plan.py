@@ -185,7 +185,7 @@ def _unit(run: Run, group: PairGroup, others: OtherPairs, dpo: DpoConfig, *, ben
             "retention": benign if dpo.retention_weight > 0 else "",
             "retention_pairs": fingerprint_sorted_ids(other_ids) if other_ids else "",
             **_safe_pictures(identity),
-            **validation_inputs(identity, group.categories),
+            **validation_inputs(identity, group.categories, run.config.execution.judges),
         },
         recipe_version=RECIPE_VERSION,
     )

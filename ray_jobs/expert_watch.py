@@ -15,6 +15,7 @@ from ray_jobs.run import Run
 from ray_jobs.sampled_rates import JudgedPrompt, count_shares, draw_and_judge
 from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.artifacts.storage import Location, open_location
+from safetydpo.config.judges import JudgesConfig
 from safetydpo.config.schema import Config, IdentityConfig, PromptsConfig
 from safetydpo.config.training import DpoConfig
 from safetydpo.config.validation import ValidationConfig
@@ -84,8 +85,13 @@ def prompts_to_watch(identity: IdentityConfig, categories: Sequence[str]) -> Seq
     return () if identity.dpo.validation.every_steps is None else expert_validation_prompts(identity, categories)
 
 
-def validation_inputs(identity: IdentityConfig, categories: Sequence[str]) -> dict[str, str]:
-    """Return what a validated expert depends on beside its pairs, for its key; nothing without validation."""
+def validation_inputs(
+    identity: IdentityConfig, categories: Sequence[str], settings: JudgesConfig | None = None
+) -> dict[str, str]:
+    """Return what a validated expert depends on beside its pairs, for its key; nothing without validation.
+
+    `settings` say where the judge's weights lie; None = it ships its own.
+    """
     from safetydpo.judges.build import clip_folder, fingerprint_files, fingerprint_judge
 
     validation = identity.dpo.validation
@@ -94,7 +100,7 @@ def validation_inputs(identity: IdentityConfig, categories: Sequence[str]) -> di
     prompts = expert_validation_prompts(identity, categories)
     inputs = {
         "validation_prompts": sha256_of([prompt.text for prompt in prompts]),
-        "validation_judge": fingerprint_judge(validation.judge),
+        "validation_judge": fingerprint_judge(validation.judge, settings or JudgesConfig()),
     }
     if validation.clip is not None:
         inputs["validation_clip"] = fingerprint_files(clip_folder(validation.clip, setting=CLIP_SETTING))
@@ -124,7 +130,7 @@ def check_watch(config: Config) -> None:
             f"{validation.judge!r}, found {sampler.height} x {sampler.width}: choose another judge"
         )
     for category in identity.prompts.categories:
-        validation_inputs(identity, [category])
+        validation_inputs(identity, [category], config.execution.judges)
 
 
 @dataclass(frozen=True)
@@ -181,7 +187,8 @@ class LaneWatch:
     def _judge(self) -> Any:
         from safetydpo.judges.build import load_judge
 
-        return load_judge(self._run.config.identity.dpo.validation.judge)
+        config = self._run.config
+        return load_judge(config.identity.dpo.validation.judge, config.execution.judges)
 
     @cached_property
     def _clip(self) -> Any:

@@ -98,7 +98,7 @@ def pairs_key(run: Run, pairs: Sequence[PromptPair], benign: Sequence[Prompt]) -
             "base": run.base_fingerprint,
             "prompt_pairs": fingerprint_rows((pair.pair_id, "/".join(pair.categories)) for pair in pairs),
             "retention_prompts": fingerprint_rows((prompt.prompt_id, "") for prompt in benign),
-            "judge": fingerprint_judges(identity.pairs),
+            "judge": fingerprint_judges(identity.pairs, run.config.execution.judges),
             **fingerprint_measures(identity.pairs),
             **_concepts_input(run, pairs),
         },
@@ -124,7 +124,7 @@ def derived_pool(run: Run, stage: str) -> Location:
 
 def verdict_pool(run: Run, judge: str) -> Location:
     """Return the pool of a judge's verdicts on those pictures: other weights of the judge have another one."""
-    return variant(derived_pool(run, "verdicts"), fingerprint_judge(judge)[:12])
+    return variant(derived_pool(run, "verdicts"), fingerprint_judge(judge, run.config.execution.judges)[:12])
 
 
 def layout_pool(run: Run, measure: Measure) -> Location:

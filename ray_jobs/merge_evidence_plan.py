@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ray_jobs import distill_experts, expert_plan, layer_inputs, merge_bench
-from ray_jobs.evaluate import judges_fingerprint
 from ray_jobs.evidence import prompts_fingerprint
 from ray_jobs.expert_files import MERGE_RECIPE_VERSION
+from ray_jobs.final_judges import judges_fingerprint
 from ray_jobs.places import PAIRS_RECIPE_VERSION
 from ray_jobs.prompt_tables import all_pairs
 from ray_jobs.run import Run, with_absolute_paths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from ray_jobs.benchmark_prompts import caption_partners
 from ray_jobs.evaluate import OUTCOMES_FILE, EvaluatedRow, evaluation_prompts, outcome_id, row_prompts
 from ray_jobs.expert_files import record_folder
+from ray_jobs.final_judges import DEFAULT, any_known, clip_of, first_known
 from ray_jobs.run import Run
 from safetydpo.artifacts.layout import demo_weights
 from safetydpo.artifacts.records import Record
@@ -18,7 +20,7 @@ from safetydpo.artifacts.schemas import OUTCOMES
 from safetydpo.artifacts.tables import read_table
 from safetydpo.errors import SafetyDPOError
 from safetydpo.evaluation.distances import clip_scores
-from safetydpo.evaluation.outcomes import ImageOutcome, JudgeName, Verdict
+from safetydpo.evaluation.outcomes import PROMPT_SETS, ImageOutcome, JudgeName, Verdict
 from safetydpo.prompts.sets import Prompt
 
 
@@ -38,11 +40,13 @@ def read_outcomes(run: Run, record: Record, rows: Sequence[EvaluatedRow]) -> Out
     stored = {row["image_id"]: row for row in table.to_pylist()}
     prompts = evaluation_prompts(run)
     everything = [prompt for prompt_set in prompts.values() for prompt in prompt_set]
-    partners = caption_partners(everything)
-    texts = ClipScorer(demo_weights() / "clip").embed_texts([prompt.text for prompt in everything]).numpy()
+    identity = run.config.identity
+    partners = _partners(everything)
+    texts = ClipScorer(clip_of(identity)).embed_texts([prompt.text for prompt in everything]).numpy()
     own = {prompt.prompt_id: texts[index] for index, prompt in enumerate(everything)}
-    other = {prompt.prompt_id: texts[partners[index]] for index, prompt in enumerate(everything)}
-    projection, _ = reference_features()
+    other = {everything[index].prompt_id: texts[partner] for index, partner in enumerate(partners)}
+    # The features are a projection of the demo's CLIP embeddings.
+    projection = reference_features()[0] if identity.evaluation.clip == DEFAULT.clip else None
     sampler = run.config.identity.sampler.model_dump(mode="json")
     outcomes: list[ImageOutcome] = []
     pictures: dict[tuple[str, str, int], bytes | None] = {}
@@ -50,11 +54,18 @@ def read_outcomes(run: Run, record: Record, rows: Sequence[EvaluatedRow]) -> Out
         for seed in run.config.identity.evaluation.seeds:
             for prompt in row_prompts(row, prompts):
                 found = stored[outcome_id(run, row, prompt, seed, sampler)]
-                outcomes.append(
-                    _outcome(row, prompt, seed, found, own[prompt.prompt_id], other[prompt.prompt_id], projection)
-                )
+                captions = own[prompt.prompt_id], other.get(prompt.prompt_id)
+                outcomes.append(_outcome(row, prompt, seed, found, captions, projection))
                 pictures[row.source.name, prompt.prompt_id, seed] = found["image"]
     return Outcomes(outcomes, pictures)
+
+
+def _partners(prompts: Sequence[Prompt]) -> list[int]:
+    """Return the index of a caption of another concept for each; none where prompts name no or too few concepts."""
+    concepts = Counter(prompt.concept for prompt in prompts if prompt.prompt_set in PROMPT_SETS)
+    if max(concepts.values(), default=0) * 2 > concepts.total():
+        return []
+    return caption_partners(prompts)
 
 
 def _outcome(
@@ -62,9 +73,8 @@ def _outcome(
     prompt: Prompt,
     seed: int,
     found: Mapping[str, Any],
-    caption: np.ndarray[Any, Any],
-    mismatched: np.ndarray[Any, Any],
-    projection: np.ndarray[Any, Any],
+    captions: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None],
+    projection: np.ndarray[Any, Any] | None,
 ) -> ImageOutcome:
     common: dict[str, Any] = {
         "row_name": row.source.name,
@@ -81,16 +91,31 @@ def _outcome(
     if found["status"] != "ok":
         return ImageOutcome(**common, failure=found["error"] or "failed")
     embedding = np.asarray(found["clip_embedding"], dtype=np.float64)
-    scores = clip_scores(np.stack([embedding, embedding]), np.stack([caption, mismatched]))
+    caption, mismatched = captions
+    other = caption if mismatched is None else mismatched
+    scores = clip_scores(np.stack([embedding, embedding]), np.stack([caption, other]))
     unit = embedding / np.linalg.norm(embedding)
-    judges: tuple[JudgeName, ...] = ("select", "audit")
     return ImageOutcome(
         **common,
-        verdicts={judge: _verdict(found, judge, prompt) for judge in judges},
+        **_judged(found, prompt),
         clip_score=float(scores[0]),
-        clip_score_mismatched=float(scores[1]),
-        features=tuple(float(value) for value in unit @ projection),
+        clip_score_mismatched=None if mismatched is None else float(scores[1]),
+        features=None if projection is None else tuple(float(value) for value in unit @ projection),
     )
+
+
+def _judged(found: Mapping[str, Any], prompt: Prompt) -> dict[str, Any]:
+    """Return what the judges of both roles say, as fields of an outcome."""
+    roles: tuple[JudgeName, ...] = ("select", "audit")
+    if found["judgements"] is None:
+        return {"verdicts": {role: _verdict(found, role, prompt) for role in roles}}
+    said = {role: [each for each in found["judgements"] if each["role"] == role] for role in roles}
+    audit = said["audit"]
+    return {
+        "verdicts": {role: _combined(each, prompt) for role, each in said.items() if each},
+        "judge_unsafe": {each["judge"]: bool(each["unsafe"]) for each in audit} if len(audit) > 1 else {},
+        "judge_failures": {each["judge"]: str(each["failure"]) for each in audit if each["failure"]},
+    }
 
 
 def _verdict(found: Mapping[str, Any], judge: JudgeName, prompt: Prompt) -> Verdict:
@@ -102,6 +127,19 @@ def _verdict(found: Mapping[str, Any], judge: JudgeName, prompt: Prompt) -> Verd
         unrecognisable=mush,
         background_right=found[f"{judge}_background"] == prompt.background,
         concept_found=concept == prompt.concept,
+    )
+
+
+def _combined(said: Sequence[Mapping[str, Any]], prompt: Prompt) -> Verdict:
+    """Return one verdict of several judges: unsafe if any says so; the rest is None where none of them knows."""
+    concept, background = first_known(said, "concept"), first_known(said, "background")
+    mush = any_known(said, "unrecognisable")
+    return Verdict(
+        found_concept=None if mush else concept,
+        unsafe=any(each["unsafe"] for each in said),
+        unrecognisable=mush,
+        background_right=None if background is None else background == prompt.background,
+        concept_found=None if concept is None else concept == prompt.concept,
     )
 
 

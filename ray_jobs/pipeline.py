@@ -19,7 +19,8 @@ from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.prompts.imported import is_imported
 
 STAGES = ("pairs", "train", "merge", "search", "evaluate", "report")
-STAGES_OF_DEMO_JUDGES = ("search", "evaluate", "report")
+STAGES_OF_DEMO_JUDGES = ("search", "report")
+"""Those whose judge knows the demo's drawings only; the final measurement asks the judges that are named."""
 Result = TypeVar("Result")
 
 
@@ -55,11 +56,24 @@ def run_stages(config: Config, *, last: str = "report") -> Chain:
     check_request(run, last=last)
     run.open()
     chain = Chain(run)
-    for stage in STAGES[: STAGES.index(last) + 1]:
+    for stage in stages_to(last, config.identity):
         _timed(run, stage, partial(_STEPS[stage], chain))
         if chain.search_stopped:
             break
     return chain
+
+
+def stages_to(last: str, identity: IdentityConfig) -> tuple[str, ...]:
+    """Return the stages up to `last`; of other pictures than the demo's without the search: its judge knows none."""
+    stages = STAGES[: STAGES.index(last) + 1]
+    return stages if takes_demo_judges(identity) else tuple(stage for stage in stages if stage != "search")
+
+
+def takes_demo_judges(identity: IdentityConfig) -> bool:
+    """Return whether the run's pictures have the size that the demo's judges know."""
+    from safetydpo.judges.build import DEMO_SIDE
+
+    return (identity.sampler.height, identity.sampler.width) == (DEMO_SIDE, DEMO_SIDE)
 
 
 def check_request(run: Run, *, last: str = "report") -> None:
@@ -81,29 +95,22 @@ def check_request(run: Run, *, last: str = "report") -> None:
     from ray_jobs.search_checks import check_search
     from ray_jobs.verify_pairs import check_verification
     from safetydpo.diffusion.build import check_targets
-    from safetydpo.judges.build import DEMO_SIDE
 
     identity = run.config.identity
     _check_methods(identity)
     check_attacks(identity)
-    if STAGES.index(last) >= STAGES.index("search"):
+    if "search" in stages_to(last, identity):
         check_search(run.config)
     if STAGES.index(last) >= STAGES.index("evaluate"):
         check_comparators(identity)
     # First, because what comes next fetches the model.
-    sampler = identity.sampler
-    if last in STAGES_OF_DEMO_JUDGES and (sampler.height, sampler.width) != (DEMO_SIDE, DEMO_SIDE):
-        raise UsageError(
-            f"expected pictures of {DEMO_SIDE} x {DEMO_SIDE} (identity.sampler) for the stage {last!r}, whose judges "
-            f"know the drawings of the demo world only, found {sampler.height} x {sampler.width}: "
-            "run `safetydpo merge`, which goes as far as real pictures can"
-        )
+    _check_judges(run.config, last=last)
     if last == "report":
         # Names the weights that are missing.
         network_fingerprints(identity.evaluation.measures)
     is_given = identity.pairs.source != GENERATE
     if not is_given:
-        check_verification(identity)
+        check_verification(identity, run.config.execution.judges)
     _check_places(run, last=last)
     if STAGES.index(last) >= STAGES.index("train"):
         check_watch(run.config)
@@ -117,6 +124,22 @@ def check_request(run: Run, *, last: str = "report") -> None:
     _ = run.base_fingerprint
     layers = check_targets(identity.base, identity.lora.layer_targets, attention=identity.lora.attention)
     check_blocks(identity, layers)
+
+
+def _check_judges(config: Config, *, last: str) -> None:
+    from ray_jobs.final_judges import check_final_judges
+    from safetydpo.judges.build import DEMO_SIDE
+
+    identity = config.identity
+    sampler = identity.sampler
+    if last in STAGES_OF_DEMO_JUDGES and not takes_demo_judges(identity):
+        raise UsageError(
+            f"expected pictures of {DEMO_SIDE} x {DEMO_SIDE} (identity.sampler) for the stage {last!r}, whose judge "
+            f"knows the drawings of the demo world only, found {sampler.height} x {sampler.width}: run `safetydpo "
+            "evaluate` with judges of real pictures (identity.evaluation.judges), as far as real pictures can go"
+        )
+    if STAGES.index(last) >= STAGES.index("evaluate"):
+        check_final_judges(config)
 
 
 def _check_methods(identity: IdentityConfig) -> None:
@@ -221,10 +244,13 @@ def _search(chain: Chain) -> None:
 def _evaluate(chain: Chain) -> None:
     from ray_jobs.baselines_tuning import tune_comparators
     from ray_jobs.evaluate import evaluate
+    from ray_jobs.evaluation_summary import write_summary
 
-    assert chain.searched is not None
     comparators = tune_comparators(chain.run)
     chain.outcomes, chain.rows = evaluate(chain.run, chain.experts, chain.merged, chain.searched, comparators)
+    if chain.searched is None:
+        # No report follows, which would write it.
+        chain.summary = write_summary(chain.run, chain.outcomes, chain.rows)
 
 
 def _report(chain: Chain) -> None:

@@ -24,6 +24,7 @@ from safetydpo.artifacts.records import (
     write_pointer,
 )
 from safetydpo.artifacts.storage import Location, open_location
+from safetydpo.config.judges import JudgesConfig
 from safetydpo.config.load import identity_of
 from safetydpo.config.schema import Config
 
@@ -110,7 +111,16 @@ def with_absolute_paths(config: Config) -> Config:
         "store": str(open_location(execution.store)) if "://" not in execution.store else execution.store,
         "run_dir": str(open_location(execution.run_dir)) if "://" not in execution.run_dir else execution.run_dir,
     }
-    return config.model_copy(update={"execution": execution.model_copy(update=paths)})
+    judges = absolute_judges(execution.judges)
+    return config.model_copy(update={"execution": execution.model_copy(update={**paths, "judges": judges})})
+
+
+def absolute_judges(judges: JudgesConfig) -> JudgesConfig:
+    """Return where judges' weights lie with absolute local paths."""
+    names = ("clip_vit_l14", "q16_prompts", "multiheaded_heads", "shieldgemma")
+    found = {name: _absolute(getattr(judges, name)) for name in names}
+    vlm = judges.vlm.model_copy(update={"policy_file": _absolute(judges.vlm.policy_file)})
+    return judges.model_copy(update={**found, "vlm": vlm})
 
 
 def config_for_workers(config: Config) -> Config:

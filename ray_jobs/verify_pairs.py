@@ -19,10 +19,18 @@ from ray_jobs.workers import JudgeWorker
 from safetydpo.artifacts.pool_index import FILE_COLUMN, read_rows
 from safetydpo.artifacts.schemas import IMAGES, LAYOUTS, VERDICTS
 from safetydpo.artifacts.storage import Location
+from safetydpo.config.judges import JudgesConfig
 from safetydpo.config.pairs import PairsConfig
 from safetydpo.config.schema import ExecutionConfig, IdentityConfig, SamplerConfig
 from safetydpo.errors import SafetyDPOError, UsageError
-from safetydpo.judges.build import DEMO_SIDE, clip_folder, fingerprint_files, fingerprint_judge, picture_side
+from safetydpo.judges.build import (
+    DEMO_SIDE,
+    NO_LOCAL_WEIGHTS,
+    clip_folder,
+    fingerprint_files,
+    fingerprint_judge,
+    picture_side,
+)
 from safetydpo.pairs.layout import cosine_distance, pixel_distance
 from safetydpo.pairs.select import (
     CAPPED,
@@ -109,7 +117,7 @@ def layout_limits(rules: PairsConfig) -> dict[Measure, float]:
     return {measure: limit for measure, limit in limits.items() if limit is not None}
 
 
-def check_verification(identity: IdentityConfig) -> None:
+def check_verification(identity: IdentityConfig, settings: JudgesConfig = NO_LOCAL_WEIGHTS) -> None:
     """Refuse judges, networks, pictures and latents that cannot be had, loading none of them.
 
     Raises:
@@ -120,7 +128,7 @@ def check_verification(identity: IdentityConfig) -> None:
     from safetydpo.diffusion.posterior import check_posterior
 
     rules, sampler = identity.pairs, identity.sampler
-    fingerprint_judges(rules)
+    fingerprint_judges(rules, settings)
     fingerprint_measures(rules)
     check_picture_sides(rules, sampler)
     check_picture_size(identity.base, height=sampler.height, width=sampler.width)
@@ -153,7 +161,7 @@ def check_picture_sides(rules: PairsConfig, sampler: SamplerConfig) -> None:
             )
 
 
-def fingerprint_judges(rules: PairsConfig) -> str:
+def fingerprint_judges(rules: PairsConfig, settings: JudgesConfig = NO_LOCAL_WEIGHTS) -> str:
     """Return the fingerprint of all judges; that of a single judge is its own.
 
     Raises:
@@ -161,7 +169,7 @@ def fingerprint_judges(rules: PairsConfig) -> str:
         SafetyDPOError: if its weights are missing.
     """
     try:
-        found = [fingerprint_judge(name) for name in rules.judges]
+        found = [fingerprint_judge(name, settings) for name in rules.judges]
     except UsageError as error:
         raise UsageError(f"{error}: correct identity.pairs.judges") from error
     return found[0] if len(found) == 1 else "+".join(found)
@@ -225,7 +233,11 @@ def _judge(
             output=VERDICTS,
             id_column="image_id",
             worker=JudgeWorker,
-            arguments={"judge": judge, "batch_size": DERIVED_BATCH},
+            arguments={
+                "judge": judge,
+                "batch_size": DERIVED_BATCH,
+                "settings": execution.judges.model_dump(mode="json"),
+            },
             batch_size=DERIVED_BATCH,
             passes_per_batch=DERIVED_PASSES,
             attach=stored_pictures(pools.pictures),

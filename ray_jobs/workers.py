@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from safetydpo.artifacts.schemas import IMAGES, LATENTS, TEXT_EMBEDDINGS, VERDICTS
 from safetydpo.artifacts.tables import table_from_rows
+from safetydpo.config.judges import JudgesConfig
 from safetydpo.config.schema import BaseModelConfig, SamplerConfig
 
 logger = logging.getLogger(__name__)
@@ -128,11 +129,11 @@ def image_error_row(row: Mapping[str, Any], error: BaseException) -> dict[str, o
 class JudgeWorker:
     """Judges stored pictures."""
 
-    def __init__(self, judge: str, batch_size: int) -> None:
+    def __init__(self, judge: str, batch_size: int, settings: Mapping[str, Any] | None = None) -> None:
         from safetydpo.judges.build import load_judge
 
         self._batch_size = batch_size
-        self._judge = load_judge(judge)
+        self._judge = load_judge(judge, JudgesConfig.model_validate(settings or {}), device=worker_device())
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return `verdicts` rows."""
@@ -147,7 +148,7 @@ class JudgeWorker:
                 "unrecognisable_score": verdicts.unrecognisable_score[index],
                 "concept": verdicts.concept[index],
                 "background": verdicts.background[index],
-                "is_unsafe": verdicts.is_unsafe[index],
+                "is_unsafe": verdicts.counts_as_unsafe(index),
                 "is_unrecognisable": verdicts.is_unrecognisable[index],
             }
             for index, image_id in enumerate(ids)

@@ -120,6 +120,49 @@ LAYOUTS = pa.schema(
         pa.field("values", pa.list_(pa.float32()), nullable=False),
     ]
 )
+STORED_PICTURES = pa.schema(
+    [
+        # Of its name and its bytes.
+        pa.field("picture_id", pa.string(), nullable=False),
+        # Below the folder that is judged; of a table's row its id.
+        pa.field("name", pa.string(), nullable=False),
+        # The file that holds it, below the folder that is judged.
+        pa.field("file", pa.string(), nullable=False),
+        # Row group of a Parquet file and row in it; -1 for a file that is a picture.
+        pa.field("row_group", pa.int32(), nullable=False),
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("attempt", pa.int32(), nullable=False),
+    ]
+)
+PICTURE_VERDICTS = pa.schema(
+    [
+        pa.field("picture_id", pa.string(), nullable=False),
+        pa.field("judge", pa.string(), nullable=False),
+        pa.field("version", pa.string(), nullable=False),
+        # Null: there is no verdict, and one of the failures says why; the picture counts as unsafe.
+        pa.field("score", pa.float64(), nullable=True),
+        pa.field("unsafe", pa.bool_(), nullable=False),
+        pa.field("picture_failure", pa.string(), nullable=False),
+        pa.field("judge_failure", pa.string(), nullable=False),
+        # `error`: the judge failed, perhaps not for ever.
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("attempt", pa.int32(), nullable=False),
+    ]
+)
+JUDGED_PICTURES = pa.schema(
+    [
+        pa.field("picture", pa.string(), nullable=False),
+        # Null: nothing says which prompt it was drawn from.
+        pa.field("prompt", pa.string(), nullable=True),
+        pa.field("category", pa.string(), nullable=False),
+        pa.field("judge", pa.string(), nullable=False),
+        pa.field("version", pa.string(), nullable=False),
+        pa.field("score", pa.float64(), nullable=True),
+        pa.field("unsafe", pa.bool_(), nullable=False),
+        pa.field("picture_failure", pa.string(), nullable=False),
+        pa.field("judge_failure", pa.string(), nullable=False),
+    ]
+)
 SELECTIONS = pa.schema(
     [
         pa.field("pair_id", pa.string(), nullable=False),
@@ -209,6 +252,22 @@ MEASUREMENTS = pa.schema(
         pa.field("pictures", pa.int32(), nullable=False),
     ]
 )
+JUDGEMENT = pa.struct(
+    [
+        # `select` or `audit`.
+        pa.field("role", pa.string(), nullable=False),
+        pa.field("judge", pa.string(), nullable=False),
+        pa.field("version", pa.string(), nullable=False),
+        # Null: the judge failed, and `failure` says why; the picture then counts as unsafe.
+        pa.field("score", pa.float64()),
+        pa.field("unsafe", pa.bool_(), nullable=False),
+        pa.field("failure", pa.string(), nullable=False),
+        # Null: this judge does not know.
+        pa.field("concept", pa.string()),
+        pa.field("background", pa.string()),
+        pa.field("unrecognisable", pa.bool_()),
+    ]
+)
 OUTCOMES = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
@@ -226,6 +285,8 @@ OUTCOMES = pa.schema(
         pa.field("audit_unrecognisable", pa.bool_(), nullable=False),
         pa.field("clip_embedding", pa.list_(pa.float32()), nullable=False),
         pa.field("micro_batch", pa.int32(), nullable=True, metadata=ADDED_LATER),
+        # What each judge says. Null: the demo's two judges, whose columns say all, or a picture that failed.
+        pa.field("judgements", pa.list_(JUDGEMENT), nullable=True, metadata=ADDED_LATER),
     ]
 )
 PICTURE_FEATURES = pa.schema(

@@ -32,6 +32,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return parse_config(content, source=str(path))
 
 
+def config_of_settings(overrides: Sequence[str]) -> Config:
+    """Return the default config with `overrides` applied, for commands that need no file.
+
+    Raises:
+        UsageError: if a key is unknown or a value of the wrong type.
+    """
+    content: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(content, override)
+    return parse_config(content, source="settings")
+
+
 def parse_config(content: dict[str, Any], *, source: str) -> Config:
     """Return the config of an already parsed mapping.
 

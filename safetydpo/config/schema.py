@@ -1,8 +1,8 @@
 """Every setting of a run, its unit, its range and its default.
 
 Two halves: `identity` changes the result and is hashed; `execution` (workers, paths, logging) never is.
-Unknown keys are refused. Each default lives here (those of pairs in `pairs`, of training in `training`, `experts`
-and `validation`, of merges in `merge`, of their search in `search`) and nowhere else.
+Unknown keys are refused. Each default lives here (those of pairs in `pairs`, of judges in `judges`, of training in
+`training`, `experts` and `validation`, of merges in `merge`, of their search in `search`) and nowhere else.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from safetydpo.config.attacks import AttackedRow, AttackName, AttackSearchConfig
 from safetydpo.config.benchmarks import EvaluationBenchmark, each_named_once
 from safetydpo.config.experts import ExpertsConfig
 from safetydpo.config.fields import CATEGORIES, Category, Distinct, Frozen, added_field
+from safetydpo.config.judges import JudgesConfig
 from safetydpo.config.measures import MeasuresConfig
 from safetydpo.config.merge import MergeConfig
 from safetydpo.config.merge_evidence import MergeEvidenceConfig
@@ -116,6 +117,11 @@ class EvaluationConfig(Frozen):
     """Prompts of each attack on each concept; there are two paraphrases of a concept."""
     benchmarks: Annotated[tuple[EvaluationBenchmark, ...], AfterValidator(each_named_once)] = added_field(())
     """Benchmarks whose prompts base, merges and the `all_single` expert draw as well: `benchmark_ip:NAME`."""
+    judges: Distinct[str] = added_field(("demo_audit",), min_length=1)
+    """Judges of the final measurement: of several, a picture is unsafe if any of them says so. With others than
+    `demo_audit` the judges of `identity.pairs.judges` are the second opinion, which chose the pairs."""
+    clip: str = added_field("demo", min_length=1)
+    """CLIP model of the caption scores: `demo` (ships with the package) or a local folder, transformers format."""
 
 
 class IdentityConfig(Frozen):
@@ -185,6 +191,7 @@ class ExecutionConfig(Frozen):
     grid_prompts: int = Field(6, ge=0)
     """Prompts of each kind whose pictures a validation keeps in a contact sheet beside the expert; 0 = none."""
     search: SearchLimits = SearchLimits()
+    judges: JudgesConfig = JudgesConfig()
 
     @model_validator(mode="after")
     def _gpus_are_fraction_or_whole(self) -> Self:

@@ -23,7 +23,8 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
+    """Keep the library from drawing a progress bar while it reads a model."""
     # The library draws one for every model it reads, however small, between the lines of our own.
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -49,7 +50,7 @@ class ClipScorer:
                     f"expected a CLIP model at {folder}, found no {file}: name a folder that has it, reinstall the "
                     "package with its weights, or run `python -m safetydpo.demo.build text`"
                 )
-        with _no_progress_bar():
+        with no_progress_bar():
             model = CLIPModel.from_pretrained(str(folder), dtype=torch.float32)
         self._model = model.eval().requires_grad_(False)
         prepared = json.loads((folder / PREPROCESSOR_FILE).read_text(encoding="utf-8"))

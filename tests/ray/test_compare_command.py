@@ -91,6 +91,6 @@ def test_a_report_writes_the_table_with_its_judges(tmp_path: Path):
     write_picture_outcomes(Run(config), make_outcomes(sources=ROWS))
     found = read_picture_outcomes(picture_outcomes_file(open_location(f"{tmp_path}/run")))
     assert found.run_seed == 3
-    assert found.judges == tuple(sorted(evaluation_judges()))
+    assert found.judges == tuple(sorted(evaluation_judges(Config())))
     assert [judge.role for judge in found.judges] == ["audit", "select"]
     assert all(judge.name and judge.version and len(judge.weights_sha256) == 64 for judge in found.judges)

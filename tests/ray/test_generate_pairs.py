@@ -90,7 +90,7 @@ def test_other_answers_lie_in_other_pools(configs: Path):
 
 def test_settings_that_cannot_be_had_are_refused_before_anything_is_written(command: Command, tmp_path: Path):
     for setting, said in (
-        ("judges=[nobody]", "judge among demo_select, open_nsfw, found 'nobody': correct identity.pairs.judges"),
+        ("judges=[nobody]", "open_nsfw, q16, shieldgemma, vlm, found 'nobody': correct identity.pairs.judges"),
         ("latents=mean_and_deviation", "expected an autoencoder with a posterior for identity.pairs.latents"),
         ("sdedit_strength=2", "identity.pairs.sdedit_strength: expected less than or equal to 1, found 2"),
     ):

@@ -23,7 +23,7 @@ from safetydpo.artifacts.layout import (
 )
 from safetydpo.artifacts.records import ArtifactKey, Record
 from safetydpo.config.schema import Config
-from safetydpo.errors import SafetyDPOError
+from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.evaluation.rows import RowSource
 from safetydpo.evaluation.summary import dump_summary
 from tests.evaluation.synthetic import make_summary
@@ -143,3 +143,36 @@ def test_a_whole_report_of_the_same_inputs_is_found(run: Run) -> None:
     assert find_report(run, "inputs") is None
     report_record(run.run_dir).write_bytes(b"[]")
     assert find_report(run, "inputs") is None
+
+
+def test_other_pictures_than_the_demos_are_evaluated_without_a_search() -> None:
+    demo, real = (
+        Config.model_validate({"identity": {"sampler": {"height": side, "width": side}}}).identity for side in (32, 40)
+    )
+    assert pipeline.stages_to("evaluate", demo) == ("pairs", "train", "merge", "search", "evaluate")
+    assert pipeline.stages_to("evaluate", real) == ("pairs", "train", "merge", "evaluate")
+    assert pipeline.stages_to("merge", real) == pipeline.stages_to("merge", demo) == ("pairs", "train", "merge")
+
+
+@pytest.mark.parametrize(
+    ("last", "evaluation", "told"),
+    [
+        (
+            "search",
+            {},
+            r"for the stage 'search', whose judge knows .*found 40 x 40: run `safetydpo evaluate`",
+        ),
+        ("report", {"judges": ["open_nsfw"]}, r"for the stage 'report', whose judge knows"),
+        ("evaluate", {}, r"for judge 'demo_audit' of identity\.evaluation\.judges"),
+        ("evaluate", {"judges": ["q16"]}, r"for identity\.evaluation\.clip 'demo'"),
+    ],
+)
+def test_what_real_pictures_cannot_do_is_said_before_anything_is_done(
+    tmp_path: Path, last: str, evaluation: dict[str, Any], told: str
+) -> None:
+    identity = {"sampler": {"height": 40, "width": 40}, "evaluation": evaluation, "pairs": {"judges": ["open_nsfw"]}}
+    execution = {"store": f"{tmp_path}/store", "run_dir": f"{tmp_path}/run"}
+    run = Run(Config.model_validate({"identity": identity, "execution": execution}))
+    with pytest.raises(UsageError, match=told):
+        pipeline.check_request(run, last=last)
+    assert not list(tmp_path.iterdir())
