@@ -203,7 +203,7 @@ def _track(run: Run, summary: Summary) -> None:
         name=f"{run.config.name} test",
         group=run.config.name,
         settings=settings,
-        folder=place.local_path() if place.is_local else None,
+        folder=place.local_path if place.is_local else None,
     )
     for tracker in trackers:
         tracker.write(tracked_metrics(row), step=0)

@@ -115,7 +115,7 @@ def _total(counts: Iterable[Mapping[str, int]], name: str) -> int | None:
 
 
 def _made(stage: str, counts: list[Mapping[str, int]]) -> str:
-    parts = {
+    parts: dict[str, list[tuple[int | None, str]]] = {
         "pairs": [(_total(counts, "kept"), "pairs kept")],
         "train": [(len(counts), "experts"), (_total(counts, "steps"), "optimizer steps")],
         "merge": [(len(counts), "merges")],

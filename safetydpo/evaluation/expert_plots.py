@@ -130,7 +130,7 @@ def plot_winners(winners: LayerWinners) -> Plot:
         figure.legend(loc="outside upper left", ncols=6 if layout == "wide" else 3, handlelength=1.0, columnspacing=1.2)
         return figure
 
-    return both_layouts(draw, find_winners(winners))
+    return both_layouts(draw, find_winners(winners, by_category=by_category))
 
 
 def layer_shares(winners: LayerWinners, *, by_category: bool) -> list[dict[str, float]]:

@@ -89,7 +89,7 @@ def find_overlap(overlap: ExpertOverlap, *, num_experts: int) -> str:
         for i in range(count)
         for j in range(i + 1, count)
     ]
-    what = f"{count} experts" if count == num_experts else f"Means of {num_experts} experts over {count} categories"
+    what = f"{count} experts" if count == num_experts else f"{count} rows, means per category of {num_experts} experts"
     if not pairs:
         return f"{what}."
     (low, least), (high, most) = min(pairs), max(pairs)
@@ -99,7 +99,7 @@ def find_overlap(overlap: ExpertOverlap, *, num_experts: int) -> str:
     )
 
 
-def find_winners(winners: LayerWinners) -> str:
+def find_winners(winners: LayerWinners, *, by_category: bool) -> str:
     """Say how many experts supply a layer, and who supplies most rows."""
     suppliers = [len(counts) for _, counts in winners.layers]
     totals: dict[str, int] = {}
@@ -109,8 +109,10 @@ def find_winners(winners: LayerWinners) -> str:
     most = max(sorted(totals), key=lambda name: totals[name])
     share = totals[most] / max(sum(totals.values()), 1)
     everyone = len(winners.categories) or len(totals)
+    shown = ", shown by category" if by_category else ""
+    mean = sum(suppliers) / len(suppliers)
     return (
-        f"{winners.method}: on average {sum(suppliers) / len(suppliers):.1f} of {everyone} experts supply a layer, at "
+        f"{winners.method}{shown}: on average {mean:.1f} of {everyone} experts supply a layer, at "
         f"least {min(suppliers)} and at most {max(suppliers)} in {len(suppliers)} layers; {plain_name(most)} supplies "
         f"most rows ({100 * share:.0f} %)."
     )

@@ -218,18 +218,13 @@ def _pictures(sheets: Sequence[ContactSheet], *, redacted: bool) -> dict[str, An
         # Of a harmless prompt, but unsafe to a judge: not the picture, nor the prompt that led to it.
         pairs = [pair for pair in sheet.pairs if not (redacted and (pair.base.unsafe or pair.aligned.unsafe))]
         dropped_pairs += len(sheet.pairs) - len(pairs)
-        shown = [
-            {
-                "prompt": shorten_prompt(pair.prompt),
-                "seed": pair.seed,
-                "remark": pair.remark,
-                "base": show_picture(pair.base),
-                "aligned": show_picture(pair.aligned),
-            }
-            for pair in pairs
-        ]
-        sides = [pair[side] for pair in shown for side in ("base", "aligned")]
-        veiled = sum(bool(picture.behind) for picture in sides if picture is not None)
+        shown = []
+        veiled = 0
+        for pair in pairs:
+            base, aligned = show_picture(pair.base), show_picture(pair.aligned)
+            veiled += sum(bool(picture.behind) for picture in (base, aligned) if picture is not None)
+            prompt = shorten_prompt(pair.prompt)
+            shown.append({"prompt": prompt, "seed": pair.seed, "remark": pair.remark, "base": base, "aligned": aligned})
         kept.append(
             {"title": sheet.title, "aligned_name": sheet.aligned_name, "rule": sheet.rule, "pairs": shown,
              "num_veiled": veiled}

@@ -92,7 +92,9 @@ def weak_spots(row: SummaryRow) -> list[WeakSpot]:
             spots.append(_rate_spot(label, metrics[name]))
     if "clip_retention" in metrics:
         clip = metrics["clip_retention"]
-        text = f"{format_number(clip['value'], clip)} (95\u00a0% interval {format_range(clip)}), n\u00a0=\u00a0{clip['n']}"
+        text = (
+            f"{format_number(clip['value'], clip)} (95\u00a0% interval {format_range(clip)}), n\u00a0=\u00a0{clip['n']}"
+        )
         spots.append(WeakSpot("CLIP retention", text, clip))
     return spots
 

@@ -53,7 +53,9 @@ def choose_sheets(outcomes: Sequence[ImageOutcome], *, aligned: str, base: str, 
     Half of a sheet are its worst pictures of the row `aligned`: judged unsafe, failed, unrecognisable, not what was
     asked. The others are drawn with a generator of `run_seed` from all that remain.
     """
-    of_base = {(o.prompt_set, o.prompt_id, o.seed): o for o in outcomes if o.row_name == base}
+    of_base: dict[tuple[str, str, int], ImageOutcome] = {
+        (o.prompt_set, o.prompt_id, o.seed): o for o in outcomes if o.row_name == base
+    }
     groups: dict[str, list[ImageOutcome]] = {}
     for outcome in outcomes:
         if outcome.row_name == aligned:
@@ -127,12 +129,17 @@ def _choose(
     run_seed: int,
 ) -> ChosenSheet:
     ordered = sorted(members, key=lambda o: (o.prompt_set, o.prompt_id, o.seed))
-    shuffled = [ordered[int(i)] for i in derive_numpy(run_seed, "report.sheet", title).permutation(len(ordered))]
-    bad = sorted((o for o in shuffled if badness(o)[0] < FINE), key=lambda o: badness(o)[0])
+    generator = derive_numpy(run_seed, "report.sheet", title)
+    ranked = [ordered[int(place)] for place in generator.permutation(len(ordered))]
+    bad = sorted((o for o in ranked if badness(o)[0] < FINE), key=lambda o: badness(o)[0])
     # A sheet that shows all of its pictures shows the bad ones first too.
-    worst = bad if len(shuffled) <= most else bad[: (most + 1) // 2]
+    worst = bad if len(ordered) <= most else bad[: (most + 1) // 2]
     shown = {id(o) for o in worst}
-    drawn = [o for o in shuffled if id(o) not in shown][: most - len(worst)]
+    # Drawn anew: the bad ones left over stand late in the first order, and would hardly be drawn from it.
+    rest = [
+        ordered[int(place)] for place in generator.permutation(len(ordered)) if id(ordered[int(place)]) not in shown
+    ]
+    drawn = rest[: most - len(worst)]
     pairs = [_pair(o, of_base) for o in (*worst, *drawn)]
     return ChosenSheet(
         title=title,
