@@ -342,5 +342,13 @@ def test_letters_and_marks_stand_out(theme: int) -> None:
             assert contrast(ink, ground) >= 4.5, (ink, ground)
     for ink, ground in (("accent", "accent-soft"), ("bad", "bad-soft"), ("warn", "warn-soft")):
         assert contrast(ink, ground) >= 4.5, ink
+    # Letters on every shade of the heat map, from nothing to all of it.
+    inks = {"light": colours["ink"], "dark": "#ffffff", "print": colours["ink"]}
+    colours["letters"] = list(inks.values())[theme]
+    card, heat = ([int(colours[name][place : place + 2], 16) for place in (1, 3, 5)] for name in ("card", "heat"))
+    for share in range(101):
+        mixed = [round(h * share / 100 + c * (1 - share / 100)) for h, c in zip(heat, card, strict=True)]
+        colours["cell"] = "#" + "".join(f"{part:02x}" for part in mixed)
+        assert contrast("letters", "cell") >= 4.5, share
     for number in range(1, 9):
         assert contrast(f"series-{number}", "card") >= 3, number
