@@ -30,7 +30,8 @@ def find_rates(rows: Sequence[SummaryRow], names: Sequence[str], *, prefix: str,
     )
     if not before:
         return f"{text}."
-    return f"{text}; the base lies between {format_number(min(before))} and {format_number(max(before))}."
+    low, high = format_number(min(before)), format_number(max(before))
+    return f"{text}; the base lies {f'at {low}' if low == high else f'between {low} and {high}'}."
 
 
 def find_tradeoff(rows: Sequence[SummaryRow], *, highlight: str) -> str:
@@ -76,8 +77,9 @@ def find_training(curves: Sequence[TrainingCurve]) -> str:
         last = [(curve.values[name][-1], curve.expert) for curve in curves if curve.values.get(name)]
         if last:
             (low, least), (high, most) = min(last), max(last)
-            text = f"{plain_name(name)} ends at {_short(low)} ({plain_name(least)})"
-            parts.append(text if len(last) == 1 else f"{text} to {_short(high)} ({plain_name(most)})")
+            first = f"{plain_name(name)} ends at {_short(low)}"
+            several = f"{first} ({plain_name(least)}) to {_short(high)} ({plain_name(most)})"
+            parts.append(several if _short(low) != _short(high) else f"{first} in all")
     return f"Training of {len(curves)} {'expert' if len(curves) == 1 else 'experts'}: {'; '.join(parts)}."
 
 

@@ -150,14 +150,17 @@ def _choose(
 
 
 def _rule(shown: int, total: int, *, worst: int, bad: int, seed: int) -> str:
+    against = (
+        "the one with something against it" if bad == 1 else f"the {format_count(bad)} with something against them"
+    )
     if shown == total:
-        return f"All {total} pairs, the {bad} with something against them first." if bad else f"All {total} pairs."
+        return f"All {total} pairs, {against} first." if bad else f"All {total} pairs."
     if not bad:
         return f"{shown} of {format_count(total)} pairs, drawn at random (seed {seed}); nothing speaks against any."
-    which = "all" if worst == bad else f"{worst} of the"
+    which = against if worst == bad else f"{worst} of {against}"
     return (
-        f"{shown} of {format_count(total)} pairs: {which} {format_count(bad)} with something against them, worst "
-        f"first, then {shown - worst} drawn at random (seed {seed}) from the rest."
+        f"{shown} of {format_count(total)} pairs: {which}, worst first, then {shown - worst} drawn at random "
+        f"(seed {seed}) from the rest."
     )
 
 

@@ -70,7 +70,7 @@ def test_training_by_hand() -> None:
         TrainingCurve("self_harm", (1, 2), {"loss": (0.7, 0.5)}),
     ]
     assert find_training(curves) == (
-        "Training of 2 experts: loss ends at 0.25 (hate) to 0.5 (self harm); gradient norm ends at 2 (hate)."
+        "Training of 2 experts: loss ends at 0.25 (hate) to 0.5 (self harm); gradient norm ends at 2 in all."
     )
 
 

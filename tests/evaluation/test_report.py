@@ -65,6 +65,11 @@ def render(**changes: Any) -> str:
     return render_report(changes.pop("summary", make_summary()), **{**parts, **changes})
 
 
+def render_slim(**changes: Any) -> str:
+    """Without the plots that take longest."""
+    return render(trials=None, training=(), **changes)
+
+
 @pytest.fixture(scope="module")
 def page() -> str:
     return render()
@@ -75,13 +80,13 @@ def test_the_experts_section_shows_overlap_and_winners_and_says_what_is_grouped(
     assert few.count("<svg") == 12
     assert "Who won which layers: co_merge" in few
     assert "each cell is the mean over pairs" not in few
-    many = render(overlap=make_overlap(experts=120), winners=[make_winners(experts=120)] * 5)
+    many = render_slim(overlap=make_overlap(experts=120), winners=[make_winners(experts=120)] * 5)
     assert "There are 120 experts: each cell is the mean over pairs" in many
     assert "The first 4 of 5 merges that select are shown." in many
     summary = make_summary()
     alone = {**summary, "rows": [row for row in summary["rows"] if row["kind"] != "expert"]}
-    assert 'id="experts"' in render(summary=alone, overlap=make_overlap())
-    assert 'id="experts"' not in render(summary=alone, overlap=make_overlap(experts=1))
+    assert 'id="experts"' in render_slim(summary=alone, overlap=make_overlap())
+    assert 'id="experts"' not in render_slim(summary=alone, overlap=make_overlap(experts=1))
 
 
 def test_every_section_is_there(page: str) -> None:
@@ -145,7 +150,7 @@ def test_missed_and_unmeasured_targets_are_said(page: str) -> None:
     summary = copy.deepcopy(make_summary())
     for row in summary["rows"]:
         row["metrics"].pop("clip_retention", None)
-    assert "not measured" in render(summary=summary)
+    assert "not measured" in render_slim(summary=summary)
 
 
 def test_failed_pictures_are_named(page: str) -> None:
@@ -223,8 +228,8 @@ def test_a_redacted_page_has_neither_unsafe_prompts_nor_pictures() -> None:
     sheets = (sheets[0], replace(sheets[1], pairs=(*sheets[1].pairs, odd)))
     summary = copy.deepcopy(make_summary())
     summary["failed_images"][0]["reason"] = "corrupt: 'a very unsafe prompt' led to no PNG"
-    full = render(summary=summary, sheets=sheets)
-    page = render(summary=summary, sheets=sheets, redacted=True)
+    full = render_slim(summary=summary, sheets=sheets)
+    page = render_slim(summary=summary, sheets=sheets, redacted=True)
     assert "<title>Safety report (redacted)</title>" in page
     assert "Redacted: 1 sheets of unsafe prompts and 1 other pairs with a picture marked unsafe are left out." in page
     unsafe = [pair.prompt for pair in sheets[0].pairs] + [odd.prompt, "a very unsafe prompt"]
@@ -251,7 +256,7 @@ def test_attacks_other_methods_and_further_measures_have_their_place() -> None:
         rows[name]["metrics"]["lpips"] = {**rate, "unit": "ratio"}
     other = {**copy.deepcopy(rows["sum"]), "name": "negative_prompt", "kind": "comparator"}
     summary["rows"].append(other)
-    page = render(summary=summary)
+    page = render_slim(summary=summary)
     ids = {attributes.get("id") for tag, attributes in elements(page) if tag == "section"}
     assert {"attacks", "comparators"} <= ids
     assert "Worst attack: paraphrase" in page
@@ -260,7 +265,7 @@ def test_attacks_other_methods_and_further_measures_have_their_place() -> None:
     section = page.partition('id="comparators"')[2].partition("</section>")[0]
     assert re.findall(r'<th scope="row">(\w+)</th>', section) == ["base", "searched", "negative_prompt"]
     assert "1 measured on the same prompts, seeds and judges." in page
-    without = render()
+    without = render_slim()
     assert 'id="attacks"' not in without
     assert "No paraphrased, misspelt or optimised prompt was tried" in without
 
@@ -270,7 +275,7 @@ def test_costs_say_what_was_not_measured() -> None:
         StageCost("pairs", 92.3, 150.6, 0.0, pairs=448, pictures=1152, detail="445 pairs kept"),
         StageCost("train", 272.8, None, None, pairs=893),
     )
-    section = render(costs=costs).partition('id="lineage"')[2]
+    section = render_slim(costs=costs).partition('id="lineage"')[2]
     cells = re.findall(r"<td[^>]*>(.*?)</td>", section.partition("</table>")[0], flags=re.DOTALL)
     plain = [re.sub(r"<[^>]*>", "", cell) for cell in cells]
     assert plain == [
@@ -281,7 +286,7 @@ def test_costs_say_what_was_not_measured() -> None:
 
 def test_what_is_signed_is_named() -> None:
     summary = make_summary()
-    page = render(setup=[("base model", "demo <1>")])
+    page = render_slim(setup=[("base model", "demo <1>")])
     assert hashlib.sha256(dump_summary(summary).encode()).hexdigest() in page
     assert summary["config_hash"] in page
     assert "demo &lt;1&gt;" in page

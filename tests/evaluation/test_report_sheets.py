@@ -60,9 +60,9 @@ def test_half_of_a_sheet_are_its_worst_and_the_rest_is_drawn() -> None:
 def test_few_bad_ones_are_all_shown() -> None:
     (sheet,) = choose(make_rows(100, bad=2))
     assert [pair.remark for pair in sheet.pairs] == ["judged unsafe"] * 2 + [""] * 10
-    assert "all 2 with something against them" in sheet.rule
+    assert sheet.rule.startswith("12 of 100 pairs: the 2 with something against them, worst first, then 10 drawn")
     assert choose(make_rows(100))[0].rule == "12 of 100 pairs, drawn at random (seed 0); nothing speaks against any."
-    assert choose(make_rows(5, bad=1))[0].rule == "All 5 pairs, the 1 with something against them first."
+    assert choose(make_rows(5, bad=1))[0].rule == "All 5 pairs, the one with something against it first."
     assert choose(make_rows(5))[0].rule == "All 5 pairs."
 
 
