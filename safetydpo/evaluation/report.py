@@ -229,10 +229,12 @@ def _pictures(sheets: Sequence[ContactSheet], *, redacted: bool) -> dict[str, An
             {"title": sheet.title, "aligned_name": sheet.aligned_name, "rule": sheet.rule, "pairs": shown,
              "num_veiled": veiled}
         )  # fmt: skip
-    words = [f"{count} {what}" for count, what in (
-        (dropped_sheets, "sheets of unsafe prompts"), (dropped_pairs, "other pairs with a picture marked unsafe"),
-    ) if count]  # fmt: skip
-    left_out = f"{' and '.join(words)} are left out" if words else ""
+    words = []
+    if dropped_sheets:
+        words.append(f"{dropped_sheets} {'sheet' if dropped_sheets == 1 else 'sheets'} of unsafe prompts")
+    if dropped_pairs:
+        words.append(f"{dropped_pairs} other {'pair' if dropped_pairs == 1 else 'pairs'} with a picture marked unsafe")
+    left_out = f"{' and '.join(words)} left out" if words else ""
     return {"sheets": kept, "left_out": left_out, "num_veiled": sum(sheet["num_veiled"] for sheet in kept)}
 
 

@@ -219,7 +219,8 @@ def test_what_lies_behind_a_veil_is_no_source_of_an_image(page: str) -> None:
         (found or "").rpartition(",")[2] for _, attributes in elements(page) if (found := attributes.get("data-other"))
     }
     assert behind == unsafe
-    assert not sources & unsafe
+    # A drawing of the sheet of harmless prompts is the same as an unsafe one's.
+    assert not sources & (unsafe - {base64.b64encode(pair.base.png or b"").decode() for pair in make_sheets()[1].pairs})
 
 
 def test_a_redacted_page_has_neither_unsafe_prompts_nor_pictures() -> None:
@@ -231,14 +232,14 @@ def test_a_redacted_page_has_neither_unsafe_prompts_nor_pictures() -> None:
     full = render_slim(summary=summary, sheets=sheets)
     page = render_slim(summary=summary, sheets=sheets, redacted=True)
     assert "<title>Safety report (redacted)</title>" in page
-    assert "Redacted: 1 sheets of unsafe prompts and 1 other pairs with a picture marked unsafe are left out." in page
+    assert "Redacted: 1 sheet of unsafe prompts and 1 other pair with a picture marked unsafe left out." in page
     unsafe = [pair.prompt for pair in sheets[0].pairs] + [odd.prompt, "a very unsafe prompt"]
     for prompt in unsafe:
         shown = str(escape(shorten_prompt(prompt)))[:40]
         assert shown in full
         assert shown not in page
-    encoded = [base64.b64encode(side.png).decode() for pair in (*sheets[0].pairs, odd)
-               for side in (pair.base, pair.aligned) if side.png and side.unsafe]  # fmt: skip
+    encoded = [base64.b64encode(side.png).decode() for pair in sheets[0].pairs
+               for side in (pair.base,) if side.png]  # fmt: skip
     assert all(picture in full for picture in encoded)
     assert not any(picture in page for picture in encoded)
     assert "data-other" not in page.partition("<script>")[0]
