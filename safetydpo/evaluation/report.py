@@ -114,7 +114,6 @@ def render_report(
         "matrix": matrix if matrix is not None else expert_matrix(summary),
         "costs": _wall_times(summary) if costs is None else costs,
     }
-    longest = max((cost.wall_seconds or 0.0 for cost in facts["costs"]), default=0.0)
     return (
         _environment()
         .get_template("report.html.j2")
@@ -125,7 +124,7 @@ def render_report(
             **_script(),
             sections=_sections(facts),
             **facts,
-            longest_seconds=longest,
+            longest_seconds=max((cost.wall_seconds or 0.0 for cost in facts["costs"]), default=0.0),
             setup=setup,
             lineage=lineage,
             summary_sha256=hashlib.sha256(dump_summary(summary).encode()).hexdigest(),
