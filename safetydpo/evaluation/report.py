@@ -100,8 +100,7 @@ def render_report(
         setup: (what, value) of the settings behind the numbers: model, prompts, seeds, sampler, judges.
         lineage: Artifacts behind the result.
         title: Heading and page title.
-        redacted: Leave out unsafe prompts, pictures of them, every picture that a judge calls unsafe, and the texts of
-            errors; the title says so.
+        redacted: Leave out unsafe prompts, every picture that is of one or marked unsafe, and texts of errors.
     """
     facts = {
         **_results(summary),
