@@ -71,7 +71,7 @@ window.onload = function () {{
     answer.requests = inside.performance.getEntriesByType("resource").filter(function (entry) {{
       return !entry.name.startsWith("data:");
     }}).length;
-    var focusable = all("a, button, summary, [tabindex='0']").filter(function (one) {{ return one.checkVisibility(); }});
+    var focusable = all("a, button, summary, [tabindex='0']").filter(function (e) {{ return e.checkVisibility(); }});
     answer.unfocusable = focusable.filter(function (one) {{ one.focus(); return page.activeElement !== one; }}).length;
     document.getElementById("answer").textContent = JSON.stringify(answer);
   }});
