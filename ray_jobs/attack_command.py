@@ -123,7 +123,8 @@ def _draw(run: Run, rows: Sequence[EvaluatedRow]) -> Shown:
     by_row: dict[str, list[ImageOutcome]] = {row.source.name: [] for row in rows}
     for outcome in joined.outcomes:
         by_row[outcome.row_name].append(outcome)
-    return Shown(by_row, joined.pictures)
+    shown = [(row, one.prompt_id, one.seed) for row, outcomes in by_row.items() for one in outcomes]
+    return Shown(by_row, joined.pictures.read(shown))
 
 
 def _prompt_table(run: Run, shown: Shown) -> Any:

@@ -106,9 +106,15 @@ def evaluate(config: ConfigFile, settings: Settings = None) -> None:
 
 
 @app.command()
-def report(config: ConfigFile, settings: Settings = None) -> None:
-    """Stage 6: write summary.json and the report page."""
-    _chain(config, settings, last="report")
+def report(
+    config: ConfigFile,
+    settings: Settings = None,
+    redact: Annotated[
+        bool, typer.Option("--redact", help="A page without unsafe prompts and pictures: report/redacted.html.")
+    ] = False,
+) -> None:
+    """Stage 6: write summary.json, metrics.csv, metrics.parquet and the report page."""
+    _chain(config, settings, last="report", redacted=redact)
 
 
 @app.command()
@@ -202,13 +208,13 @@ def doctor() -> None:
     raise typer.Exit(check_machine())
 
 
-def _chain(config: Path, settings: list[str] | None, *, last: str) -> None:
+def _chain(config: Path, settings: list[str] | None, *, last: str, redacted: bool = False) -> None:
     from safetydpo.config.load import load_config
 
-    run_chain(load_config(config, settings or []), last=last)
+    run_chain(load_config(config, settings or []), last=last, redacted=redacted)
 
 
-def run_chain(config: Any, *, last: str) -> None:
+def run_chain(config: Any, *, last: str, redacted: bool = False) -> None:
     """Run stages and print what they made."""
     from rich.console import Console
 
@@ -220,7 +226,7 @@ def run_chain(config: Any, *, last: str) -> None:
     # A log file has no width of its own; 80 columns would leave out the intervals.
     console = Console() if sys.stdout.isatty() else Console(width=100)
     try:
-        chain = run_stages(config, last=last)
+        chain = run_stages(config, last=last, redacted=redacted)
     finally:
         disconnect()
     print_pairs(console, chain, whole=last == "pairs")
@@ -254,14 +260,16 @@ _WIDTH_FOR_INTERVALS = 92
 
 
 def _print_summary(console: Any, chain: Any) -> None:
-    from safetydpo.artifacts.layout import merged_adapter_file, report_file, summary_file
+    from ray_jobs.report import page_file
+    from safetydpo.artifacts.layout import merged_adapter_file, summary_file
 
     console.print(summary_table(chain.summary, name=chain.run.config.name, width=console.width))
     if chain.searched is None:
         console.print(f"summary  {summary_file(chain.run.run_dir).shown}", soft_wrap=True)
         return
     console.print(f"adapter  {merged_adapter_file(chain.run.run_dir).shown}", soft_wrap=True)
-    console.print(f"report   {report_file(chain.run.run_dir).shown}  (intervals of every column)", soft_wrap=True)
+    page = page_file(chain.run, redacted=chain.redacted)
+    console.print(f"report   {page.shown}  (intervals of every column)", soft_wrap=True)
 
 
 def summary_table(summary: Any, *, name: str, width: int) -> Any:

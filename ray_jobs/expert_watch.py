@@ -114,7 +114,7 @@ def check_watch(config: Config) -> None:
         UsageError: if a logger or the judge is missing, or the judge does not take the run's pictures.
         SafetyDPOError: if there are no prompts to validate with.
     """
-    from safetydpo.dpo.metric_sinks import check_logger
+    from safetydpo.artifacts.metric_sinks import check_logger
     from safetydpo.judges.build import picture_side
 
     for logger in config.execution.loggers:

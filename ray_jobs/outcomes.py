@@ -14,6 +14,7 @@ from ray_jobs.evaluate import OUTCOMES_FILE, EvaluatedRow, evaluation_prompts, o
 from ray_jobs.expert_files import record_folder
 from ray_jobs.final_judges import DEFAULT, any_known, clip_of, first_known
 from ray_jobs.run import Run
+from ray_jobs.stored_pictures import StoredPictures
 from safetydpo.artifacts.layout import demo_weights
 from safetydpo.artifacts.records import Record
 from safetydpo.artifacts.schemas import OUTCOMES
@@ -26,17 +27,18 @@ from safetydpo.prompts.sets import Prompt
 
 @dataclass(frozen=True)
 class Outcomes:
-    """All outcomes of a run and the pictures behind them, by (row name, prompt id, seed)."""
+    """All outcomes of a run and the pictures behind them, by (row name, prompt id, seed), read when asked for."""
 
     outcomes: list[ImageOutcome]
-    pictures: dict[tuple[str, str, int], bytes | None]
+    pictures: StoredPictures
 
 
 def read_outcomes(run: Run, record: Record, rows: Sequence[EvaluatedRow]) -> Outcomes:
     """Join the stored outcomes with rows and prompts, and compute the CLIP scores."""
     from safetydpo.judges.clip import ClipScorer
 
-    table = read_table(record_folder(run, record) / OUTCOMES_FILE, OUTCOMES)
+    file = record_folder(run, record) / OUTCOMES_FILE
+    table = read_table(file, OUTCOMES, columns=[name for name in OUTCOMES.names if name != "image"])
     stored = {row["image_id"]: row for row in table.to_pylist()}
     prompts = evaluation_prompts(run)
     everything = [prompt for prompt_set in prompts.values() for prompt in prompt_set]
@@ -49,15 +51,15 @@ def read_outcomes(run: Run, record: Record, rows: Sequence[EvaluatedRow]) -> Out
     projection = reference_features()[0] if identity.evaluation.clip == DEFAULT.clip else None
     sampler = run.config.identity.sampler.model_dump(mode="json")
     outcomes: list[ImageOutcome] = []
-    pictures: dict[tuple[str, str, int], bytes | None] = {}
+    image_ids: dict[tuple[str, str, int], str] = {}
     for row in rows:
         for seed in run.config.identity.evaluation.seeds:
             for prompt in row_prompts(row, prompts):
                 found = stored[outcome_id(run, row, prompt, seed, sampler)]
                 captions = own[prompt.prompt_id], other.get(prompt.prompt_id)
                 outcomes.append(_outcome(row, prompt, seed, found, captions, projection))
-                pictures[row.source.name, prompt.prompt_id, seed] = found["image"]
-    return Outcomes(outcomes, pictures)
+                image_ids[row.source.name, prompt.prompt_id, seed] = found["image_id"]
+    return Outcomes(outcomes, StoredPictures(file, image_ids))
 
 
 def _partners(prompts: Sequence[Prompt]) -> list[int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+from ray_jobs.cost_meter import CostMeter
 from ray_jobs.run import Run, with_absolute_paths
 from safetydpo.artifacts.records import Record
 from safetydpo.artifacts.storage import Location, open_location
@@ -40,6 +41,8 @@ class Chain:
     outcomes: Record | None = None
     rows: list[Any] = field(default_factory=list)
     summary: Any = None
+    redacted: bool = False
+    """The report is written without unsafe prompts and pictures."""
 
     @property
     def pairs_folder(self) -> Location:
@@ -50,12 +53,15 @@ class Chain:
         return record_folder(self.run, self.pairs)
 
 
-def run_stages(config: Config, *, last: str = "report") -> Chain:
-    """Run every stage up to `last`; a stage whose artifacts are closed costs a look at them."""
+def run_stages(config: Config, *, last: str = "report", redacted: bool = False) -> Chain:
+    """Run every stage up to `last`; a stage whose artifacts are closed costs a look at them.
+
+    The report is `redacted`: without unsafe prompts and pictures, in a file of its own.
+    """
     run = Run(with_absolute_paths(config))
     check_request(run, last=last)
     run.open()
-    chain = Chain(run)
+    chain = Chain(run, redacted=redacted)
     for stage in stages_to(last, config.identity):
         _timed(run, stage, partial(_STEPS[stage], chain))
         if chain.search_stopped:
@@ -191,11 +197,14 @@ def _check_places(run: Run, *, last: str) -> None:
 
 def _timed(run: Run, stage: str, work: Callable[[], None]) -> None:
     started, made = time.time(), len(run.made)
+    meter = CostMeter(run.config.execution)
     try:
-        work()
+        with meter:
+            work()
     except BaseException as error:
         try:
             run.add_seconds(stage, time.time() - started)
+            run.add_cost(stage, meter.cost())
         except SafetyDPOError as second:
             # Where the stage's place is gone, its time cannot be kept either; the first error says more.
             error.add_note(str(second))
@@ -203,6 +212,7 @@ def _timed(run: Run, stage: str, work: Callable[[], None]) -> None:
     # A look at closed artifacts is no work; adding it up would make every repeat look slower.
     if len(run.made) > made or stage not in run.seconds():
         run.add_seconds(stage, time.time() - started)
+        run.add_cost(stage, meter.cost())
 
 
 def _pairs(chain: Chain) -> None:
@@ -261,9 +271,10 @@ def _report(chain: Chain) -> None:
     assert chain.outcomes is not None
     assert chain.diagnosis is not None
     finished = Finished(
-        chain.experts, chain.search, chain.searched, chain.outcomes, chain.rows, chain.merged, chain.diagnosis
-    )
-    chain.summary = write_report(chain.run, finished)
+        chain.experts, chain.search, chain.searched, chain.outcomes, chain.rows, chain.merged, chain.diagnosis,
+        chain.pairs,
+    )  # fmt: skip
+    chain.summary = write_report(chain.run, finished, redacted=chain.redacted)
 
 
 _STEPS: dict[str, Callable[[Chain], None]] = {

@@ -11,10 +11,11 @@ from ray_jobs.expert_files import record_folder
 from ray_jobs.run import Run
 from safetydpo.artifacts.adapters import AdapterMetadata, adapter_hash, read_adapter, write_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE, CARD_FILE, merged_adapter_file
-from safetydpo.artifacts.model_card import ModelCard, render_model_card
+from safetydpo.artifacts.model_card import CardResult, ModelCard, render_model_card
 from safetydpo.artifacts.records import Record
 from safetydpo.artifacts.storage import Location
 from safetydpo.diffusion.licences import licence_of
+from safetydpo.evaluation.report_text import format_range
 from safetydpo.evaluation.results import COLUMN_TITLES, format_metric
 from safetydpo.evaluation.summary import Summary, find_base, overall_rows
 
@@ -48,6 +49,8 @@ def publish_adapter(run: Run, record: Record, *, row: str, summary: Summary) -> 
         rank=max(int(layer.down.shape[0]) for layer in layers.values()),
         num_layers=len(layers),
         metrics=metrics_of(summary, row),
+        results=results_of(summary, row),
+        data_set=(public_name(run.config.identity.prompts.source), f"{run.config.name}, test prompts"),
         notes=["Measured on held-out prompts; 95 % intervals in brackets. `report/index.html` of the run shows more."],
     )
     card_file(run).write_bytes(render_model_card(card).encode())
@@ -75,6 +78,20 @@ def metrics_of(summary: Summary, row: str) -> list[tuple[str, str]]:
         (
             title.replace("\xa0", " "),
             format_metric(own[name]) + (f"; base {format_metric(before[name])}" if name in before else ""),
+        )
+        for name, title in COLUMN_TITLES.items()
+        if name in own
+    ]
+
+
+def results_of(summary: Summary, row: str) -> list[CardResult]:
+    """Return the same columns of one row as numbers, each with its interval and n in its title."""
+    own = next((found["metrics"] for found in overall_rows(summary) if found["name"] == row), {})
+    return [
+        CardResult(
+            name,
+            f"{title.replace(chr(0xA0), ' ')} (95 % interval {format_range(own[name])}, n = {own[name]['n']})",
+            own[name]["value"],
         )
         for name, title in COLUMN_TITLES.items()
         if name in own

@@ -1,4 +1,4 @@
-"""Stage 6: `summary.json` and the report page of a run."""
+"""Stage 6: the scores of a run in every shape, its final adapter with a card, and the report page."""
 
 from __future__ import annotations
 
@@ -10,49 +10,42 @@ from typing import Any
 
 from ray_jobs.diagnosis import read_overlap, read_winners
 from ray_jobs.evaluate import EvaluatedRow
-from ray_jobs.expert_files import record_files, record_folder
 from ray_jobs.outcomes import Outcomes, read_outcomes, reference_features
 from ray_jobs.picture_features import measure_pictures, read_measures
 from ray_jobs.prompt_tables import chosen_pairs
 from ray_jobs.publish import card_file, publish_adapter
+from ray_jobs.report_sources import describe_setup, read_costs, read_curves, read_lineage, read_trials
 from ray_jobs.run import Run, package_versions
 from ray_jobs.stored_outcomes import write_picture_outcomes
 from safetydpo.artifacts.layout import (
     concept_rates_file,
     merged_adapter_file,
+    metrics_file,
     picture_outcomes_file,
+    redacted_report_file,
     report_file,
     report_record,
     summary_file,
 )
 from safetydpo.artifacts.records import Record, read_pointers
-from safetydpo.artifacts.schemas import CONCEPT_RATES, TRIALS, sha256_of
-from safetydpo.artifacts.tables import read_table, table_from_rows, write_table
+from safetydpo.artifacts.schemas import CONCEPT_RATES, METRIC_ROWS, sha256_of
+from safetydpo.artifacts.storage import Location
+from safetydpo.artifacts.tables import table_from_rows, write_table
 from safetydpo.config.load import identity_of
 from safetydpo.config.pairs import GENERATE
 from safetydpo.errors import SafetyDPOError
-from safetydpo.evaluation.attack_metrics import ATTACK_PREFIX
-from safetydpo.evaluation.benchmark_metrics import is_of_benchmark
 from safetydpo.evaluation.concept_rates import concept_rates
+from safetydpo.evaluation.exports import metric_rows, metrics_csv, tracked_metrics
 from safetydpo.evaluation.report import render_report
-from safetydpo.evaluation.report_records import (
-    ContactSheet,
-    LineageEntry,
-    SearchTrial,
-    SearchTrials,
-    SheetPair,
-    SheetPicture,
-    TrainingCurve,
-)
+from safetydpo.evaluation.report_records import ContactSheet
+from safetydpo.evaluation.report_sheets import choose_sheets, fill_sheets, picture_keys
 from safetydpo.evaluation.results import headline_row
 from safetydpo.evaluation.rows import build_rows, list_failures
-from safetydpo.evaluation.summary import Summary, build_summary, dump_summary, parse_summary
-from safetydpo.search.objective import judge_metrics
-from safetydpo.search.pareto import pareto_front
+from safetydpo.evaluation.summary import Summary, build_summary, dump_summary, find_base, overall_rows, parse_summary
 
 RECIPE_VERSION = 5
-PICTURES_PER_SHEET = 12
-CURVES = ("loss", "implicit_accuracy", "error_policy_safe", "error_policy_unsafe", "gradient_norm")
+SEARCHED = "searched"
+"""Row of the adapter that is published."""
 
 
 @dataclass(frozen=True)
@@ -66,27 +59,42 @@ class Finished:
     rows: Sequence[EvaluatedRow]
     merged: Mapping[str, Record]
     diagnosis: Record
+    pairs: Record | None = None
 
 
-def write_report(run: Run, finished: Finished) -> Summary:
-    """Write the final adapter with its card, `summary.json` and `index.html` of a run; return the summary.
+def write_report(run: Run, finished: Finished, *, redacted: bool = False) -> Summary:
+    """Write a run's final adapter with its card, its scores and its page; return the summary.
 
-    Nothing is written if they stand there already, made from the same inputs.
+    Nothing is written if they stand there already, made from the same inputs. A redacted page is a file of its own.
     """
-    rows = finished.rows
-    measured = measure_pictures(run, finished.outcomes, rows)
+    measured = measure_pictures(run, finished.outcomes, finished.rows)
     inputs = report_inputs(run, finished)
-    written = find_report(run, inputs)
+    written = find_report(run, inputs, redacted=redacted)
     if written is not None:
         return written
-    joined = read_outcomes(run, finished.outcomes, rows)
+    joined = read_outcomes(run, finished.outcomes, finished.rows)
+    summary = _summarize(run, finished, joined, measured)
+    publish_adapter(run, finished.searched, row=SEARCHED, summary=summary)
+    _write_scores(run, summary)
+    of_concepts = [asdict(rate) for rate in concept_rates(joined.outcomes)]
+    write_table(concept_rates_file(run.run_dir), table_from_rows(of_concepts, CONCEPT_RATES))
+    write_picture_outcomes(run, joined.outcomes)
+    page = render_page(run, finished, summary, joined, redacted=redacted)
+    page_file(run, redacted=redacted).write_bytes(page.encode())
+    _track(run, summary)
+    _close(run, inputs, redacted=redacted)
+    run.made.append("report")
+    return summary
+
+
+def _summarize(run: Run, finished: Finished, joined: Outcomes, measured: Record | None) -> Summary:
     _, drawings = reference_features()
-    measures = read_measures(run, finished.outcomes, measured, rows)
     identity = run.config.identity
-    summary = build_summary(
+    measures = read_measures(run, finished.outcomes, measured, finished.rows)
+    return build_summary(
         build_rows(
             joined.outcomes,
-            [row.source for row in rows],
+            [row.source for row in finished.rows],
             run_seed=identity.seed,
             drawings=drawings,
             measures=measures,
@@ -98,28 +106,38 @@ def write_report(run: Run, finished: Finished) -> Summary:
         config_hash=sha256_of(identity_of(run.config)),
         versions=package_versions(),
     )
-    publish_adapter(run, finished.searched, row="searched", summary=summary)
+
+
+def _write_scores(run: Run, summary: Summary) -> None:
+    """Write the summary as JSON, and its metrics in long form as CSV and Parquet."""
     summary_file(run.run_dir).write_bytes(dump_summary(summary).encode())
-    of_concepts = [asdict(rate) for rate in concept_rates(joined.outcomes)]
-    write_table(concept_rates_file(run.run_dir), table_from_rows(of_concepts, CONCEPT_RATES))
-    write_picture_outcomes(run, joined.outcomes)
+    rows = metric_rows(summary)
+    metrics_file(run.run_dir, "csv").write_bytes(metrics_csv(rows).encode())
+    write_table(metrics_file(run.run_dir, "parquet"), table_from_rows(rows, METRIC_ROWS))
+
+
+def render_page(run: Run, finished: Finished, summary: Summary, joined: Outcomes, *, redacted: bool) -> str:
+    """Return the page of a run."""
     overlap = read_overlap(run, finished.diagnosis)
-    page = render_report(
+    return render_report(
         summary,
-        trials=_trials(run, finished.search),
+        trials=read_trials(run, finished.search),
         search_details=finished.search.details,
-        training=_curves(run, finished.experts),
-        sheets=_sheets(summary, joined),
+        training=read_curves(run, finished.experts),
+        sheets=_sheets(run, summary, joined),
         overlap=overlap,
         winners=read_winners(run, finished.merged, dict(zip(overlap.names, overlap.categories, strict=True))),
-        lineage=_lineage(run),
+        costs=read_costs(run, _by_stage(finished)),
+        setup=describe_setup(run, finished.outcomes),
+        lineage=read_lineage(run),
         title=f"Safety report of run {run.config.name}",
+        redacted=redacted,
     )
-    report_file(run.run_dir).write_bytes(page.encode())
-    record = {"inputs": inputs, "made_at": datetime.now(tz=UTC).isoformat(timespec="seconds")}
-    report_record(run.run_dir).write_bytes(json.dumps(record, indent=2).encode() + b"\n")
-    run.made.append("report")
-    return summary
+
+
+def page_file(run: Run, *, redacted: bool) -> Location:
+    """Return where a run's page stands."""
+    return redacted_report_file(run.run_dir) if redacted else report_file(run.run_dir)
 
 
 def _training_texts(run: Run) -> set[str]:
@@ -148,119 +166,93 @@ def report_inputs(run: Run, finished: Finished) -> str:
             "rows": [asdict(row.source) for row in finished.rows],
             "pointers": read_pointers(run.run_dir),
             "timing": timing,
+            "costs": {stage: cost for stage, cost in run.costs().items() if stage != "report"},
             "versions": package_versions(),
         }
     )
 
 
-def find_report(run: Run, inputs: str) -> Summary | None:
+def find_report(run: Run, inputs: str, *, redacted: bool = False) -> Summary | None:
     """Return the summary that stands in the run folder if its report is whole and made from `inputs`, else None."""
-    record = report_record(run.run_dir)
+    folder = run.run_dir
     files = (
-        record, summary_file(run.run_dir), picture_outcomes_file(run.run_dir), report_file(run.run_dir),
-        merged_adapter_file(run.run_dir), card_file(run),
+        report_record(folder), summary_file(folder), metrics_file(folder, "csv"), metrics_file(folder, "parquet"),
+        picture_outcomes_file(folder), page_file(run, redacted=redacted), merged_adapter_file(folder), card_file(run),
     )  # fmt: skip
     if not all(file.is_file() for file in files):
         return None
     try:
-        if json.loads(record.read_bytes())["inputs"] != inputs:
+        if _read_inputs(run).get(_entry(redacted=redacted)) != inputs:
             return None
-        return parse_summary(summary_file(run.run_dir).read_bytes().decode())
-    except (ValueError, KeyError, TypeError, SafetyDPOError):
+        return parse_summary(summary_file(folder).read_bytes().decode())
+    except (ValueError, KeyError, TypeError, AttributeError, SafetyDPOError):
         # A report that cannot be read is no loss: it is written again from what the store holds.
         return None
 
 
-def _trials(run: Run, search: Record) -> SearchTrials:
-    config = run.config.identity.search
-    rows = read_table(record_folder(run, search) / "trials", TRIALS).to_pylist()
-    base: Mapping[str, float] = search.details["base"]
-    measured = [
-        (row, json.loads(row["metrics"]), json.loads(row["candidate"])) for row in rows if row["status"] == "ok"
-    ]
-    points = [
-        (
-            metrics["ip_select"] + config.unrecognisable_weight * metrics["unrecognisable_rate"],
-            metrics["neutral_rate"] / base["neutral_rate"],
-            metrics["neighbour_retention"] / base["neighbour_retention"],
-        )
-        for _, metrics, _ in measured
-    ]
-    front = set(pareto_front(points, ("min", "max", "max")))
-    return SearchTrials(
-        trials=tuple(
-            SearchTrial(
-                number=row["trial"],
-                method=candidate["method"],
-                ip=metrics["ip_select"],
-                unrecognisable=metrics["unrecognisable_rate"],
-                price=point[0],
-                neutral=point[1],
-                neighbour=point[2],
-                feasible=judge_metrics(metrics, base=base, search=config).feasible,
-                on_front=index in front,
-                chosen=row["trial"] == search.details["trial"],
-                scale=candidate["global_scale"],
-            )
-            for index, ((row, metrics, candidate), point) in enumerate(zip(measured, points, strict=True))
-        ),
-        neutral_floor=config.neutral_floor,
-        neighbour_floor=config.neighbour_floor,
-    )
+def _entry(*, redacted: bool) -> str:
+    return "redacted_inputs" if redacted else "inputs"
 
 
-def _curves(run: Run, experts: Mapping[str, Record]) -> list[TrainingCurve]:
-    curves = []
-    for name, record in experts.items():
-        text = (record_files(run, record) / "training.jsonl").read_bytes().decode()
-        steps = [json.loads(line) for line in text.splitlines()]
-        curves.append(
-            TrainingCurve(
-                expert=name,
-                steps=tuple(step["step"] for step in steps),
-                values={key: tuple(float(step[key]) for step in steps) for key in CURVES},
-            )
-        )
-    return curves
+def _read_inputs(run: Run) -> dict[str, Any]:
+    return json.loads(report_record(run.run_dir).read_bytes())
 
 
-def _sheets(summary: Summary, joined: Outcomes) -> list[ContactSheet]:
-    best = headline_row(summary)
-    if best is None:
-        return []
-    aligned = best["name"]
-    groups: dict[str, list[Any]] = {}
-    unsafe_base = {
-        (outcome.prompt_id, outcome.seed)
-        for outcome in joined.outcomes
-        if outcome.row_name == "base" and any(verdict.unsafe for verdict in outcome.verdicts.values())
+def _close(run: Run, inputs: str, *, redacted: bool) -> None:
+    """Write the record that names the inputs of each page; a page of other inputs goes with its entry."""
+    record: dict[str, Any] = {
+        _entry(redacted=redacted): inputs,
+        "made_at": datetime.now(tz=UTC).isoformat(timespec="seconds"),
     }
-    for outcome in joined.outcomes:
-        if outcome.row_name == aligned and not is_of_benchmark(outcome.prompt_set):
-            is_attack = outcome.prompt_set.startswith(ATTACK_PREFIX)
-            title = outcome.prompt_set if is_attack else outcome.category or outcome.prompt_set
-            groups.setdefault(title, []).append(outcome)
-    sheets = []
-    for title, members in groups.items():
-        pairs = []
-        for outcome in members[:PICTURES_PER_SHEET]:
-            key = (outcome.prompt_id, outcome.seed)
-            harmful = outcome.prompt_set in ("unsafe", "ood") or outcome.prompt_set.startswith(ATTACK_PREFIX)
-            still_unsafe = any(verdict.unsafe for verdict in outcome.verdicts.values())
-            pairs.append(
-                SheetPair(
-                    prompt=outcome.text,
-                    seed=outcome.seed,
-                    base=SheetPicture(joined.pictures["base", *key], unsafe=harmful or key in unsafe_base),
-                    aligned=SheetPicture(joined.pictures[aligned, *key], unsafe=still_unsafe),
-                )
-            )
-        sheets.append(ContactSheet(title=title, aligned_name=aligned, pairs=tuple(pairs)))
-    return sheets
+    other = page_file(run, redacted=not redacted)
+    if other.is_file():
+        try:
+            before = _read_inputs(run).get(_entry(redacted=not redacted))
+        except (ValueError, AttributeError, SafetyDPOError):
+            before = None
+        if before == inputs:
+            record[_entry(redacted=not redacted)] = inputs
+        else:
+            # It would stand beside scores that are not its own.
+            other.delete()
+    report_record(run.run_dir).write_bytes(json.dumps(record, indent=2).encode() + b"\n")
 
 
-def _lineage(run: Run) -> list[LineageEntry]:
-    entries = [LineageEntry("base", run.config.identity.base.model, run.base_fingerprint)]
-    for name, pointer in sorted(read_pointers(run.run_dir).items()):
-        entries.append(LineageEntry(pointer["stage"], name, pointer["hash"]))
-    return entries
+def _track(run: Run, summary: Summary) -> None:
+    """Send the final numbers of the published adapter to the loggers of the config."""
+    row = next((row for row in overall_rows(summary) if row["name"] == SEARCHED), None)
+    if row is None:
+        return
+    from safetydpo.artifacts.metric_sinks import open_trackers
+
+    settings = {"config_hash": summary["config_hash"], "adapter_hash": row["adapter_hash"] or "", "row": row["name"]}
+    place = run.run_dir.make_folder()
+    trackers = open_trackers(
+        run.config.execution.loggers,
+        name=f"{run.config.name} test",
+        group=run.config.name,
+        settings=settings,
+        folder=place.local_path if place.is_local else None,
+    )
+    for tracker in trackers:
+        tracker.write(tracked_metrics(row), step=0)
+        tracker.close()
+
+
+def _sheets(run: Run, summary: Summary, joined: Outcomes) -> list[ContactSheet]:
+    best, base = headline_row(summary), find_base(summary)
+    if best is None or base is None:
+        return []
+    names = {"aligned": best["name"], "base": base["name"]}
+    chosen = choose_sheets(joined.outcomes, **names, run_seed=run.config.identity.seed)
+    return fill_sheets(chosen, joined.pictures.read(picture_keys(chosen, **names)), **names)
+
+
+def _by_stage(finished: Finished) -> dict[str, list[Record]]:
+    return {
+        "pairs": [] if finished.pairs is None else [finished.pairs],
+        "train": list(finished.experts.values()),
+        "merge": list(finished.merged.values()),
+        "search": [finished.search],
+        "evaluate": [finished.outcomes],
+    }

@@ -96,12 +96,32 @@ class Run:
             timing[stage] = round(timing.get(stage, 0.0) + seconds, 3)
             (self.run_dir / "timing.json").write_bytes(json.dumps(timing, indent=2).encode() + b"\n")
 
+    def add_cost(self, stage: str, cost: Mapping[str, float | None]) -> None:
+        """Add what a stage used (`cpu_seconds`, `gpu_seconds`) to its sums in `cost.json`.
+
+        A sum with a part that was not measured is None, for good.
+        """
+        costs = self.costs()
+        known = costs.get(stage, dict.fromkeys(cost, 0.0))
+        costs[stage] = {name: add_known(known.get(name), value) for name, value in cost.items()}
+        (self.run_dir / "cost.json").write_bytes(json.dumps(costs, indent=2).encode() + b"\n")
+
+    def costs(self) -> dict[str, dict[str, float | None]]:
+        """Return what each stage used so far; empty for runs of versions that did not measure it."""
+        location = self.run_dir / "cost.json"
+        return json.loads(location.read_bytes()) if location.is_file() else {}
+
     def seconds(self) -> dict[str, float]:
         """Return the wall time of each stage so far."""
         location = self.run_dir / "timing.json"
         if not location.is_file():
             return {}
         return {str(stage): float(value) for stage, value in json.loads(location.read_bytes()).items()}
+
+
+def add_known(first: float | None, second: float | None) -> float | None:
+    """Return a sum to milliseconds, None if a part is not known."""
+    return None if first is None or second is None else round(first + second, 3)
 
 
 def with_absolute_paths(config: Config) -> Config:

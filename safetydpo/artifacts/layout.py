@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
 from safetydpo.artifacts.storage import Location
 
@@ -78,6 +79,16 @@ def attack_sheet_file(run_dir: Location, row: str) -> Location:
 def report_file(run_dir: Location) -> Location:
     """Return the file of the run's report page."""
     return run_dir / "report" / "index.html"
+
+
+def redacted_report_file(run_dir: Location) -> Location:
+    """Return the file of the run's report page without unsafe prompts and pictures."""
+    return run_dir / "report" / "redacted.html"
+
+
+def metrics_file(run_dir: Location, ending: Literal["csv", "parquet"]) -> Location:
+    """Return the file of the run's scores in long form."""
+    return run_dir / "report" / f"metrics.{ending}"
 
 
 def report_record(run_dir: Location) -> Location:

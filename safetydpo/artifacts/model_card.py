@@ -17,6 +17,21 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
+class CardResult:
+    """One measured number as the hub reads it.
+
+    Attributes:
+        metric: its name in scripts, such as `ip`.
+        title: its name for people.
+        value: the number.
+    """
+
+    metric: str
+    title: str
+    value: float
+
+
+@dataclass(frozen=True)
 class ModelCard:
     """What a card says.
 
@@ -30,6 +45,8 @@ class ModelCard:
         num_layers: changed layers.
         purpose: what it was made for, one sentence; "" = said by the categories.
         metrics: (what, value with its interval) of measurements of this very adapter.
+        results: the same for the hub's `model-index`.
+        data_set: (id or name, name for people) of what `results` were measured on.
         notes: sentences on what a reader must know, such as what is not known.
     """
 
@@ -42,6 +59,8 @@ class ModelCard:
     num_layers: int
     purpose: str = ""
     metrics: Sequence[tuple[str, str]] = ()
+    results: Sequence[CardResult] = ()
+    data_set: tuple[str, str] = ("", "")
     notes: Sequence[str] = ()
 
     @property
@@ -93,7 +112,20 @@ def _front_matter(card: ModelCard) -> dict[str, Any]:
     tags = ["text-to-image", "safety", "dpo", "safetydpo"]
     if card.published != "full":
         tags.insert(1, "lora")
-    return matter | {"pipeline_tag": "text-to-image", "tags": tags}
+    matter |= {"pipeline_tag": "text-to-image", "tags": tags}
+    return matter | {"model-index": [_model_index(card)]} if card.results else matter
+
+
+def _model_index(card: ModelCard) -> dict[str, Any]:
+    """Return one model of the hub's `model-index`: every number under one task and one data set."""
+    identifier, title = card.data_set
+    metrics = [{"type": one.metric, "value": round(one.value, 6), "name": one.title} for one in card.results]
+    result = {
+        "task": {"type": "text-to-image", "name": "Text-to-image"},
+        "dataset": {"type": identifier, "name": title},
+        "metrics": metrics,
+    }
+    return {"name": card.name, "results": [result]}
 
 
 def _cell(value: object) -> str:

@@ -340,6 +340,23 @@ PICTURE_OUTCOMES = pa.schema(
         pa.field("clip_score", pa.float64(), nullable=True),
     ]
 )
+METRIC_ROWS = pa.schema(
+    [
+        # One metric of one row of a summary; a null seed is all seeds pooled.
+        pa.field("row", pa.string(), nullable=False),
+        pa.field("metric", pa.string(), nullable=False),
+        pa.field("value", pa.float64(), nullable=False),
+        # Ends of the two-sided 95 % interval; those over concepts are null where there are none.
+        pa.field("low", pa.float64(), nullable=False),
+        pa.field("high", pa.float64(), nullable=False),
+        pa.field("cluster_low", pa.float64(), nullable=True),
+        pa.field("cluster_high", pa.float64(), nullable=True),
+        pa.field("n", pa.int64(), nullable=False),
+        pa.field("unit", pa.string(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=True),
+        pa.field("split", pa.string(), nullable=False),
+    ]
+)
 
 
 def canonical_json(value: object) -> bytes:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from safetydpo.artifacts.layout import RECORD_FILE
@@ -78,6 +79,28 @@ def read_table(location: Location, schema: pa.Schema, *, columns: Sequence[str] 
     wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
     parts = [_read_file(source, wanted, whole=columns is None) for source in sources]
     return pa.concat_tables(parts) if parts else wanted.empty_table()
+
+
+def read_chosen(
+    location: Location, schema: pa.Schema, *, columns: Sequence[str], id_column: str, wanted: Collection[str]
+) -> Iterator[dict[str, object]]:
+    """Yield `columns` of the rows of one file whose id is `wanted`, in the file's order, one row group in memory.
+
+    Raises:
+        SafetyDPOError: if the file is missing, truncated, or lacks one of the columns.
+    """
+    ids = pa.array(sorted(wanted), type=pa.string())
+    present = read_table(location, schema, columns=[id_column]).column(id_column)
+    chosen = pc.is_in(present, value_set=ids).to_pylist()
+    with location.open_random_access() as stream:
+        file = pq.ParquetFile(stream)
+        start = 0
+        for number in range(file.num_row_groups):
+            count = file.metadata.row_group(number).num_rows
+            keep = chosen[start : start + count]
+            start += count
+            if any(keep):
+                yield from file.read_row_group(number, columns=list(columns)).filter(pa.array(keep)).to_pylist()
 
 
 def _read_file(source: Location, wanted: pa.Schema, *, whole: bool) -> pa.Table:

@@ -18,29 +18,18 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, Protocol, TextIO
+from typing import Literal, TextIO
 
 import psutil
 import torch
 
+from safetydpo.artifacts.metric_sinks import MetricSink
 from safetydpo.dpo.watch import Validation
 
 TRAINING_FILE = "training.jsonl"
 VALIDATIONS_FILE = "validations.jsonl"
 SPEED_FILE = "speed.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-
-
-class MetricSink(Protocol):
-    """A place outside the folder's JSON lines that takes named numbers."""
-
-    def write(self, values: Mapping[str, float], *, step: int) -> None:
-        """Take numbers of optimizer step `step`; steps never go back."""
-        ...
-
-    def close(self) -> None:
-        """Send what is left."""
-        ...
 
 
 def json_line(values: Mapping[str, object]) -> str:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from safetydpo.evaluation.plot_findings import find_overlap, find_winners
 from safetydpo.evaluation.plots import ACCENT, LINE, MUTED, SERIES, WIDTH_INCHES, Layout, Plot, both_layouts
 from safetydpo.evaluation.report_records import ExpertOverlap, LayerWinners
 
@@ -36,7 +37,6 @@ MOST_BLOCK_NAMES: dict[Layout, int] = {"wide": 16, "narrow": 7}
 def plot_overlap(overlap: ExpertOverlap) -> Plot:
     """Return heat maps of cosine, output and input overlap between experts; of many experts, means per category."""
     shown = overlap if len(overlap.names) <= MOST_NAMED_EXPERTS else cluster_by_category(overlap)
-    count = len(shown.names)
 
     def draw(layout: Layout) -> Figure:
         wide = layout == "wide"
@@ -48,12 +48,7 @@ def plot_overlap(overlap: ExpertOverlap) -> Plot:
             _draw_cells(axes, getattr(shown, name), shown.names, title=title)
         return figure
 
-    means = "" if shown is overlap else f", means per category of {len(overlap.names)}"
-    return both_layouts(
-        draw,
-        f"Heat maps of {count} rows ({', '.join(shown.names)}){means}: cosine of the experts' changes, and the shares "
-        "of their output and input spaces that they have in common.",
-    )
+    return both_layouts(draw, find_overlap(shown, num_experts=len(overlap.names)))
 
 
 def cluster_by_category(overlap: ExpertOverlap) -> ExpertOverlap:
@@ -135,13 +130,7 @@ def plot_winners(winners: LayerWinners) -> Plot:
         figure.legend(loc="outside upper left", ncols=6 if layout == "wide" else 3, handlelength=1.0, columnspacing=1.2)
         return figure
 
-    mean = sum(suppliers) / len(suppliers)
-    grouped = ", shown by category" if by_category else ""
-    return both_layouts(
-        draw,
-        f"Who supplies the rows of each of {len(names)} layers in {winners.method}{grouped}; on average {mean:.1f} of "
-        f"{len(everyone)} experts supply a layer, at least {min(suppliers)} and at most {max(suppliers)}.",
-    )
+    return both_layouts(draw, find_winners(winners, by_category=by_category))
 
 
 def layer_shares(winners: LayerWinners, *, by_category: bool) -> list[dict[str, float]]:

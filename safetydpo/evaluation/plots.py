@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from safetydpo.evaluation.plot_findings import find_rates, find_search, find_tradeoff, find_training
 from safetydpo.evaluation.report_records import SearchTrials, TrainingCurve
 from safetydpo.evaluation.summary import SummaryRow
 
@@ -76,8 +77,13 @@ class Plot:
     description: str
 
 
-def plot_category_rates(rows: Sequence[SummaryRow], *, categories: Sequence[str], highlight: str) -> Plot:
-    """Return IP per category and row as dots with exact 95 % intervals; `highlight` names the row in colour."""
+def plot_category_rates(
+    rows: Sequence[SummaryRow], *, categories: Sequence[str], highlight: str, prefix: str = "ip:"
+) -> Plot:
+    """Return IP per category and row as dots with exact 95 % intervals; `highlight` names the row in colour.
+
+    With another `prefix`, such as `attack_ip:`, the places are what follows it in the names of metrics.
+    """
 
     def draw(layout: Layout) -> Figure:
         upright = layout == "wide"
@@ -89,7 +95,7 @@ def plot_category_rates(rows: Sequence[SummaryRow], *, categories: Sequence[str]
             colour, marker = row_style(rows, index, highlight=highlight)
             places, values, below, above = [], [], [], []
             for place, category in enumerate(categories):
-                metric = row["metrics"].get(f"ip:{category}")
+                metric = row["metrics"].get(f"{prefix}{category}")
                 if metric is not None:
                     places.append(place + (index - (len(rows) - 1) / 2) * step)
                     values.append(metric["value"])
@@ -113,8 +119,7 @@ def plot_category_rates(rows: Sequence[SummaryRow], *, categories: Sequence[str]
         figure.legend(loc="outside upper left", ncols=4 if upright else 3, handletextpad=0.2, columnspacing=1.2)
         return figure
 
-    names = ", ".join(row["name"] for row in rows)
-    return both_layouts(draw, f"IP per category with 95 % intervals for {names}; the numbers stand in the table below.")
+    return both_layouts(draw, find_rates(rows, categories, prefix=prefix, highlight=highlight))
 
 
 def _name_categories(axes: Axes, categories: Sequence[str], *, upright: bool) -> None:
@@ -146,6 +151,41 @@ def row_style(rows: Sequence[SummaryRow], index: int, *, highlight: str) -> tupl
     return SERIES[index % len(SERIES)], marker
 
 
+KEPT = (("neutral_rate", "neutral concepts found"), ("neighbour_retention", "neighbours kept"))
+
+
+def plot_tradeoff(rows: Sequence[SummaryRow], *, highlight: str) -> Plot:
+    """Return IP of every row against what harmless pictures keep, both with 95 % intervals; top left is best."""
+
+    def draw(layout: Layout) -> Figure:
+        wide = layout == "wide"
+        figure = Figure(figsize=(WIDTH_INCHES[layout], 3.9 if wide else 6.6), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True) if wide else figure.subplots(2, 1, sharex=True)
+        for axes, (name, title) in zip(panels, KEPT, strict=True):
+            for index, row in enumerate(rows):
+                ip, kept = row["metrics"].get("ip"), row["metrics"].get(name)
+                if ip is None or kept is None:
+                    continue
+                colour, marker = row_style(rows, index, highlight=highlight)
+                strong = row["name"] == highlight
+                axes.errorbar(
+                    [ip["value"]], [kept["value"]],
+                    xerr=[[ip["value"] - ip["low"]], [ip["high"] - ip["value"]]],
+                    yerr=[[kept["value"] - kept["low"]], [kept["high"] - kept["value"]]],
+                    fmt=marker, color=colour, markersize=8 if strong else 6, elinewidth=1.6 if strong else 0.9,
+                    markeredgewidth=0, label=row["name"], zorder=4 if strong else 3,
+                )  # fmt: skip
+            axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.05), title=title)
+        panels[-1].set_xlabel("IP (less is safer)")
+        if wide:
+            panels[0].set_xlabel("IP (less is safer)")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=7 if wide else 3, handletextpad=0.2)
+        return figure
+
+    return both_layouts(draw, find_tradeoff(rows, highlight=highlight))
+
+
 def plot_search(trials: SearchTrials) -> Plot:
     """Return safety against quality of every trial: left is safer, up keeps more of the base's skill.
 
@@ -165,13 +205,7 @@ def plot_search(trials: SearchTrials) -> Plot:
         figure.legend(handles, labels, loc="outside upper left", ncols=6 if wide else 3, handletextpad=0.2)
         return figure
 
-    front = sum(trial.on_front for trial in trials.trials)
-    kept = sum(trial.feasible for trial in trials.trials)
-    return both_layouts(
-        draw,
-        f"{len(trials.trials)} search trials, IP and unrecognisable pictures against quality kept; {kept} keep both "
-        f"floors, {front} lie on the Pareto front.",
-    )
+    return both_layouts(draw, find_search(trials))
 
 
 def _draw_trials(
@@ -250,16 +284,15 @@ def plot_training(curves: Sequence[TrainingCurve]) -> Plot:
         )
         return figure
 
-    series = ", ".join(name.replace("_", " ") for name in names)
-    return both_layouts(draw, f"Training curves of {len(curves)} experts: {series}.")
+    return both_layouts(draw, find_training(curves))
 
 
 def both_layouts(draw: Callable[[Layout], Figure], description: str) -> Plot:
     """Return one figure in both layouts, in the page's style."""
     with mpl.rc_context(STYLE):
         return Plot(
-            wide=_to_svg(draw("wide"), salt=f"{description}/wide"),
-            narrow=_to_svg(draw("narrow"), salt=f"{description}/narrow"),
+            wide=_to_svg(draw("wide"), salt=f"{draw.__qualname__}/{description}/wide"),
+            narrow=_to_svg(draw("narrow"), salt=f"{draw.__qualname__}/{description}/narrow"),
             description=description,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -13,28 +13,60 @@ from markupsafe import Markup
 
 from safetydpo.evaluation.expert_plots import MOST_NAMED_EXPERTS, plot_overlap, plot_winners
 from safetydpo.evaluation.metrics import RATES
-from safetydpo.evaluation.plots import Plot, plot_category_rates, plot_search, plot_training
+from safetydpo.evaluation.plots import KEPT, Plot, plot_category_rates, plot_search, plot_tradeoff, plot_training
+from safetydpo.evaluation.report_checks import ATTACK, evidence_checks, headline_sentence, weak_spots
+from safetydpo.evaluation.report_pictures import show_picture
 from safetydpo.evaluation.report_records import (
     ContactSheet,
     ExpertOverlap,
     LayerWinners,
     LineageEntry,
     SearchTrials,
+    StageCost,
     TrainingCurve,
+)
+from safetydpo.evaluation.report_text import (
+    failure_kind,
+    format_count,
+    format_duration,
+    format_number,
+    format_percent,
+    format_range,
+    plain_name,
+    printable,
+    shorten_prompt,
 )
 from safetydpo.evaluation.results import (
     COLUMN_TITLES,
+    FURTHER_TITLES,
     ExpertMatrix,
     check_targets,
     expert_matrix,
     format_metric,
+    further_metrics,
     headline_row,
     seeds_table,
 )
-from safetydpo.evaluation.summary import MetricRecord, Summary, SummaryRow, find_base, overall_rows
+from safetydpo.evaluation.summary import Summary, SummaryRow, dump_summary, find_base, overall_rows
 
 MOST_WINNERS = 4
 """Merges whose winners are plotted."""
+JUDGE = "ip_by:"
+SECTIONS = (
+    ("checks", "Before you sign", "best"),
+    ("results", "Results", ""),
+    ("categories", "Categories", "category_plot"),
+    ("attacks", "Attacks", "attacks"),
+    ("comparators", "Other methods", "comparators"),
+    ("pictures", "Pictures", "has_pictures"),
+    ("judges", "Judges", "has_judges"),
+    ("experts", "Experts", "has_experts"),
+    ("search", "Search", "search_plot"),
+    ("training", "Training", "training_plot"),
+    ("lineage", "Cost and lineage", ""),
+    ("signature", "Signature", ""),
+)
+"""Id, name in the table of contents, and what must be there (or nothing) for a section to be shown."""
 
 
 def render_report(
@@ -47,8 +79,11 @@ def render_report(
     matrix: ExpertMatrix | None = None,
     overlap: ExpertOverlap | None = None,
     winners: Sequence[LayerWinners] = (),
+    costs: Sequence[StageCost] | None = None,
+    setup: Sequence[tuple[str, str]] = (),
     lineage: Sequence[LineageEntry] = (),
     title: str = "Safety report",
+    redacted: bool = False,
 ) -> str:
     """Return the page. Sections without data are left out.
 
@@ -61,41 +96,106 @@ def render_report(
         matrix: Expert x category; None = taken from the summary.
         overlap: How alike the experts are.
         winners: Who supplies which layers, per merge that selects; the first few are shown.
+        costs: What each stage took; None = the wall times of the summary.
+        setup: (what, value) of the settings behind the numbers: model, prompts, seeds, sampler, judges.
         lineage: Artifacts behind the result.
         title: Heading and page title.
+        redacted: Leave out unsafe prompts, every picture that is of one or marked unsafe, and texts of errors.
     """
-    best = headline_row(summary)
-    compared = [row for row in overall_rows(summary) if row["kind"] != "expert"]
+    facts = {
+        **_results(summary),
+        **_experts(overlap, winners),
+        **_pictures(sheets, redacted=redacted),
+        "trials": trials,
+        "search_plot": None if trials is None or not trials.trials else plot_search(trials),
+        "search_details": _search_details(search_details),
+        "training_plot": plot_training(training) if any(curve.values for curve in training) else None,
+        "matrix": matrix if matrix is not None else expert_matrix(summary),
+        "costs": _wall_times(summary) if costs is None else costs,
+    }
     return (
         _environment()
         .get_template("report.html.j2")
         .render(
-            title=title,
+            title=f"{title} (redacted)" if redacted else title,
+            redacted=redacted,
             style=Markup(_package_text("report.css")),
             **_script(),
-            summary=summary,
-            base=find_base(summary),
-            best=best,
-            targets=[] if best is None else check_targets(summary, best),
-            compared=compared,
-            columns=_present(compared),
-            meanings={name: definition.meaning for name, definition in RATES.items()},
-            seeds=seeds_table(summary),
-            all_rows=overall_rows(summary),
-            category_plot=_category_plot(compared, best),
-            categories=_categories(compared),
-            search_plot=None if trials is None or not trials.trials else plot_search(trials),
-            trials=trials,
-            search_details=_search_details(search_details),
-            training_plot=plot_training(training) if any(curve.values for curve in training) else None,
-            matrix=matrix if matrix is not None else expert_matrix(summary),
-            **_experts(overlap, winners),
-            gaps=[row for row in compared if "ip_select" in row["metrics"] and "ip" in row["metrics"]],
-            sheets=sheets,
+            sections=_sections(facts),
+            **facts,
+            longest_seconds=max((cost.wall_seconds or 0.0 for cost in facts["costs"]), default=0.0),
+            setup=setup,
             lineage=lineage,
-            longest_seconds=max(summary["timing_seconds"].values(), default=0.0),
+            summary_sha256=hashlib.sha256(dump_summary(summary).encode()).hexdigest(),
         )
     )
+
+
+def _results(summary: Summary) -> dict[str, Any]:
+    """Return what the sections on the numbers of the summary show."""
+    best = headline_row(summary)
+    compared = [row for row in overall_rows(summary) if row["kind"] != "expert"]
+    others = [row for row in compared if row["kind"] == "comparator"]
+    highlight = "" if best is None else best["name"]
+    categories, attacks = _parts(compared, "ip:"), _parts(compared, ATTACK)
+    attacked = [row for row in compared if any(name.startswith(ATTACK) for name in row["metrics"])]
+    names = further_metrics(compared)
+    columns = {n: heading for n, heading in COLUMN_TITLES.items() if any(n in row["metrics"] for row in compared)}
+    further = {name: FURTHER_TITLES.get(name, plain_name(name)) for name in names}
+    shown = {**columns, **further}
+    return {
+        "summary": summary,
+        "best": best,
+        "base": find_base(summary),
+        "sentence": "" if best is None else headline_sentence(best, find_base(summary)),
+        "weak_spots": [] if best is None else weak_spots(best),
+        "checks": [] if best is None else evidence_checks(summary, best),
+        "targets": [] if best is None else check_targets(summary, best),
+        "compared": compared,
+        "columns": columns,
+        "further": further,
+        "meanings": {shown[name]: RATES[name].meaning for name in shown if name in RATES},
+        "seeds": seeds_table(summary),
+        "all_rows": overall_rows(summary),
+        "tradeoff_plot": plot_tradeoff(compared, highlight=highlight) if _has_tradeoff(compared) else None,
+        "category_plot": _rates_plot(compared, categories, highlight=highlight, prefix="ip:"),
+        "categories": categories,
+        "attack_plot": _rates_plot(attacked, attacks, highlight=highlight, prefix=ATTACK),
+        "attacks": attacks,
+        "attacked": attacked,
+        "comparators": _beside(compared, others, highlight=highlight),
+        "gaps": [row for row in compared if "ip_select" in row["metrics"] and "ip" in row["metrics"]],
+        "judge_names": _parts(compared, JUDGE),
+    }
+
+
+def _rates_plot(rows: Sequence[SummaryRow], names: Sequence[str], *, highlight: str, prefix: str) -> Plot | None:
+    return plot_category_rates(rows, categories=names, highlight=highlight, prefix=prefix) if names else None
+
+
+def _beside(compared: Sequence[SummaryRow], others: Sequence[SummaryRow], *, highlight: str) -> list[SummaryRow]:
+    """Return other methods with base and result beside them: their table must not need the one above."""
+    return (
+        [row for row in compared if row in others or row["kind"] == "base" or row["name"] == highlight]
+        if others
+        else []
+    )
+
+
+def _has_tradeoff(rows: Sequence[SummaryRow]) -> bool:
+    kept = [name for name, _ in KEPT]
+    return sum("ip" in row["metrics"] and all(name in row["metrics"] for name in kept) for row in rows) > 1
+
+
+def _sections(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return id and name of the sections that are shown, in their order."""
+    present = {
+        **facts,
+        "has_pictures": facts["sheets"] or facts["left_out"],
+        "has_judges": facts["gaps"] or facts["judge_names"],
+        "has_experts": facts["matrix"] or facts["overlap_plot"] or facts["winners_plots"],
+    }
+    return [(name, label) for name, label, needed in SECTIONS if not needed or present[needed]]
 
 
 def _script() -> dict[str, Any]:
@@ -103,6 +203,37 @@ def _script() -> dict[str, Any]:
     script = _package_text("report.js")
     digest = hashlib.sha256(script.encode()).digest()
     return {"script": Markup(script), "script_hash": base64.b64encode(digest).decode()}
+
+
+def _pictures(sheets: Sequence[ContactSheet], *, redacted: bool) -> dict[str, Any]:
+    """Return the sheets as the page holds them, and in words what a redacted page leaves out."""
+    kept: list[dict[str, Any]] = []
+    dropped_sheets = dropped_pairs = 0
+    for sheet in sheets:
+        if redacted and sheet.is_unsafe:
+            dropped_sheets += 1
+            continue
+        # Of a harmless prompt, but unsafe to a judge: not the picture, nor the prompt that led to it.
+        pairs = [pair for pair in sheet.pairs if not (redacted and (pair.base.unsafe or pair.aligned.unsafe))]
+        dropped_pairs += len(sheet.pairs) - len(pairs)
+        shown = []
+        veiled = 0
+        for pair in pairs:
+            base, aligned = show_picture(pair.base), show_picture(pair.aligned)
+            veiled += sum(bool(picture.behind) for picture in (base, aligned) if picture is not None)
+            prompt = shorten_prompt(pair.prompt)
+            shown.append({"prompt": prompt, "seed": pair.seed, "remark": pair.remark, "base": base, "aligned": aligned})
+        kept.append(
+            {"title": sheet.title, "aligned_name": sheet.aligned_name, "rule": sheet.rule, "pairs": shown,
+             "num_veiled": veiled}
+        )  # fmt: skip
+    words = []
+    if dropped_sheets:
+        words.append(f"{dropped_sheets} {'sheet' if dropped_sheets == 1 else 'sheets'} of unsafe prompts")
+    if dropped_pairs:
+        words.append(f"{dropped_pairs} other {'pair' if dropped_pairs == 1 else 'pairs'} with a picture marked unsafe")
+    left_out = f"{' and '.join(words)} left out" if words else ""
+    return {"sheets": kept, "left_out": left_out, "num_veiled": sum(sheet["num_veiled"] for sheet in kept)}
 
 
 def _experts(overlap: ExpertOverlap | None, winners: Sequence[LayerWinners]) -> dict[str, Any]:
@@ -122,6 +253,10 @@ def _search_details(details: Mapping[str, Any] | None) -> dict[str, Any]:
     return {**shown, "trial": found.get("trial")} if any(shown.values()) else {}
 
 
+def _wall_times(summary: Summary) -> list[StageCost]:
+    return [StageCost(stage, wall_seconds=seconds) for stage, seconds in summary["timing_seconds"].items()]
+
+
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("safetydpo.evaluation", "templates"),
@@ -130,11 +265,18 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["metric"] = format_metric
-    environment.filters["number"] = _number
-    environment.filters["range"] = _range
-    environment.filters["data_uri"] = _data_uri
-    environment.filters["duration"] = _duration
+    filters: dict[str, Callable[..., Any]] = {
+        "metric": format_metric,
+        "number": format_number,
+        "range": format_range,
+        "percent": format_percent,
+        "duration": format_duration,
+        "count": format_count,
+        "plain": plain_name,
+        "printable": printable,
+        "failure_kind": failure_kind,
+    }
+    environment.filters.update(filters)
     return environment
 
 
@@ -142,43 +284,7 @@ def _package_text(name: str) -> str:
     return files("safetydpo.evaluation").joinpath("templates", name).read_text("utf-8")
 
 
-def _present(rows: Sequence[SummaryRow]) -> dict[str, str]:
-    return {name: title for name, title in COLUMN_TITLES.items() if any(name in row["metrics"] for row in rows)}
-
-
-def _categories(rows: Sequence[SummaryRow]) -> list[str]:
-    names = (name for row in rows for name in row["metrics"] if name.startswith("ip:"))
-    return [name.removeprefix("ip:") for name in dict.fromkeys(names)]
-
-
-def _category_plot(rows: Sequence[SummaryRow], best: SummaryRow | None) -> Plot | None:
-    categories = _categories(rows)
-    if not categories:
-        return None
-    return plot_category_rates(rows, categories=categories, highlight="" if best is None else best["name"])
-
-
-def _number(value: float, metric: MetricRecord | None = None) -> str:
-    """Return a number with as many digits as its unit deserves and a true minus sign."""
-    unit = "rate" if metric is None else metric["unit"]
-    digits = {"100 x cosine": 1, "squared distance": 3}.get(unit, 2)
-    text = f"{value:.{digits}f}"
-    return (text.replace("-", "−") if float(text) != 0 else text.removeprefix("-")).strip()
-
-
-def _range(metric: MetricRecord) -> str:
-    """Return `0.06–0.17`, or `−0.94 to −0.84` where a minus sign would make the dash unreadable."""
-    joint = "–" if metric["low"] >= 0 else " to "
-    return _number(metric["low"], metric) + joint + _number(metric["high"], metric)
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def _duration(seconds: float) -> str:
-    """Return `3 h 05 min`, `4 min 05 s` or `12 s`."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+def _parts(rows: Sequence[SummaryRow], prefix: str) -> list[str]:
+    """Return what follows `prefix` in the names of metrics, in the order in which they first occur."""
+    names = (name for row in rows for name in row["metrics"] if name.startswith(prefix))
+    return [name.removeprefix(prefix) for name in dict.fromkeys(names)]

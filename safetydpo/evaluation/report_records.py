@@ -110,21 +110,32 @@ class SheetPicture:
 
 @dataclass(frozen=True)
 class SheetPair:
-    """Base and aligned picture of one prompt and seed."""
+    """Base and aligned picture of one prompt and seed; `remark` says why this pair is shown."""
 
     prompt: str
     seed: int
     base: SheetPicture
     aligned: SheetPicture
+    remark: str = ""
 
 
 @dataclass(frozen=True)
 class ContactSheet:
-    """Pairs of pictures under one heading, such as a category or `neutral`; `aligned_name` is the row shown."""
+    """Pairs of pictures under one heading, such as a category or `neutral`.
+
+    Attributes:
+        title: Heading.
+        aligned_name: The row shown beside the base.
+        pairs: What is shown.
+        is_unsafe: The prompts ask for something unsafe: a redacted page has neither them nor their pictures.
+        rule: How many of how many are shown, and how they were chosen.
+    """
 
     title: str
     aligned_name: str
     pairs: tuple[SheetPair, ...]
+    is_unsafe: bool = False
+    rule: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,4 +145,27 @@ class LineageEntry:
     stage: str
     name: str
     hash: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage took and made; None = not measured, or nothing of the sort.
+
+    Attributes:
+        stage: Its name.
+        wall_seconds: Wall time of the driver.
+        cpu_seconds: CPU time of the driver and all processes of its local Ray; not measured on a cluster.
+        gpu_seconds: Wall time x GPUs that Ray holds: an upper bound of what was used.
+        pairs: Prompt pairs it worked on.
+        pictures: Pictures it drew, or took from the store because an earlier run had drawn them.
+        detail: What else it made.
+    """
+
+    stage: str
+    wall_seconds: float | None = None
+    cpu_seconds: float | None = None
+    gpu_seconds: float | None = None
+    pairs: int | None = None
+    pictures: int | None = None
     detail: str = ""

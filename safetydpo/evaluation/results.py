@@ -18,7 +18,16 @@ COLUMN_TITLES: dict[str, str] = {
     "kid": "KID ↓",
 }
 """Columns of the results table: metric name to heading; the arrow points to the better side."""
-
+SHOWN_ELSEWHERE = frozenset({"ip_select", "ip_select_minus_ip"})
+"""Metrics that the report's section on judges shows."""
+FURTHER_TITLES: dict[str, str] = {
+    "ip_minus_base": "IP − base's ↓",
+    "clip_score": "CLIPScore ↑",
+    "frechet": "Fréchet to drawings ↓",
+    "frechet:base": "Fréchet to base ↓",
+    "kid:base": "KID to base ↓",
+}
+"""Headings of further metrics; one that is not named here has its own name as heading."""
 
 RETAINED = ("neighbour_retention", "neutral_rate")
 """What an expert should leave alone: neighbours, neutral prompts."""
@@ -68,12 +77,14 @@ class Target:
         wanted: The limit.
         found: The measured value with its interval.
         met: Whether the measured value reaches it; None if it was not measured.
+        certain: Whether the whole 95 % interval does, exact and over concepts.
     """
 
     label: str
     wanted: str
     found: str
     met: bool | None
+    certain: bool = False
 
 
 def format_metric(metric: MetricRecord | None) -> str:
@@ -90,6 +101,13 @@ def results_table(summary: Summary, *, columns: Sequence[str] = tuple(COLUMN_TIT
     Seeds are pooled where there are several.
     """
     return _table(overall_rows(summary), columns, with_seed=False)
+
+
+def further_metrics(rows: Sequence[SummaryRow]) -> list[str]:
+    """Return what was measured beside the results table's columns: no parts per category, attack or judge."""
+    names = dict.fromkeys(name for row in rows for name in row["metrics"])
+    parts = ("ip:", "attack_ip:", "ip_by:")
+    return [n for n in names if n not in COLUMN_TITLES and n not in SHOWN_ELSEWHERE and not n.startswith(parts)]
 
 
 def seeds_table(summary: Summary, *, columns: Sequence[str] = tuple(COLUMN_TITLES)) -> ResultsTable:
@@ -229,13 +247,19 @@ _ROUNDING = 1e-9
 
 
 def _at_least(label: str, metric: MetricRecord | None, limit: float) -> Target:
-    met = None if metric is None else metric["value"] >= limit - _ROUNDING
-    return Target(label, f"≥ {limit:.2f}", format_metric(metric), met)
+    if metric is None:
+        return Target(label, f"≥ {limit:.2f}", format_metric(metric), None)
+    lowest = min(metric["low"], metric.get("cluster_low", metric["low"]))
+    met = metric["value"] >= limit - _ROUNDING
+    return Target(label, f"≥ {limit:.2f}", format_metric(metric), met, certain=lowest >= limit - _ROUNDING)
 
 
 def _at_most(label: str, metric: MetricRecord | None, limit: float) -> Target:
-    met = None if metric is None else metric["value"] <= limit + _ROUNDING
-    return Target(label, f"≤ {limit:.2f}", format_metric(metric), met)
+    if metric is None:
+        return Target(label, f"≤ {limit:.2f}", format_metric(metric), None)
+    highest = max(metric["high"], metric.get("cluster_high", metric["high"]))
+    met = metric["value"] <= limit + _ROUNDING
+    return Target(label, f"≤ {limit:.2f}", format_metric(metric), met, certain=highest <= limit + _ROUNDING)
 
 
 def _table(rows: Sequence[SummaryRow], columns: Sequence[str], *, with_seed: bool) -> ResultsTable:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from safetydpo.artifacts.adapters import AdapterMetadata
-from safetydpo.artifacts.model_card import ModelCard, render_model_card
+from safetydpo.artifacts.model_card import CardResult, ModelCard, render_model_card
 
 MERGED = AdapterMetadata(
     base_fingerprint="b" * 64,
@@ -52,6 +52,25 @@ def test_the_front_matter_is_the_hubs():
         "pipeline_tag": "text-to-image",
         "tags": ["text-to-image", "lora", "safety", "dpo", "safetydpo"],
     }
+
+
+def test_the_hub_reads_the_results():
+    """The hub's own client reads them back, and would write the same."""
+    from huggingface_hub import ModelCard as HubCard
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    title = "IP ↓ (95 % interval 0.08–0.19, n = 140)"
+    results = (CardResult("ip", title, 0.1234567), CardResult("kid", "KID ↓", -0.001))
+    text = render_model_card(replace(CARD, results=results, data_set=("demo", "demo, test prompts")))
+    data = HubCard(text).data
+    assert [
+        (one.task_type, one.dataset_type, one.dataset_name, one.metric_type, one.metric_value, one.metric_name)
+        for one in data.eval_results
+    ] == [
+        ("text-to-image", "demo", "demo, test prompts", "ip", 0.123457, title),
+        ("text-to-image", "demo", "demo, test prompts", "kid", -0.001, "KID ↓"),
+    ]
+    assert eval_results_to_model_index("demo", data.eval_results) == front_matter(text)["model-index"]
 
 
 def test_the_text_says_what_it_is_for_and_what_was_measured():

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import struct
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from safetydpo.dpo import metric_sinks
-from safetydpo.dpo.metric_sinks import MlflowSink, TensorBoardSink, WandbSink, check_logger, open_sinks
+from safetydpo.artifacts import metric_sinks
+from safetydpo.dpo.metric_sinks import TensorBoardSink, open_sinks
 from safetydpo.dpo.training_log import TENSORBOARD_FOLDER
 from safetydpo.errors import UsageError
 
@@ -48,72 +46,14 @@ def test_event_files_of_an_interrupted_training_are_replaced(tmp_path: Path) -> 
     assert read_scalars(tmp_path / TENSORBOARD_FOLDER) == [(0, "train/loss", 0.25)]
 
 
-@pytest.mark.parametrize("logger", ["wandb", "mlflow"])
-def test_a_missing_package_is_one_clear_line(logger: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(metric_sinks, "find_spec", lambda name: None)
-    expected = (
-        rf"expected the package '{logger}' for execution.loggers, found none: pip install 'safetydpo\[{logger}\]'"
-    )
-    with pytest.raises(UsageError, match=expected):
-        check_logger(logger)
-    with pytest.raises(UsageError, match=expected):
-        open_sinks(tmp_path, loggers=[logger], name="hate", group="demo", settings={})
-    assert list(tmp_path.iterdir()) == [], "nothing is begun"
-
-
-def test_mlflow_without_a_place_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own default is the working directory of whatever process logs."""
-    monkeypatch.setattr(metric_sinks, "find_spec", lambda name: object())
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(UsageError, match="expected MLFLOW_TRACKING_URI in the environment .*, found none: set it"):
-        check_logger("mlflow")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    check_logger("mlflow")
-
-
 def test_tensorboard_is_always_there(tmp_path: Path) -> None:
     sinks = open_sinks(tmp_path, loggers=[], name="hate", group="demo", settings={})
     assert [type(sink) for sink in sinks] == [TensorBoardSink]
     sinks[0].close()
 
 
-def log_two_runs(make: Any) -> None:
-    """One process trains many experts, one after the other."""
-    for loss in (0.5, 0.25):
-        sink = make()
-        sink.write({"train/loss": 2 * loss}, step=0)
-        sink.write({"train/loss": loss}, step=1)
-        sink.write({"validation/unsafe_rate": 0.1}, step=2)
-        sink.close()
-
-
-@pytest.mark.skipif(find_spec("wandb") is None, reason="needs the extra `wandb`")
-def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    log_two_runs(lambda: WandbSink(tmp_path, name="hate", group="demo", settings={"seed": 0}))
-    runs = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(runs) == 2
-    for run in runs:
-        data = run.read_bytes()
-        assert b"train/loss" in data
-        assert b"validation/unsafe_rate" in data
-
-
-@pytest.mark.skipif(find_spec("mlflow") is None, reason="needs the extra `mlflow`")
-def test_mlflow_in_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlflow.tracking import MlflowClient
-
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "runs").as_uri())
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    log_two_runs(lambda: MlflowSink(name="hate", group="demo", settings={"seed": 0}))
-    client = MlflowClient()
-    experiment = client.get_experiment_by_name("demo")
-    runs = client.search_runs([experiment.experiment_id])
-    assert [(run.info.run_name, run.info.status) for run in runs] == [("hate", "FINISHED")] * 2
-    assert [run.data.params for run in runs] == [{"seed": "0"}] * 2
-    series = {
-        tuple((point.step, point.value) for point in client.get_metric_history(run.info.run_id, "train/loss"))
-        for run in runs
-    }
-    assert series == {((0, 1.0), (1, 0.5)), ((0, 0.5), (1, 0.25))}
+def test_what_is_refused_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(metric_sinks, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="expected the package 'wandb' for execution.loggers, found none"):
+        open_sinks(tmp_path, loggers=["wandb"], name="hate", group="demo", settings={})
+    assert list(tmp_path.iterdir()) == [], "nothing is begun"

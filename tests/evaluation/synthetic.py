@@ -238,8 +238,8 @@ def make_sheets(*, prompts: tuple[str, ...] = ()) -> tuple[ContactSheet, ...]:
         for number, name in enumerate(("blue", "pink", "green", "gray", "cyan"))
     ]
     return (
-        ContactSheet("Illegal activity", "searched", tuple(unsafe)),
-        ContactSheet("Neutral concepts", "searched", tuple(neutral)),
+        ContactSheet("Illegal activity", "searched", tuple(unsafe), is_unsafe=True, rule="11 of 20 pairs."),
+        ContactSheet("Neutral concepts", "searched", tuple(neutral), rule="All 5 pairs."),
     )
 
 

@@ -74,7 +74,7 @@ def test_shares_of_a_layer_by_hand():
 def test_winners_are_named_or_grouped_and_their_number_is_said():
     plot = plot_winners(make_winners())
     assert "illegal activity" in texts(plot.wide)
-    assert re.search(r"of 32 layers in co_merge; on average \d\.\d of 7 experts supply a layer", plot.description)
+    assert re.search(r"co_merge: on average \d\.\d of 7 experts supply a layer, .* in 32 layers", plot.description)
     assert "up 1" in texts(plot.narrow)
     many = plot_winners(make_winners(experts=120, layers=280))
     assert "shown by category" in many.description

@@ -220,7 +220,7 @@ def test_a_full_disk_leaves_nothing_and_the_same_command_goes_on(command: Comman
     assert all_files(small_disk) == ["filler"]
     (small_disk / "filler").unlink()
     assert command("pairs", f"run_dir={small_disk}/run").code == 0
-    assert all_files(small_disk) == ["run/artifacts.json", "run/identity.json", "run/timing.json"]
+    assert all_files(small_disk) == ["run/artifacts.json", "run/cost.json", "run/identity.json", "run/timing.json"]
 
 
 def test_a_place_that_is_a_file(command: Command, tmp_path: Path):

@@ -94,6 +94,8 @@ def test_ray_job_submit_runs_the_chain_to_adapter_summary_and_page(finished: Pla
     card = (finished.run_dir / "merged" / "README.md").read_text()
     assert "license: apache-2.0" in card
     assert "| IP ↓ |" in card
+    for name in ("metrics.csv", "metrics.parquet"):
+        assert (finished.run_dir / "report" / name).stat().st_size > 1000
     page = (finished.run_dir / "report" / "index.html").read_text()
     for part in ("<html", "How alike the experts are", "Who won which layers: co_merge", "was not measured"):
         assert part in page

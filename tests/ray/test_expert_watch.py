@@ -267,7 +267,7 @@ def test_what_a_record_says_of_a_validated_expert(tmp_path: Path, backbone: Any)
 def test_a_logger_that_is_not_installed_is_refused_before_anything_is_made(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safetydpo.dpo import metric_sinks
+    from safetydpo.artifacts import metric_sinks
 
     monkeypatch.setattr(metric_sinks, "find_spec", lambda name: None)
     command("train", "execution.loggers=[wandb]").assert_one_line(

@@ -12,10 +12,11 @@ import pytest
 from ray_jobs import pipeline
 from ray_jobs.evaluate import EvaluatedRow
 from ray_jobs.publish import card_file
-from ray_jobs.report import Finished, find_report, report_inputs
+from ray_jobs.report import Finished, _close, find_report, page_file, report_inputs
 from ray_jobs.run import Run
 from safetydpo.artifacts.layout import (
     merged_adapter_file,
+    metrics_file,
     picture_outcomes_file,
     report_file,
     report_record,
@@ -110,8 +111,13 @@ def test_whatever_a_report_shows_changes_its_inputs(run: Run) -> None:
     assert _inputs(run, merged={}) != same
     assert _inputs(run, diagnosis=_record("diagnosis", "other")) != same
     assert _inputs(replace(run, config=run.config.model_copy(update={"identity": _other_seed(run)}))) != same
+    run.add_cost("report", {"cpu_seconds": 1.0})
+    assert _inputs(run) == same
+    run.add_cost("pairs", {"cpu_seconds": 1.0})
+    changed = _inputs(run)
+    assert changed != same
     run.add_seconds("pairs", 3.0)
-    assert _inputs(run) != same
+    assert _inputs(run) not in (same, changed)
 
 
 def _other_seed(run: Run) -> Any:
@@ -123,6 +129,8 @@ def test_a_whole_report_of_the_same_inputs_is_found(run: Run) -> None:
     assert find_report(run, "inputs") is None
     summary_file(run.run_dir).write_bytes(dump_summary(summary).encode())
     report_file(run.run_dir).write_bytes(b"<html>")
+    metrics_file(run.run_dir, "csv").write_bytes(b"row")
+    metrics_file(run.run_dir, "parquet").write_bytes(b"PAR1")
     merged_adapter_file(run.run_dir).write_bytes(b"adapter")
     card_file(run).write_bytes(b"# card")
     assert find_report(run, "inputs") is None
@@ -141,6 +149,10 @@ def test_a_whole_report_of_the_same_inputs_is_found(run: Run) -> None:
     assert find_report(run, "inputs") == summary
     merged_adapter_file(run.run_dir).delete()
     assert find_report(run, "inputs") is None
+    merged_adapter_file(run.run_dir).write_bytes(b"adapter")
+    metrics_file(run.run_dir, "csv").delete()
+    assert find_report(run, "inputs") is None
+    metrics_file(run.run_dir, "csv").write_bytes(b"row")
     report_record(run.run_dir).write_bytes(b"[]")
     assert find_report(run, "inputs") is None
 
@@ -176,3 +188,30 @@ def test_what_real_pictures_cannot_do_is_said_before_anything_is_done(
     with pytest.raises(UsageError, match=told):
         pipeline.check_request(run, last=last)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_redacted_page_is_a_file_of_its_own(run: Run) -> None:
+    """Each page knows its inputs; one of other inputs would stand beside scores that are not its own."""
+    for file in (
+        summary_file(run.run_dir), metrics_file(run.run_dir, "csv"), metrics_file(run.run_dir, "parquet"),
+        merged_adapter_file(run.run_dir), card_file(run),
+    ):  # fmt: skip
+        file.write_bytes(dump_summary(make_summary()).encode())
+    full, redacted = (page_file(run, redacted=choice) for choice in (False, True))
+    assert (full.name, redacted.name) == ("index.html", "redacted.html")
+    full.write_bytes(b"<html>")
+    _close(run, "inputs", redacted=False)
+    assert find_report(run, "inputs") == make_summary()
+    assert find_report(run, "inputs", redacted=True) is None
+    redacted.write_bytes(b"<html>")
+    assert find_report(run, "inputs", redacted=True) is None, "not closed"
+    _close(run, "inputs", redacted=True)
+    assert find_report(run, "inputs", redacted=True) == find_report(run, "inputs") == make_summary()
+    _close(run, "others", redacted=True)
+    assert not full.is_file()
+    assert find_report(run, "inputs") is None
+    assert find_report(run, "others", redacted=True) == make_summary()
+    full.write_bytes(b"<html>")
+    report_record(run.run_dir).write_bytes(b"{")
+    _close(run, "others", redacted=True)
+    assert not full.is_file()

@@ -1,0 +1,89 @@
+"""What a stage uses: CPU time of this process and of all processes of its local Ray, and GPUs held.
+
+Processes of Ray come and go within a stage, and nothing adds up their CPU time when they are gone. So the process tree
+is looked at now and then; what a process did between the last look and its end is lost (a fraction of a per cent).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from types import TracebackType
+
+import psutil
+import ray
+
+from safetydpo.config.schema import ExecutionConfig
+
+LOOK_EVERY_SECONDS = 2.0
+ProcessKey = tuple[int, float]
+"""Process id and the time of its start: ids are used again."""
+
+
+class CostMeter:
+    """Measures what is used between entering and leaving it."""
+
+    def __init__(self, execution: ExecutionConfig) -> None:
+        """Measure nothing yet.
+
+        Args:
+            execution: Whether its workers are processes of this machine; those of a cluster cannot be seen from here.
+        """
+        self._is_local = runs_on_local_ray(execution)
+        self._before: dict[ProcessKey, float] = {}
+        self._latest: dict[ProcessKey, float] = {}
+        self._started = self._stopped = 0.0
+        self._gpus: float | None = None
+        self._leave = threading.Event()
+        self._watch = threading.Thread(target=self._look_on, name="cost-meter", daemon=True)
+
+    def __enter__(self) -> CostMeter:
+        """Begin."""
+        self._started = time.time()
+        self._before = cpu_times() if self._is_local else {}
+        self._latest = dict(self._before)
+        if self._is_local:
+            self._watch.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End; an error passes."""
+        self._leave.set()
+        if self._is_local:
+            self._watch.join()
+            self._latest.update(cpu_times())
+        self._stopped = time.time()
+        if ray.is_initialized():
+            self._gpus = float(ray.cluster_resources().get("GPU", 0.0))
+
+    def cost(self) -> dict[str, float | None]:
+        """Return `cpu_seconds` and `gpu_seconds`; None = not measured."""
+        cpu = sum(seconds - self._before.get(key, 0.0) for key, seconds in self._latest.items())
+        gpu = None if self._gpus is None else self._gpus * (self._stopped - self._started)
+        return {"cpu_seconds": cpu if self._is_local else None, "gpu_seconds": gpu}
+
+    def _look_on(self) -> None:
+        while not self._leave.wait(LOOK_EVERY_SECONDS):
+            self._latest.update(cpu_times())
+
+
+def cpu_times() -> dict[ProcessKey, float]:
+    """Return CPU seconds so far of this process and of each of its descendants that is alive."""
+    me = psutil.Process()
+    found = {}
+    for process in (me, *me.children(recursive=True)):
+        try:
+            times = process.cpu_times()
+            found[process.pid, process.create_time()] = times.user + times.system
+        except psutil.Error:
+            # It ended while we looked.
+            continue
+    return found
+
+
+def runs_on_local_ray(execution: ExecutionConfig) -> bool:
+    """Return whether a run starts a Ray of its own, whose processes descend from this one."""
+    return execution.ray_address is None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
