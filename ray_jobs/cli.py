@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ray_jobs.adapter_command import app as adapter_app
+from ray_jobs.jobs_command import app as jobs_app
 from ray_jobs.prompts_command import app as prompts_app
 from safetydpo.errors import UsageError
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(prompts_app)
 app.add_typer(adapter_app)
+app.add_typer(jobs_app)
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, such as configs/demo.yaml", show_default=False)]
 Settings = Annotated[
     list[str] | None,
@@ -167,11 +169,20 @@ def import_pairs(
 
 
 @app.command()
-def doctor() -> None:
-    """Check this machine: Python, packages, compiler, font, memory, cores."""
-    from ray_jobs.doctor import check_machine
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="With --address: what is to run there.")] = None,
+    settings: Settings = None,
+    address: Annotated[
+        str | None, typer.Option(help="Check a cluster instead: its dashboard's http:// address, or auto on a node.")
+    ] = None,
+    working_dir: Annotated[Path, typer.Option(help="Folder that travels to the cluster.")] = Path("."),
+) -> None:
+    """Check this machine (Python, packages, compiler, font, memory), or whether a cluster can do what CONFIG asks."""
+    from ray_jobs.doctor import check_address, check_machine
 
-    raise typer.Exit(check_machine())
+    if address is None:
+        raise typer.Exit(check_machine())
+    raise typer.Exit(check_address(address, config, settings or [], working_dir=working_dir))
 
 
 def _chain(config: Path, settings: list[str] | None, *, last: str) -> None:
