@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,23 +47,19 @@ def submit(
     again: Annotated[bool, typer.Option("--again", help="Send it although it has succeeded.")] = False,
 ) -> None:
     """Run CONFIG as a job of a cluster. Sent twice it is still one job; after a failure it is the next attempt."""
-    import os
-
+    from ray_jobs.cluster import worker_environment
     from ray_jobs.submit_plan import Step, job_environment, plan_job
     from safetydpo.config.load import load_config
 
     loaded = load_config(config, settings or [])
-    # What is wrong with the request is said before a cluster is asked.
-    plan_job(loaded, config, settings or [], stage=stage, working_dir=working_dir, environment={})
-    job_environment(os.environ, env or [], workers={})
-    jobs = _connect(address)
-    from ray_jobs.cluster import worker_environment
-
-    workers = {name: value for name, value in worker_environment(loaded.execution).items() if name != "HF_HUB_OFFLINE"}
+    workers = worker_environment(loaded.execution)
+    # The nodes know better whether they reach the hub, unless it is set here.
+    workers.pop("HF_HUB_OFFLINE", None)
     environment = job_environment(os.environ, env or [], workers=workers)
     plan = plan_job(
         loaded, config, settings or [], stage=stage, working_dir=working_dir.resolve(), environment=environment
     )
+    jobs = _connect(address)
     decision = jobs.send(plan, again=again)
     said = {
         Step.SUBMIT: f"sent {decision.submission_id}",
@@ -119,29 +119,23 @@ def stop(job: Job, address: Address = LOCAL_DASHBOARD) -> None:
 
 def check_remote_cluster(address: str, config: Path | None, settings: list[str], *, working_dir: Path) -> int:
     """Send the pre-check as a job, print what it says, and return 0 if all is well, else its exit code."""
-    import json
-    import os
-    import shlex
-    import uuid
-
-    from ray_jobs.submit_plan import JobPlan, job_environment, plan_job
+    from ray_jobs.precheck import versions_here
+    from ray_jobs.precheck_command import VERSIONS
+    from ray_jobs.submit_plan import JobPlan, job_environment, plan_job, travelling_path
     from safetydpo.config.load import load_config
 
     arguments = []
     if config is not None:
         loaded = load_config(config, settings)
         plan_job(loaded, config, settings, stage="report", working_dir=working_dir, environment={})
-        arguments = [config.resolve().relative_to(working_dir.resolve()).as_posix(), *settings]
-    jobs = _connect(address)
-    from ray_jobs.precheck import versions_here
-    from ray_jobs.precheck_command import VERSIONS
-
+        arguments = [travelling_path(config, working_dir), *settings]
     versions = VERSIONS + json.dumps(versions_here())
     entrypoint = shlex.join(["python", "-m", "ray_jobs.precheck_command", versions, *arguments])
     name = f"safetydpo-doctor-{uuid.uuid4().hex[:8]}"
     # The store is looked for where a run would look for it.
     environment = job_environment(os.environ, [], workers={})
     plan = JobPlan(name, entrypoint, environment, {"stage": "doctor", "run_dir": name}, working_dir.resolve())
+    jobs = _connect(address)
     submission_id = jobs.send(plan).submission_id
     try:
         ended = jobs.wait(submission_id, seconds=DOCTOR_SECONDS)

@@ -97,7 +97,7 @@ def plan_job(
     """
     if stage not in STAGES:
         raise UsageError(f"expected one of {', '.join(STAGES)} for --stage, found {stage!r}")
-    place = _below(file, working_dir)
+    place = travelling_path(file, working_dir)
     for setting in settings:
         if holds_secret(setting) or is_secret_name(setting.partition("=")[0].rpartition(".")[2]):
             raise UsageError(
@@ -182,7 +182,12 @@ def job_environment(
     return chosen
 
 
-def _below(file: Path, working_dir: Path) -> str:
+def travelling_path(file: Path, working_dir: Path) -> str:
+    """Return the path of a file in the copy of the working folder that a job works in.
+
+    Raises:
+        UsageError: if there is no such folder or the file lies elsewhere.
+    """
     if not working_dir.is_dir():
         raise UsageError(f"expected a folder for --working-dir, found none at {working_dir}")
     try:

@@ -159,7 +159,7 @@ HEAD, GROUP = r"spec\.rayClusterSpec\.headGroupSpec", r"spec\.rayClusterSpec\.wo
         # The image.
         (
             lambda d: container(head(d)).update(image="rayproject/ray:latest"),
-            rf"{HEAD}\.template\.spec\.containers\.0\.image: expected the tag 2\.60\.0-py311-… .*, found 'rayproject/ray:l",
+            rf"{HEAD}\.template\.spec\.containers\.0\.image: expected the tag 2\.60\.0-py311-… .*, found 'rayproject",
         ),
         (
             lambda d: container(worker(d)).update(image="registry.example.com/safetydpo"),
