@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -115,23 +116,28 @@ def _ask_nodes(folder: Location | None) -> list[Answer]:
         if node["Alive"] and node["Resources"].get("CPU", 0) > 0:
             pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             asked[_answer.options(scheduling_strategy=pinned).remote(folder)] = node["NodeManagerAddress"]
-    ready, silent = ray.wait(list(asked), num_returns=len(asked), timeout=PROBE_SECONDS) if asked else ([], [])
-    answers = []
-    for reference in ready:
-        try:
-            answers.append(Answer(asked[reference], *ray.get(reference)))
-        except Exception as error:  # whatever kept a worker from starting: a missing package, a broken environment
-            last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+    answers, waiting, deadline = [], list(asked), time.monotonic() + PROBE_SECONDS
+    while waiting:
+        # One by one, so that a node which cannot is told at once, not after one that is silent.
+        ready, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
             raise SafetyDPOError(
-                f"expected a worker on node {asked[reference]} that starts and imports safetydpo, found: "
-                f"{last[0][:300]}; install the same image and wheel on every node"
-            ) from error
-    if silent:
-        raise SafetyDPOError(
-            f"expected an answer of node {asked[silent[0]]} within {PROBE_SECONDS:g} s, found none: look at its logs, "
-            "or remove it from the cluster"
-        )
+                f"expected an answer of node {asked[waiting[0]]} within {PROBE_SECONDS:g} s, found none: look at its "
+                "logs, or remove it from the cluster"
+            )
+        answers.append(_collect(ready[0], node=asked[ready[0]]))
     return answers
+
+
+def _collect(reference: Any, *, node: str) -> Answer:
+    try:
+        return Answer(node, *ray.get(reference))
+    except Exception as error:  # whatever kept a worker from starting: a missing package, a broken environment
+        last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise SafetyDPOError(
+            f"expected a worker on node {node} that starts and imports safetydpo, found: {last[0][:300]}; install the "
+            "same image and wheel on every node"
+        ) from error
 
 
 @ray.remote(num_cpus=0, max_retries=0)

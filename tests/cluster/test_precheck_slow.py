@@ -81,6 +81,29 @@ def test_a_store_that_a_worker_does_not_share(local: None, tmp_path: Path, monke
         check_cluster(config(tmp_path / "store"))
 
 
+def test_a_node_that_does_not_answer_in_time(local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(precheck, "PROBE_SECONDS", 0.0)
+    with pytest.raises(
+        SafetyDPOError, match=r"expected an answer of node [\d.]+ within 0 s, found none: look at its logs"
+    ):
+        check_cluster(config(tmp_path), with_store=False)
+
+
+def test_a_node_whose_worker_cannot_do_its_part(local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As where the package is not installed: the task ends in an error of the worker's own."""
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def absent(_folder: Any) -> None:
+        raise ModuleNotFoundError("No module named 'safetydpo'")
+
+    monkeypatch.setattr(precheck, "_answer", absent)
+    with pytest.raises(
+        SafetyDPOError,
+        match=r"expected a worker on node [\d.]+ that starts .*, found: .*No module named 'safetydpo'; install",
+    ):
+        check_cluster(config(tmp_path), with_store=False)
+
+
 def test_a_process_that_fits_on_no_node_is_refused_in_a_moment(local: None, tmp_path: Path):
     started = time.time()
     with pytest.raises(
