@@ -7,12 +7,12 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+import safetydpo
 from ray_jobs.precheck_room import check_fit, read_room
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.config.schema import Config
@@ -20,7 +20,6 @@ from safetydpo.errors import SafetyDPOError, UsageError
 
 PROBE_SECONDS = 120.0
 """A worker process starts within seconds, after its node has fetched the job's files."""
-COMPARED = ("ray", "python", "safetydpo")
 FOLDER = ".precheck-"
 """In the store, a check's own number behind it; hidden from every listing of ours."""
 WRITTEN_BY_DRIVER = "driver"
@@ -42,19 +41,19 @@ def explain_mismatch(error: RuntimeError) -> SafetyDPOError | None:
     if _MISMATCH not in str(error):
         return None
     found = " ".join(str(error).split())
-    return UsageError(f"expected the cluster's versions of Ray and Python on this machine, found: {found[:300]}")
+    return UsageError(
+        f"expected the cluster's versions of Ray and Python on this machine, found: {found[:300]}; install those here"
+    )
 
 
 def versions_here() -> dict[str, str]:
     """Return the versions of this process that must be the same on every node; Python's without its last number."""
-    found = {"ray": ray.__version__, "python": ".".join(platform.python_version_tuple()[:2])}
-    try:
-        return {**found, "safetydpo": version("safetydpo")}
-    except PackageNotFoundError:
-        import safetydpo
-
-        # A job may bring the code along without installing it.
-        return {**found, "safetydpo": safetydpo.__version__}
+    return {
+        "ray": ray.__version__,
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        # Of the code that runs, which a job may have brought along, not of what is installed.
+        "safetydpo": safetydpo.__version__,
+    }
 
 
 def check_cluster(
