@@ -176,8 +176,8 @@ def _check_alone(plan: JobPlan, jobs: Sequence[Any]) -> None:
 
 def _quiet_client() -> None:
     # They report each step of the upload, which is none of a user's concern.
-    for name in ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
     # That .git stays at home.
     logging.getLogger("ray._private.runtime_env.working_dir").setLevel(logging.ERROR)
 
