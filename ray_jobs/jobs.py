@@ -175,11 +175,12 @@ def _check_alone(plan: JobPlan, jobs: Sequence[Any]) -> None:
 
 
 def _quiet_client() -> None:
-    # They report each step of the upload, which is none of a user's concern.
-    for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
-        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
-    # That .git stays at home.
-    logging.getLogger("ray._private.runtime_env.working_dir").setLevel(logging.ERROR)
+    # They report each step of the upload, that .git stays at home, and that the demo's weights are a large file:
+    # nothing of it is a user's concern. A folder that is too large is an error.
+    for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
+    for name in ("packaging", "working_dir"):
+        logging.getLogger(f"ray._private.runtime_env.{name}").setLevel(logging.ERROR)
 
 
 @contextmanager
