@@ -12,6 +12,7 @@ from ray_jobs.adapter_command import app as adapter_app
 from ray_jobs.benchmarks_command import app as benchmarks_app
 from ray_jobs.compare_command import compare as compare_command
 from ray_jobs.gate_command import gate as gate_command
+from ray_jobs.jobs_command import app as jobs_app
 from ray_jobs.judge_command import app as judges_app
 from ray_jobs.judge_command import judge_command
 from ray_jobs.merge_evidence_command import merge_evidence
@@ -36,6 +37,7 @@ app.command("compare")(compare_command)
 app.command("merge-evidence")(merge_evidence)
 app.add_typer(judges_app)
 app.command("judge")(judge_command)
+app.add_typer(jobs_app)
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, such as configs/demo.yaml", show_default=False)]
 Settings = Annotated[
     list[str] | None,
@@ -201,11 +203,20 @@ def import_pairs(
 
 
 @app.command()
-def doctor() -> None:
-    """Check this machine: Python, packages, compiler, font, memory, cores."""
-    from ray_jobs.doctor import check_machine
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="With --address: what is to run there.")] = None,
+    settings: Settings = None,
+    address: Annotated[
+        str | None, typer.Option(help="Check a cluster instead: its dashboard's http:// address, or auto on a node.")
+    ] = None,
+    working_dir: Annotated[Path, typer.Option(help="Folder that travels to the cluster.")] = Path("."),
+) -> None:
+    """Check this machine (Python, packages, compiler, font, memory), or whether a cluster can do what CONFIG asks."""
+    from ray_jobs.doctor import check_address, check_machine
 
-    raise typer.Exit(check_machine())
+    if address is None:
+        raise typer.Exit(check_machine())
+    raise typer.Exit(check_address(address, config, settings or [], working_dir=working_dir))
 
 
 def _chain(config: Path, settings: list[str] | None, *, last: str, redacted: bool = False) -> None:

@@ -49,25 +49,48 @@ _LOCAL_RAY_FLAGS = {
     # Ray warns when more processes than this are alive; most of ours wait for their turn.
     "RAY_worker_maximum_startup_concurrency": "16",
 }
+_IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray for the driver of a submitted job."""
 SPARE_CPUS = 1
 """CPUs that a pool's actors must leave: Ray Data reads and writes in tasks of their own, and would wait for ever."""
 NETWORK_PASSES_PER_WORKER = 64
 """Passes through the denoiser that are worth a process of their own: starting one costs about as much."""
 
 
-def connect(config: Config) -> None:
+def connect(config: Config, *, probe: bool = True) -> None:
     """Join the job's cluster or the configured one, else start a local Ray; a second call does nothing.
+
+    With `probe`, each node of a cluster is asked for its versions and whether it can use the store; a local Ray is not.
 
     Raises:
         UsageError: if the cluster can never give what `execution` asks for.
+        SafetyDPOError: if a node cannot do its part.
     """
-    if not ray.is_initialized():
+    joined = not ray.is_initialized()
+    if joined:
         _initialise(config)
     check_resources(config.execution, num_workers=config.execution.num_workers, spare_cpus=SPARE_CPUS)
     if needs_distillation(config):
         # Asked for at the end of hours of training; said at their beginning.
         processes = config.identity.merge.distill.processes
         check_resources(config.execution, num_workers=processes, setting="identity.merge.distill.processes")
+    if joined and probe and joins_cluster(config.execution):
+        from ray_jobs.precheck import check_cluster
+
+        check_cluster(config)
+
+
+def joins_cluster(execution: ExecutionConfig) -> bool:
+    """Return whether a run joins a cluster that is there: as a job on it, or by `execution.ray_address`."""
+    return _IN_A_JOB in os.environ or execution.ray_address is not None
+
+
+def worker_environment(execution: ExecutionConfig) -> dict[str, str]:
+    """Return the variables of every worker process of a run."""
+    environment = {**_WORKER_ENVIRONMENT, **worker_variables()}
+    if execution.gpus_per_worker > 0:
+        environment.pop("DS_ACCELERATOR")
+    return environment
 
 
 def needs_distillation(config: Config) -> bool:
@@ -80,21 +103,19 @@ def needs_distillation(config: Config) -> bool:
 
 def _initialise(config: Config) -> None:
     execution = config.execution
-    environment = {**_WORKER_ENVIRONMENT, **worker_variables()}
-    if execution.gpus_per_worker > 0:
-        environment.pop("DS_ACCELERATOR")
+    environment = worker_environment(execution)
     for name, value in _DRIVER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     quiet = logging.ERROR
     if not os.environ.get("SAFETYDPO_WORKER_LOGS"):
         _keep_off_the_screen()
     common: dict[str, Any] = {"namespace": f"safetydpo-{config.name}", "logging_level": quiet, "log_to_driver": False}
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+    if _IN_A_JOB in os.environ:
         # Inside a job a runtime_env of ours would conflict with the one of the submission.
         os.environ.update(environment)
         ray.init(**common)
     elif execution.ray_address:
-        ray.init(address=execution.ray_address, runtime_env={"env_vars": environment}, **common)
+        _join(execution.ray_address, environment, common)
     else:
         common["log_to_driver"] = bool(os.environ.get("SAFETYDPO_WORKER_LOGS"))
         # The processes of a local Ray inherit this one's environment; a runtime_env would keep apart those that
@@ -102,6 +123,20 @@ def _initialise(config: Config) -> None:
         flags = {name: os.environ.get(name, value) for name, value in _LOCAL_RAY_FLAGS.items()}
         with _environment({**flags, **environment, "RAY_API_SERVER_ADDRESS": NO_API_SERVER}):
             _start_local(execution.logical_cpus, common)
+
+
+def _join(address: str, environment: Mapping[str, str], common: Mapping[str, Any]) -> None:
+    from ray_jobs.precheck import explain_mismatch
+    from ray_jobs.precheck_token import check_token
+
+    check_token()
+    try:
+        ray.init(address=address, runtime_env={"env_vars": dict(environment)}, **common)
+    except RuntimeError as error:
+        told = explain_mismatch(error)
+        if told is None:
+            raise
+        raise told from error
 
 
 def _start_local(num_cpus: int, common: Mapping[str, Any]) -> None:
@@ -194,11 +229,26 @@ def check_resources(
         needed = per_worker * num_workers + spare
         found = total.get(resource, 0.0)
         if needed > found:
+            most = _most(execution, resource, found)
+            if needed <= most:
+                logging.getLogger(__name__).info(
+                    "%g %ss wait for the autoscaler, %g are there", needed, resource, found
+                )
+                continue
+            later = f", at most {most:g} with its autoscaler" if most > found else ""
             rest = f", and {spare} that reads and writes" if spare else ""
             raise UsageError(
                 f"expected {needed:g} {resource}s ({setting} {num_workers} x execution.{name} {per_worker:g}{rest}), "
-                f"found {found:g} in the cluster: lower either, or add nodes"
+                f"found {found:g} in the cluster{later}: lower either, or add nodes"
             )
+
+
+def _most(execution: ExecutionConfig, resource: str, found: float) -> float:
+    if not joins_cluster(execution):
+        return found
+    from ray_jobs.precheck_room import read_room
+
+    return max(found, read_room().most(resource))
 
 
 def keep_credentials_from_trials() -> None:

@@ -1,4 +1,4 @@
-"""What this machine lacks, and what needs it."""
+"""What this machine lacks, and what needs it; whether a cluster can do what is asked."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from rich.table import Table
 
 from ray_jobs.run import RECORDED_PACKAGES
 from safetydpo.artifacts.layout import demo_weights
+from safetydpo.config.load import load_config
+from safetydpo.config.schema import Config
 
 MIN_MEMORY_GIB = 8
 
@@ -29,6 +31,23 @@ def check_machine() -> int:
         table.add_row(name, f"{mark} {found or ''}", needed_for)
     Console().print(table)
     return 1 if failed else 0
+
+
+def check_address(address: str, config: Path | None, settings: list[str], *, working_dir: Path) -> int:
+    """Check the cluster at `address` for what the config asks; print one line per check, return 0 if all is well.
+
+    A dashboard's address gets the check as a job; any other is joined from here, which only a node of it can do.
+    """
+    if address.startswith(("http://", "https://")):
+        from ray_jobs.jobs_command import check_remote_cluster
+
+        return check_remote_cluster(address, config, settings, working_dir=working_dir)
+    from ray_jobs.precheck_command import run_checks
+
+    loaded = Config() if config is None else load_config(config, settings)
+    execution = loaded.execution.model_copy(update={"ray_address": address})
+    run_checks(loaded.model_copy(update={"execution": execution}), with_store=config is not None)
+    return 0
 
 
 def _checks() -> list[tuple[str, str | None, str, bool]]:

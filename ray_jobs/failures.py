@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,9 @@ def split_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
 
 def run_guarded(work: Callable[[], object], *, debug: bool) -> int:
     """Run a command's work; print one line if it fails (after the traceback with `debug`); return the exit code."""
+    if os.environ.get("RAY_JOB_STOP_SIGNAL") == "SIGINT":
+        # A job that is stopped by it must hear it, though whoever started the cluster may have had it ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         work()
     except KeyboardInterrupt:

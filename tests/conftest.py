@@ -66,6 +66,7 @@ LONGEST = (
     "evidence",
     "node_loss",
     "reference_errors",
+    "jobs",
 )
 """Slow files `test_NAME_slow.py` that take minutes: begun first, so that no process ends long after the others."""
 

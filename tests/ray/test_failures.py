@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from collections.abc import Callable
 
@@ -13,7 +14,7 @@ from ray.exceptions import WorkerCrashedError as Crashed
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from ray_jobs import cli
-from ray_jobs.failures import explain, run_guarded, split_debug
+from ray_jobs.failures import INTERRUPTED, explain, run_guarded, split_debug
 from safetydpo.errors import SafetyDPOError, UsageError
 
 OURS = SafetyDPOError("expected light, found none: switch it on")
@@ -161,3 +162,13 @@ def test_debug_is_taken_anywhere(monkeypatch: pytest.MonkeyPatch):
     assert split_debug(["run", "x.yaml"]) == (["run", "x.yaml"], False)
     monkeypatch.setenv("SAFETYDPO_WORKER_LOGS", "")
     assert split_debug(["run", "x.yaml", "--debug"]) == (["run", "x.yaml"], True)
+
+
+def test_a_job_hears_ctrl_c_though_its_cluster_was_started_with_it_ignored(monkeypatch: pytest.MonkeyPatch):
+    """As a shell starts what runs in the background; the variable is that of a job that is stopped by SIGINT."""
+    monkeypatch.setenv("RAY_JOB_STOP_SIGNAL", "SIGINT")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert run_guarded(lambda: signal.raise_signal(signal.SIGINT), debug=False) == INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,83 @@
+"""A Ray head on loopback that asks for a token, as a cluster would."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.ray.smoke_place import PATIENCE, ROOT, free_ports, wait_for
+
+BIN = Path(sys.executable).parent
+RAY = str(BIN / "ray")
+TOKEN = "0123456789abcdef0123456789abcdef"
+
+
+@dataclass(frozen=True)
+class Head:
+    """Where it answers, and the environment of a client that may ask it."""
+
+    address: str
+    environment: dict[str, str]
+
+    def safetydpo(self, *arguments: str, seconds: float = 240, **changes: str) -> subprocess.CompletedProcess[str]:
+        """Run `safetydpo ARGUMENTS --address …` to its end, from the checkout."""
+        return subprocess.run(
+            [sys.executable, "-m", "ray_jobs.cli", *arguments, "--address", self.address],
+            cwd=ROOT,
+            env={**self.environment, **changes},
+            capture_output=True,
+            text=True,
+            timeout=seconds * PATIENCE,
+            check=False,
+        )
+
+
+@contextlib.contextmanager
+def head_with_token(folder: Path, *, num_cpus: int = 8) -> Iterator[Head]:
+    """`ray start --head` with token authentication; ended with its whole process group."""
+    token = folder / "auth_token"
+    token.write_text(TOKEN)
+    token.chmod(0o600)
+    environment = {
+        **os.environ,
+        # A job's command is `python -m …`, as it stands on the PATH of the head.
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "PYTHONPATH"):
+        environment.pop(name, None)
+    port, dashboard, agent, client = free_ports(4)
+    start = [RAY, "start", "--head", f"--num-cpus={num_cpus}", f"--port={port}", f"--dashboard-port={dashboard}"]
+    start += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", "--disable-usage-stats"]
+    start += ["--dashboard-host=127.0.0.1", "--object-store-memory=400000000", "--block"]
+    head = subprocess.Popen(
+        start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    found = Head(f"http://127.0.0.1:{dashboard}", environment)
+
+    def answers() -> bool:
+        listed = [RAY, "job", "list", "--address", found.address]
+        return subprocess.run(listed, env=environment, capture_output=True, check=False).returncode == 0
+
+    try:
+        assert wait_for(lambda: head.poll() is not None or answers(), seconds=90)
+        assert head.poll() is None, f"ray start ended with {head.returncode}"
+        yield found
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(head.pid, signal.SIGTERM)
+        try:
+            head.wait(timeout=60 * PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+            pytest.fail("the head did not end on SIGTERM")
