@@ -29,10 +29,11 @@ from ray_jobs.expert_files import record_folder
 from ray_jobs.picture_workers import PICTURE, ChangeWorker, FeatureWorker
 from ray_jobs.pools import Attachment, PoolStage, check_error_rate, fill_pool
 from ray_jobs.run import Run
+from safetydpo.artifacts.evaluation_schemas import PICTURE_CHANGES, PICTURE_FEATURES
 from safetydpo.artifacts.layout import stage_folder
 from safetydpo.artifacts.pool_index import FILE_COLUMN, read_index, read_rows
 from safetydpo.artifacts.records import ArtifactKey, Record
-from safetydpo.artifacts.schemas import OUTCOMES, PICTURE_CHANGES, PICTURE_FEATURES, make_change_id, sha256_of
+from safetydpo.artifacts.schemas import OUTCOMES, make_change_id, sha256_of
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows, read_table, table_from_rows, write_table
 from safetydpo.config.measures import MeasuresConfig

@@ -11,8 +11,9 @@ import pyarrow as pa
 
 from ray_jobs.pools import Attachment, attach_columns
 from ray_jobs.workers import decode_pictures, make_each, padded, worker_device
+from safetydpo.artifacts.evaluation_schemas import PICTURE_CHANGES, PICTURE_FEATURES
 from safetydpo.artifacts.pool_index import FILE_COLUMN
-from safetydpo.artifacts.schemas import OUTCOMES, PICTURE_CHANGES, PICTURE_FEATURES
+from safetydpo.artifacts.schemas import OUTCOMES
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import table_from_rows
 from safetydpo.errors import SafetyDPOError

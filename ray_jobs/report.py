@@ -17,6 +17,7 @@ from ray_jobs.publish import card_file, publish_adapter
 from ray_jobs.report_sources import describe_setup, read_costs, read_curves, read_lineage, read_trials
 from ray_jobs.run import Run, package_versions
 from ray_jobs.stored_outcomes import write_picture_outcomes
+from safetydpo.artifacts.evaluation_schemas import CONCEPT_RATES, METRIC_ROWS
 from safetydpo.artifacts.layout import (
     concept_rates_file,
     merged_adapter_file,
@@ -28,7 +29,7 @@ from safetydpo.artifacts.layout import (
     summary_file,
 )
 from safetydpo.artifacts.records import Record, read_pointers
-from safetydpo.artifacts.schemas import CONCEPT_RATES, METRIC_ROWS, sha256_of
+from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import table_from_rows, write_table
 from safetydpo.config.load import identity_of

@@ -6,6 +6,7 @@ No record, no artifact. A closed artifact is never written again; asking for it 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,7 @@ from safetydpo.errors import SafetyDPOError, UsageError
 SHORT_HASH = 12
 POINTERS_LEASE = ".pointers"
 """Folder of the lease on a run's pointers, hidden from listings."""
+READ_ATTEMPTS, READ_PAUSE_SECONDS = 20, 0.05
 POINTERS_PATIENCE_SECONDS = 400.0
 """Above the five minutes after which the lease of a machine that is gone is nobody's."""
 
@@ -140,12 +142,22 @@ def read_pointers(run_dir: Location) -> dict[str, dict[str, str]]:
     if not location.is_file():
         return {}
     try:
-        content = json.loads(location.read_bytes())
+        content = json.loads(_read_whole(location))
         return {str(name): dict(pointer) for name, pointer in content["artifacts"].items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise SafetyDPOError(
             f"expected pointers to artifacts at {location}, found: {error!r}; delete it and run again"
         ) from error
+
+
+def _read_whole(location: Location) -> bytes:
+    """Read a small file that another command may be replacing: some S3 servers then show nothing for a moment."""
+    for _ in range(READ_ATTEMPTS):
+        content = location.read_bytes()
+        if content:
+            return content
+        time.sleep(READ_PAUSE_SECONDS)
+    return content
 
 
 def write_pointer(run_dir: Location, name: str, key: ArtifactKey) -> None:

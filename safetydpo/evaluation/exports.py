@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safetydpo.artifacts.schemas import METRIC_ROWS
+from safetydpo.artifacts.evaluation_schemas import METRIC_ROWS
 from safetydpo.evaluation.summary import Summary, SummaryRow
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from safetydpo.artifacts.schemas import PICTURE_OUTCOMES
+from safetydpo.artifacts.evaluation_schemas import PICTURE_OUTCOMES
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import read_table, table_from_rows
 from safetydpo.errors import SafetyDPOError

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safetydpo.artifacts import schemas
+from safetydpo.artifacts import evaluation_schemas, schemas
 from safetydpo.artifacts.schemas import (
     ADDED_LATER,
     canonical_json,
@@ -25,7 +25,23 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
     max_leaves=8,
 )
-TABLES = {name: value for name, value in vars(schemas).items() if isinstance(value, pa.Schema)}
+TABLES = {
+    name: value
+    for module in (schemas, evaluation_schemas)
+    for name, value in vars(module).items()
+    if isinstance(value, pa.Schema)
+}
+UNKNOWN = {
+    "VERDICTS": {"unrecognisable_score", "concept", "background", "is_unrecognisable"},
+    "PICTURE_VERDICTS": {"score"},
+    "JUDGED_PICTURES": {"score", "prompt"},
+    "PICTURE_CHANGES": {"distance"},
+    "PICTURE_OUTCOMES": {"clip_score"},
+    "METRIC_ROWS": {"cluster_low", "cluster_high", "n_reference", "seed", "scale", "rank"},
+    # What another project's file may leave out of an imported prompt.
+    "IMPORTED_PROMPTS": {"seed", "guidance", "width", "height"},
+}
+"""Columns of tables that may be null because nobody knows or asked."""
 
 
 def test_canonical_json_by_hand():
@@ -94,11 +110,8 @@ def test_columns_are_distinct_and_only_what_may_be_unknown_may_be_null(name: str
     """A picture that failed, what a judge does not know, a deviation that was not asked for."""
     schema = TABLES[name]
     assert len(set(schema.names)) == len(schema.names)
-    unknown = {"unrecognisable_score", "concept", "background", "is_unrecognisable"} if name == "VERDICTS" else set()
-    # What another project's file may leave out of an imported prompt.
-    absent = {"seed", "guidance", "width", "height"} if name == "IMPORTED_PROMPTS" else set()
-    later = {"deviation", "micro_batch", "pooled", "pooled_width"}
-    assert {field.name for field in schema if field.nullable} <= {"image"} | later | unknown | absent
+    later = {"deviation", "micro_batch", "pooled", "pooled_width", "judgements"}
+    assert {field.name for field in schema if field.nullable} <= {"image"} | later | UNKNOWN.get(name, set())
     assert all(field.nullable for field in schema if field.metadata == ADDED_LATER)
 
 

@@ -78,7 +78,7 @@ def test_config_survives_a_round_trip_through_yaml(write):
             r"run\.yaml: expected known keys only, found 'identity\.dpo\.stepz'; "
             r"did you mean 'identity\.dpo\.steps'\? known here: .*beta, .*, steps,",
         ),
-        ("nome: x", r"found 'nome'; correct or remove it; known here: .*execution, identity, name$"),
+        ("nome: x", r"found 'nome'; correct or remove it; known here: .*execution, identity, merge_evidence, name$"),
         ("rank: 5", r"found 'rank'; did you mean 'identity\.lora\.rank' or 'identity\.merge\.distill\.rank'\?"),
         ("name: x\nname: y", r"found: the key 'name' twice in one group in .*line 2"),
         ("identity: {seed: 1, dpo: {beta: 1}, seed: 2}", "found: the key 'seed' twice in one group"),

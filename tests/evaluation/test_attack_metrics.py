@@ -98,4 +98,5 @@ def test_attacks_in_a_row_change_nothing_else_of_it() -> None:
         extra = {name for name in after["metrics"] if name.startswith("attack_")}
         assert extra
         assert {name: metric for name, metric in after["metrics"].items() if name not in extra} == before["metrics"]
-        assert {**after, "metrics": {}} == {**before, "metrics": {}}
+        assert after["prompt_set"] == "unsafe+attack:optimised"
+        assert {**after, "prompt_set": "unsafe", "metrics": {}} == {**before, "metrics": {}}

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from safetydpo.artifacts.schemas import CONCEPT_RATES
+from safetydpo.artifacts.evaluation_schemas import CONCEPT_RATES
 from safetydpo.artifacts.tables import table_from_rows
 from safetydpo.evaluation.concept_rates import concept_rates
 from safetydpo.statistics import clopper_pearson

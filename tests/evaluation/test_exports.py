@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from safetydpo.artifacts.schemas import METRIC_ROWS
+from safetydpo.artifacts.evaluation_schemas import METRIC_ROWS
 from safetydpo.artifacts.storage import open_location
 from safetydpo.artifacts.tables import table_from_rows, write_table
 from safetydpo.evaluation.exports import metric_rows, metrics_csv, tracked_metrics

@@ -21,7 +21,7 @@ USAGE = 2
 STORED = {
     "demo": (
         "55a554a219025166ecd146d374d1c42eed4d472d75895bae5e097e52b50cac28",
-        "9a60638ffa109d6b1c67f309d16ae81bf062a9b5aca6e9a753b753e2c74f3b1c",
+        "677526e160f40febb7210e7ee0286ffdf27c134756d95aa815866e9b90bbc73b",
     ),
     "evidence": (
         "ef0a1d5b0feb6d77ec12ec0634f7606e4734922f1c3ca67c413013e3bc1bcada",
@@ -29,7 +29,7 @@ STORED = {
     ),
     "smoke": (
         "4ccdae947464e40a8726a757aaa682d4e2b21f4e2ede443dcb05cb5e0c3cc56b",
-        "55541ffb47f93ca639b73b8ccfecdd675858efd10867a06b7672ade1a23dc8cf",
+        "d4d6f3a5383397f3f34f980933f6b4b0ada12c08c27d0c359afc9b2ce3e3a64c",
     ),
 }
 """Hashes of the pairs and of the run's identity as they were before pairs could be made or judged in other ways."""

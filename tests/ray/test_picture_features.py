@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from ray_jobs.evaluate import OUTCOMES_FILE, EvaluatedRow, evaluation_prompts, outcome_id, outcomes_pool
 from ray_jobs.picture_features import measure_pictures, network_fingerprints, read_measures
 from ray_jobs.run import Run, with_absolute_paths
+from safetydpo.artifacts.evaluation_schemas import PICTURE_CHANGES
 from safetydpo.artifacts.layout import demo_weights
 from safetydpo.artifacts.records import ArtifactKey, Record
-from safetydpo.artifacts.schemas import OUTCOMES, PICTURE_CHANGES, make_change_id
+from safetydpo.artifacts.schemas import OUTCOMES, make_change_id
 from safetydpo.artifacts.tables import table_from_rows, write_table
 from safetydpo.config.load import load_config
 from safetydpo.config.measures import MeasuresConfig
