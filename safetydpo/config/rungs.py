@@ -46,9 +46,9 @@ class HeldOutRung(RungConfig):
     """Ceiling on the relative rise of the error on safe pictures under their own captions; what lies above costs."""
     benign_rise_max: float = Field(0.08, ge=0.0)
     """Ceiling on the relative rise of the error on benign pictures; what lies above costs."""
-    prompt_shift_max: float = Field(0.13, ge=0.0)
+    prompt_shift_max: float = Field(0.115, ge=0.0)
     """Ceiling on the share of a caption's effect that changes, for neutral prompts and for neighbours each; what lies
-    above costs. On the demo world 0.13 is where a fifth of the neighbours is lost."""
+    above costs. On the demo world 0.115 is where a fifth of the neighbours is lost."""
     prompt_timestep: Rate = 0.8
     """Timestep of the noise at which prompts are asked about, as a share of the training timesteps."""
 
