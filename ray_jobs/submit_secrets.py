@@ -18,8 +18,8 @@ _SECRET_WORDS = {
     "APIKEY",
     "COOKIE",
 }
-_PLACE_WORDS = ("_PATH", "_FILE")
-"""Endings of variables that say where a secret is; that itself is none."""
+_PLACE_WORDS = ("_PATH", "_FILE", "_ENV")
+"""Endings of names that say where a secret is: a file, or a variable of the environment. That itself is none."""
 _VALUES = re.compile(
     r"\b(AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|"
     r"-----BEGIN [A-Z ]*PRIVATE KEY|://[^/@\s:]+:[^@\s]+@"

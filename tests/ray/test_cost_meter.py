@@ -12,7 +12,7 @@ from ray_jobs.cost_meter import CostMeter, cpu_times, runs_on_local_ray
 from ray_jobs.run import Run, add_known
 from safetydpo.config.schema import Config, ExecutionConfig
 
-BUSY = "import time\nwhile time.process_time() < 0.4: pass\ntime.sleep(30)"
+BUSY = "import time\nwhile time.process_time() < 0.6: pass\ntime.sleep(30)"
 
 
 def busy(seconds: float) -> None:

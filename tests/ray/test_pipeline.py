@@ -194,7 +194,7 @@ def test_a_redacted_page_is_a_file_of_its_own(run: Run) -> None:
     """Each page knows its inputs; one of other inputs would stand beside scores that are not its own."""
     for file in (
         summary_file(run.run_dir), metrics_file(run.run_dir, "csv"), metrics_file(run.run_dir, "parquet"),
-        merged_adapter_file(run.run_dir), card_file(run),
+        picture_outcomes_file(run.run_dir), merged_adapter_file(run.run_dir), card_file(run),
     ):  # fmt: skip
         file.write_bytes(dump_summary(make_summary()).encode())
     full, redacted = (page_file(run, redacted=choice) for choice in (False, True))
