@@ -22,6 +22,8 @@ pytestmark = pytest.mark.slow
 def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
     """A head and a worker on this machine: (address, id of the worker)."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    # Another file's, in the same process.
+    ray.shutdown()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100_000_000})
     worker = cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
     ray.init(address=cluster.address, log_to_driver=False)

@@ -44,5 +44,5 @@ def test_rows_of_the_summary_have_the_rates(tmp_path: Path) -> None:
     }
     joined = read_outcomes(run, evaluate_rows(run, rows), rows)
     (row,) = build_rows(joined.outcomes, [rows[0].source], run_seed=0)
-    assert row["prompt_set"] == "unsafe+neutral"
+    assert row["prompt_set"] == "unsafe+neutral+attack:optimised+attack:typo"
     assert {row["metrics"][f"attack_ip:{name}"]["n"] for name in ("typo", "optimised")} == {10}

@@ -61,7 +61,8 @@ def test_the_generation_stage_loses_a_node_in_mid_batch(tmp_path: Path):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    lost = json.loads(done.stdout.splitlines()[-1])
+    # Ray tells of what it lost on the same stream, sometimes afterwards.
+    lost = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     assert lost["alive"] == 2
     assert lost["actors_lost"] >= 1, "the node must have been at work"
     assert 2 <= lost["files_before"] < 12, "and must go in the middle of it"
