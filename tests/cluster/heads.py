@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +59,12 @@ def head_with_token(folder: Path, *, num_cpus: int = 8) -> Iterator[Head]:
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "PYTHONPATH"):
         environment.pop(name, None)
     port, dashboard, agent, client = free_ports(4)
+    # A job finds its cluster by a file in Ray's folder, where the last Ray that was started on the machine is written:
+    # another test's. Short, because paths of sockets must be.
+    place = tempfile.mkdtemp(prefix="rh", dir="/tmp")
     start = [RAY, "start", "--head", f"--num-cpus={num_cpus}", f"--port={port}", f"--dashboard-port={dashboard}"]
     start += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", "--disable-usage-stats"]
-    start += ["--dashboard-host=127.0.0.1", "--object-store-memory=400000000", "--block"]
+    start += ["--dashboard-host=127.0.0.1", "--object-store-memory=400000000", "--block", f"--temp-dir={place}"]
     head = subprocess.Popen(
         start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -81,3 +86,5 @@ def head_with_token(folder: Path, *, num_cpus: int = 8) -> Iterator[Head]:
         except subprocess.TimeoutExpired:
             os.killpg(head.pid, signal.SIGKILL)
             pytest.fail("the head did not end on SIGTERM")
+        finally:
+            shutil.rmtree(place, ignore_errors=True)

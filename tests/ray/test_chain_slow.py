@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +36,10 @@ def ray_head(environment: dict[str, str]) -> Iterator[str]:
     port, dashboard, agent, client = free_ports(4)
     start = [RAY, "start", "--head", "--num-cpus=8", f"--port={port}", f"--dashboard-port={dashboard}", "--block"]
     start += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", "--disable-usage-stats"]
-    start += ["--dashboard-host=127.0.0.1", "--object-store-memory=400000000"]
+    # A job finds its cluster by a file in Ray's folder, where the last Ray that was started on the machine is written:
+    # another test's. Short, because paths of sockets must be.
+    place = tempfile.mkdtemp(prefix="rh", dir="/tmp")
+    start += ["--dashboard-host=127.0.0.1", "--object-store-memory=400000000", f"--temp-dir={place}"]
     head = subprocess.Popen(
         start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -55,6 +59,7 @@ def ray_head(environment: dict[str, str]) -> Iterator[str]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(head.pid, signal.SIGTERM)
         head.wait(timeout=60 * PATIENCE)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
