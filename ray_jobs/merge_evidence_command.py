@@ -40,15 +40,14 @@ def run_merge_evidence(
         )
     # A log file has no width of its own; 80 columns would fold every line.
     console = Console(highlight=False) if sys.stdout.isatty() else Console(width=170, highlight=False)
-    chosen = {"part": part, "seed": seed, "method": method, "count": count}
     if only_list:
-        units = plan_merges(config, **chosen)  # type: ignore[arg-type]
+        units = plan_merges(config, part=part, seed=seed, method=method, count=count)
         for unit in units:
             console.print(f"{unit.name:<55} {unit.state:<6} {unit.file}")
         console.print(f"{sum(unit.state == 'done' for unit in units)} of {len(units)} units are done")
         return
     if not only_tables:
-        measure_merges(config, **chosen, minutes=minutes, say=console.print)  # type: ignore[arg-type]
+        measure_merges(config, part=part, seed=seed, method=method, count=count, minutes=minutes, say=console.print)
     written = write_merge_tables(config)
     console.print(
         f"tables are in {' and '.join(written)}" if written else "no table is written: no unit is measured yet"

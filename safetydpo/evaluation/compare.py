@@ -8,7 +8,7 @@ Axes: pair = one prompt and seed in both rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -238,5 +238,5 @@ def _unpaired(name: str, first: MetricRecord, second: MetricRecord) -> Differenc
 
 
 def _interval(metric: MetricRecord, prefix: str = "") -> Interval:
-    ends: Mapping[str, float] = metric  # type: ignore[assignment]
+    ends = {key: number for key, number in metric.items() if isinstance(number, float | int)}
     return Interval(metric["value"], ends[f"{prefix}low"], ends[f"{prefix}high"], metric["n"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -104,9 +105,9 @@ def _screen(measured: Measured, units: Sequence[MergeUnit]) -> Figure:
     return figure
 
 
-def _line(axes: Axes, points: Sequence[CurvePoint], **look: object) -> None:
+def _line(axes: Axes, points: Sequence[CurvePoint], **look: Any) -> None:
     curve = frontier(points)
-    axes.plot([point.retention for point in curve], [point.harm for point in curve], **look)  # type: ignore[arg-type]
+    axes.plot([point.retention for point in curve], [point.harm for point in curve], **look)
 
 
 def _over_experts(measured: Measured, cells: dict[str, list[int]]) -> Figure:

@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from PIL import Image
 from torch import Tensor
 
+from safetydpo.config.endpoints import checked_base_url
 from safetydpo.config.judges import JudgesConfig, VlmConfig
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.judges.protocol import HIGHER_IS_UNSAFE, Pictures, Verdicts, unsafe_only
@@ -53,7 +53,11 @@ class VlmJudge:
             UsageError: if a setting, the key or the openai package is missing.
         """
         self._settings, self._model, policy = _complete(settings.vlm)
-        base_url = _checked_url(str(settings.vlm.base_url))
+        base_url = checked_base_url(
+            str(settings.vlm.base_url),
+            what="execution.judges.vlm.base_url",
+            key_setting="execution.judges.vlm.api_key_env",
+        )
         self.name = "vlm"
         self.version = f"{self._model}-{RECIPE_VERSION}"
         # What the server runs under that name cannot be seen from here.
@@ -218,22 +222,3 @@ def _key(vlm: VlmConfig) -> str:
             "none: set it on every node"
         )
     return key
-
-
-def _checked_url(base_url: str) -> str:
-    # Such an address may hold a key, so that no message repeats it before this is ruled out.
-    if any(sign in base_url for sign in "@?#"):
-        raise UsageError(
-            "expected execution.judges.vlm.base_url without a user name, password, query or fragment, found one: keys "
-            "come from an environment variable (execution.judges.vlm.api_key_env)"
-        )
-    try:
-        parts = urlsplit(base_url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
-        raise UsageError(
-            f"expected execution.judges.vlm.base_url such as http://localhost:8000/v1, found {base_url!r}: correct it"
-        )
-    return base_url

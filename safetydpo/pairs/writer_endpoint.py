@@ -7,8 +7,8 @@ comes in the same message on every server, and the client can then retry a conne
 from __future__ import annotations
 
 from collections.abc import Mapping
-from urllib.parse import urlsplit
 
+from safetydpo.config.endpoints import checked_base_url
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.pairs.writer_messages import write_messages
 from safetydpo.pairs.writers import Reply, UnansweredError, WriteRequest
@@ -50,7 +50,7 @@ class EndpointWriter:
         Raises:
             UsageError: if the address is no http address or holds a password or query, or the client is not installed.
         """
-        self._base_url = _checked_url(base_url)
+        self._base_url = checked_base_url(base_url, what="a base URL", key_setting="--api-key-env")
         try:
             from openai import AsyncOpenAI
         except ImportError as error:
@@ -154,23 +154,6 @@ class EndpointWriter:
             f"expected the server to take a request for {self._model!r}, found {status} from "
             f"{self._told(message)}; {todo}, then run the same command again"
         )
-
-
-def _checked_url(base_url: str) -> str:
-    # Such an address may hold a key, so that no message repeats it before this is ruled out.
-    if any(sign in base_url for sign in "@?#"):
-        raise UsageError(
-            "expected a base URL without a user name, password, query or fragment, found one: keys come from an "
-            "environment variable (--api-key-env)"
-        )
-    try:
-        parts = urlsplit(base_url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
-        raise UsageError(f"expected a base URL such as http://localhost:8000/v1, found {base_url!r}: correct it")
-    return base_url
 
 
 def _encodable(text: str) -> str:

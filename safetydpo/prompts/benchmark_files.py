@@ -103,8 +103,9 @@ def _count_differences(entry: BenchmarkEntry, summary: ImportSummary) -> list[st
     wanted: dict[str, int | None] = {"rows": entry.num_rows, "distinct texts": entry.num_texts}
     found: dict[str, int] = {"rows": rows_with_prompts(summary), "distinct texts": own_texts(summary)}
     if entry.categories is not None:
-        names = dict.fromkeys([*entry.categories, *summary.memberships])
-        wanted |= {f"rows of {name}": entry.categories.get(name, 0) for name in names if name != "(none)"}  # type: ignore[call-overload]
+        expected: dict[str, int] = {str(name): number for name, number in entry.categories.items()}
+        names = dict.fromkeys([*expected, *summary.memberships])
+        wanted |= {f"rows of {name}": expected.get(name, 0) for name in names if name != "(none)"}
         found |= {f"rows of {name}": summary.memberships.get(name, (0, 0))[0] for name in names}
     return [
         f"{what} are {found[what]:,}, not {number:,}"
