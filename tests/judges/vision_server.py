@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from tests.loopback import LoopbackServer, QuietHandler, serving
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class VisionServer:
         self.asked: list[Asked] = []
         server = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(QuietHandler, BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
@@ -84,20 +86,11 @@ class VisionServer:
                 except (BrokenPipeError, ConnectionResetError):
                     pass
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *_: object) -> None:
-                """A client that gives up resets its connections; the standard server prints that to stderr."""
-
-        self.http = Server(("127.0.0.1", 0), Handler)
+        self.http = LoopbackServer(("127.0.0.1", 0), Handler)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.http.server_port}/v1"
+        return f"{self.http.url}/v1"
 
     def note(self, body: dict[str, Any], authorization: str) -> Asked:
         picture, text = body["messages"][-1]["content"]
@@ -115,11 +108,5 @@ class VisionServer:
 def serve(answer: Callable[[Asked], Answer]) -> Iterator[VisionServer]:
     """Run a server in a thread while the block runs."""
     server = VisionServer(answer)
-    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with serving(server.http):
         yield server
-    finally:
-        server.http.shutdown()
-        server.http.server_close()
-        thread.join()

@@ -10,8 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.loopback import LoopbackServer, QuietHandler, serving
 
 
 @dataclass(frozen=True)
@@ -74,26 +76,17 @@ class ChatServer:
         self.started_at: list[float] = []
         server = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(QuietHandler, BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
                 server.serve_one(self)
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *_: object) -> None:
-                """A client that is stopped resets its connections; the standard server prints that to stderr."""
-
-        self.http = Server(("127.0.0.1", 0), Handler)
+        self.http = LoopbackServer(("127.0.0.1", 0), Handler)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.http.server_port}/v1"
+        return f"{self.http.url}/v1"
 
     def serve_one(self, handler: BaseHTTPRequestHandler) -> None:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
@@ -148,11 +141,5 @@ class ChatServer:
 def serve(answer: Callable[[Asked], Answer] = lambda asked: Answer(good_lines(asked))) -> Iterator[ChatServer]:
     """Run a server in a thread while the block runs."""
     server = ChatServer(answer)
-    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with serving(server.http):
         yield server
-    finally:
-        server.http.shutdown()
-        server.http.server_close()
-        thread.join()
