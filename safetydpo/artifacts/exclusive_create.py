@@ -109,12 +109,19 @@ def _put_if_absent(filesystem: PatientS3, path: str, data: bytes) -> bool:
 
 
 def _stands_there(filesystem: PatientS3, path: str, data: bytes) -> bool:
-    try:
-        with filesystem.open_input_stream(path) as stream:
-            return bool(stream.read() == data)
-    except FileNotFoundError:
-        # Somebody else's, and gone again since: a lease that was short.
-        return False
+    deadline = time.monotonic() + CREATE_SECONDS
+    while True:
+        try:
+            with filesystem.open_input_stream(path) as stream:
+                return bool(stream.read() == data)
+        except FileNotFoundError:
+            # Somebody else's, and gone again since: a lease that was short.
+            return False
+        except OSError:
+            # One that goes while it is read breaks the answer off; the next look finds it gone.
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
 
 
 def _answer(error: Exception) -> tuple[int | None, str]:

@@ -21,7 +21,7 @@ from safetydpo.errors import SafetyDPOError, UsageError
 SHORT_HASH = 12
 POINTERS_LEASE = ".pointers"
 """Folder of the lease on a run's pointers, hidden from listings."""
-READ_ATTEMPTS, READ_PAUSE_SECONDS = 20, 0.05
+READ_PAUSE_SECONDS = 0.05
 POINTERS_PATIENCE_SECONDS = 400.0
 """Above the five minutes after which the lease of a machine that is gone is nobody's."""
 
@@ -142,7 +142,7 @@ def read_pointers(run_dir: Location) -> dict[str, dict[str, str]]:
     if not location.is_file():
         return {}
     try:
-        content = json.loads(_read_whole(location))
+        content = _parse_settled(location)
         return {str(name): dict(pointer) for name, pointer in content["artifacts"].items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise SafetyDPOError(
@@ -150,14 +150,22 @@ def read_pointers(run_dir: Location) -> dict[str, dict[str, str]]:
         ) from error
 
 
-def _read_whole(location: Location) -> bytes:
-    """Read a small file that another command may be replacing: some S3 servers then show nothing for a moment."""
-    for _ in range(READ_ATTEMPTS):
+def _parse_settled(location: Location) -> Any:
+    """Parse a small JSON file that another command may be replacing.
+
+    pyarrow asks S3 for an object's size and then for that many bytes: of one that grew in between it gets the
+    beginning. What reads twice the same is what stands there.
+    """
+    before = None
+    while True:
         content = location.read_bytes()
-        if content:
-            return content
+        try:
+            return json.loads(content)
+        except ValueError:
+            if content == before:
+                raise
+        before = content
         time.sleep(READ_PAUSE_SECONDS)
-    return content
 
 
 def write_pointer(run_dir: Location, name: str, key: ArtifactKey) -> None:

@@ -55,6 +55,18 @@ def test_a_lost_answer_is_told_from_somebody_elses_object(s3_store: Location) ->
     assert not file.create_exclusively(b"token of another")
 
 
+def test_an_object_that_goes_while_it_is_read_was_somebody_elses() -> None:
+    """The server breaks its answer off; the next look finds nothing. Seen on SeaweedFS with two processes that race."""
+
+    class Going:
+        answers = iter([OSError("AWS Error INTERNAL_FAILURE: Failed to flush response stream"), FileNotFoundError("x")])
+
+        def open_input_stream(self, _path: str) -> None:
+            raise next(self.answers)
+
+    assert not exclusive_create._stands_there(Going(), "bucket/lease", b"mine")  # type: ignore[arg-type]
+
+
 def test_an_object_that_is_gone_again_was_somebody_elses(s3_store: Location) -> None:
     """A short lease: it stood there when it was to be created, and is deleted when its content is asked for."""
     found = exclusive_create._stands_there(s3_store.filesystem, f"{s3_store.path}/gone", b"mine")  # type: ignore[arg-type]

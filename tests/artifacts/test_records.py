@@ -156,6 +156,15 @@ def test_pointers_that_somebody_holds_for_too_long_are_an_error(store: Location,
     assert read_pointers(store) == {}
 
 
+def test_pointers_that_are_being_replaced_are_read_again(store: Location, monkeypatch: pytest.MonkeyPatch):
+    """A torn reading, another one, and then the whole file: what pyarrow gives of an object that grows on S3."""
+    write_pointers(store, {"pairs": KEY, "experts": KEY})
+    whole = (store / "artifacts.json").read_bytes()
+    readings = iter([b"", whole[:20], whole])
+    monkeypatch.setattr(Location, "read_bytes", lambda _: next(readings))
+    assert set(read_pointers(store)) == {"pairs", "experts"}
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"artifacts": 3}', '{"artifacts": {"a": 3}}'])
 def test_damaged_pointers(store: Location, text: str):
     (store / "artifacts.json").write_bytes(text.encode())
