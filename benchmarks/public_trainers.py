@@ -40,7 +40,9 @@ class PublicNetworks:
             yield self.reference
 
 
-def load_public(folder: Path, kind: Literal["public", "script"], *, dtype: torch.dtype) -> tuple[PublicNetworks, Any]:
+def load_public(
+    folder: Path, kind: Literal["public", "script"], *, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[PublicNetworks, Any]:
     """Load a folder in diffusers format; return networks and tokenizer."""
     from diffusers import StableDiffusionPipeline
 
@@ -51,7 +53,7 @@ def load_public(folder: Path, kind: Literal["public", "script"], *, dtype: torch
     )
     # Weights stored in float16 are not all cast on loading.
     for network in networks.frozen():
-        network.to(dtype)
+        network.to(device, dtype)
     return networks, pipe.tokenizer
 
 
@@ -70,7 +72,8 @@ def add_lora(networks: PublicNetworks, *, rank: int, targets: Sequence[str]) -> 
 
 def public_loss(networks: PublicNetworks, pixels: Tensor, tokens: Tensor, *, beta: float, dtype: torch.dtype) -> Tensor:
     """Return the loss of a batch: `pixels` holds the safe pictures and then the unsafe ones, in [-1, 1]."""
-    with _autocast(dtype):
+    device = pixels.device
+    with _autocast(dtype, device):
         pairs = tokens.shape[0]
         with torch.no_grad():
             encoded = networks.vae.encode(pixels.to(dtype))
@@ -78,7 +81,7 @@ def public_loss(networks: PublicNetworks, pixels: Tensor, tokens: Tensor, *, bet
             latents = latents * networks.vae.config.scaling_factor
             features = networks.text_encoder(tokens)[0].repeat(2, 1, 1)
         noise = torch.randn_like(latents[:pairs]).repeat(2, 1, 1, 1)
-        timesteps = torch.randint(networks.scheduler.config.num_train_timesteps, (pairs,)).repeat(2)
+        timesteps = torch.randint(networks.scheduler.config.num_train_timesteps, (pairs,), device=device).repeat(2)
         noisy = networks.scheduler.add_noise(latents, noise, timesteps)
         predicted = networks.unet(noisy, timesteps, features).sample
         with torch.no_grad(), _adapter_off(networks) as reference:
@@ -103,23 +106,24 @@ def public_step(
     learning_rate: float,
     max_grad_norm: float,
     dtype: torch.dtype,
+    device: str = "cpu",
 ) -> Callable[[], None]:
     """Return one training step; `pairs` are safe and unsafe uint8 pictures (pair, height, width, 3) and captions."""
-    networks, tokenizer = load_public(folder, kind, dtype=dtype)
+    networks, tokenizer = load_public(folder, kind, dtype=dtype, device=device)
     trainable = add_lora(networks, rank=rank, targets=targets)
     optimizer = torch.optim.AdamW(trainable, lr=learning_rate)
     safe, unsafe, captions = pairs
 
     def step() -> None:
         rows = torch.randperm(len(captions))[:pairs_per_step]
-        pixels = torch.cat([safe[rows], unsafe[rows]]).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        pixels = torch.cat([safe[rows], unsafe[rows]]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
         tokens = tokenizer(
             [captions[row] for row in rows.tolist()],
             padding="max_length",
             max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
-        ).input_ids
+        ).input_ids.to(device)
         loss = public_loss(networks, pixels, tokens, beta=beta, dtype=dtype)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(trainable, max_grad_norm)
@@ -129,8 +133,8 @@ def public_step(
     return step
 
 
-def _autocast(dtype: torch.dtype) -> Any:
-    return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
+def _autocast(dtype: torch.dtype, device: torch.device) -> Any:
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 @contextmanager

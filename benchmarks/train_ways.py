@@ -24,6 +24,7 @@ from safetydpo.dpo.step import errors_to_store, policy_loss
 NUM_PAIRS = 16
 DRAWS = 16
 """Stored draws of each pair: more than a measurement comes to."""
+ENCODED_TOGETHER = 4
 LORA = LoraConfig(rank=4)
 DPO = DpoConfig(
     pairs_per_step=4,
@@ -47,9 +48,14 @@ def make_pairs(size: int) -> tuple[Tensor, Tensor, list[str]]:
 def encode_once(backbone: Backbone, pairs: tuple[Tensor, Tensor, list[str]]) -> PreferenceData:
     """Return the preferences with latents per picture and text features per caption."""
     safe, unsafe, captions = pairs
-    latents = torch.cat([backbone.encode_images(safe), backbone.encode_images(unsafe)]).half().numpy()
+    # In parts: an autoencoder of true size holds gigabytes for every picture.
+    parts = [backbone.encode_images(part) for side in (safe, unsafe) for part in side.split(ENCODED_TOGETHER)]
+    latents = torch.cat(parts).half().cpu().numpy()
     texts = ["", *captions]
-    features = backbone.encode_prompts(texts).tokens.float().numpy()
+    condition = backbone.encode_prompts(texts)
+    shas = [caption_sha256(text) for text in texts]
+    features = dict(zip(shas, condition.tokens.float().cpu().numpy(), strict=True))
+    pooled = condition.pooled
     rows = [
         PreferenceRow(f"pair{row:03d}", f"safe{row}", f"unsafe{row}", caption_sha256(text), caption_sha256(text))
         for row, text in enumerate(captions)
@@ -58,7 +64,8 @@ def encode_once(backbone: Backbone, pairs: tuple[Tensor, Tensor, list[str]]) -> 
     return PreferenceData.from_tables(
         rows,
         latents=dict(zip(ids, latents, strict=True)),
-        embeddings=dict(zip(map(caption_sha256, texts), features, strict=True)),
+        embeddings=features,
+        pooled=None if pooled is None else dict(zip(shas, pooled.float().cpu().numpy(), strict=True)),
         latent_shape=backbone.latent_shape(height=safe.shape[1], width=safe.shape[2]),
     )
 
@@ -75,8 +82,11 @@ class OurTraining:
         channels_last: bool = False,
         compiled: bool = False,
         fused: bool = False,
+        pairs_per_step: int = DPO.pairs_per_step,
+        adapter_compute: str = "float32",
     ) -> None:
-        self.config = DPO.model_copy(update={"reference": "cached"}) if cached else DPO
+        changes = {"pairs_per_step": pairs_per_step, "adapter_compute": adapter_compute}
+        self.config = DPO.model_copy(update=changes | ({"reference": "cached"} if cached else {}))
         self.backbone, self.data = backbone, with_stored_errors(backbone, data, self.config) if cached else data
         self._engine = open_engine(backbone, config=self.config, lora=LORA)
         signature = lora_signature(LORA)

@@ -93,6 +93,9 @@ class TrainingConfig(Frozen):
     activation_checkpointing: bool = added_field(False)
     """Keep the activations of few layers and compute the others again on the way back: less memory, about a third
     more time, equal gradients."""
+    adapter_compute: Literal["float32", "base"] = added_field("float32")
+    """In which type a low-precision base's adapter is computed while it is trained: `float32`, or that of the `base`,
+    as autocast does, which is faster on a GPU. Its weights are float32 in both. Not with `zero_stage` 3."""
     loss_scaling: Literal["auto", "none", "dynamic"] = added_field("auto")
     """`dynamic` = the loss is multiplied before the way back and gradients divided after it, by a power of two that
     halves when they overflow and doubles after 2000 steps without; `auto` = that for a float16 base, else none."""

@@ -11,7 +11,21 @@ from torch import Tensor, nn
 
 from safetydpo.artifacts.adapters import Denoiser, LoraLayer, LoraSignature
 from safetydpo.diffusion.adapter import AdapterSlot
+from safetydpo.diffusion.lora_layer import Compute
 from safetydpo.errors import SafetyDPOError
+
+COMPILED_BLOCKS = frozenset(
+    {
+        "BasicTransformerBlock",
+        "ResnetBlock2D",
+        "JointTransformerBlock",
+        "FluxTransformerBlock",
+        "FluxSingleTransformerBlock",
+    }
+)
+"""Classes of the blocks that hold nearly all of a denoiser's work."""
+COMPILED_VARIANTS = 64
+"""Shapes of one class of blocks that are compiled at most; what comes after them runs as it is."""
 
 
 class AdaptedNetwork:
@@ -22,6 +36,7 @@ class AdaptedNetwork:
     def __init__(self, network: Any, *, device: torch.device | None = None) -> None:
         """Take a denoiser that carries no adapter yet; adapters stand on `device`, None = beside its weights."""
         self._denoiser = network
+        self._compiled: dict[nn.Module, Any] = {}
         self._slot = AdapterSlot(network, device=device)
 
     @property
@@ -30,6 +45,22 @@ class AdaptedNetwork:
         network: nn.Module = self._denoiser
         return network
 
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """Run the blocks of the denoiser through `torch.compile` inside this context."""
+        blocks = [module for module in self._denoiser.modules() if type(module).__name__ in COMPILED_BLOCKS]
+        for block in blocks:
+            # Each block on its own: equal ones share their code, so it takes seconds where the whole takes minutes.
+            if block not in self._compiled:
+                self._compiled[block] = torch.compile(block.forward, dynamic=False)
+            block.forward = self._compiled[block]
+        try:
+            with torch._dynamo.config.patch(recompile_limit=COMPILED_VARIANTS):  # type: ignore[no-untyped-call]
+                yield
+        finally:
+            for block in blocks:
+                del block.forward
+
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Keep few activations in passes with a gradient and compute the others again, or keep all of them."""
         # diffusers does so in each block, and only where a gradient is wanted: a reference pass stays as it is.
@@ -37,6 +68,10 @@ class AdaptedNetwork:
             self._denoiser.enable_gradient_checkpointing()
         else:
             self._denoiser.disable_gradient_checkpointing()
+
+    def compute_adapter_in(self, compute: Compute) -> None:
+        """Say in which type the adapter is computed from now on; see `SlotLinear.compute`."""
+        self._slot.compute_in(compute)
 
     def install_adapter(self, signature: LoraSignature) -> None:
         """Put the adapter slot in, with all tensors zero."""

@@ -14,15 +14,13 @@ from typing import Literal
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 
 from safetydpo.artifacts.adapters import LoraLayer, LoraSignature
+from safetydpo.diffusion.lora_layer import SLOT, Compute, SlotLinear
 from safetydpo.diffusion.targets import matches_suffix, require_targets
 from safetydpo.errors import SafetyDPOError
 from safetydpo.seeding import derive_torch
-
-SLOT = "default"
 
 
 def linear_layers(network: nn.Module) -> dict[str, nn.Linear]:
@@ -80,6 +78,7 @@ class AdapterSlot:
         self._linear = linear_layers(network)
         self._signature: LoraSignature | None = None
         self._base_scaling: dict[str, float] = {}
+        self._compute: Compute = "float32"
 
     def shapes(self, suffixes: Sequence[str]) -> Iterator[tuple[str, tuple[int, int]]]:
         """Yield (name, (d_in, d_out)) of the linear layers whose name ends in one of the suffixes.
@@ -115,6 +114,12 @@ class AdapterSlot:
         """
         names = [name for name, _ in self.shapes(signature.targets)]
         self._inject(signature, dict.fromkeys(names, signature.rank))
+
+    def compute_in(self, compute: Compute) -> None:
+        """Say in which type adapters are computed from now on (`SlotLinear.compute`)."""
+        self._compute = compute
+        for module in self._lora_modules().values():
+            module.compute = compute
 
     def load(self, layers: Mapping[str, LoraLayer], *, scale: float = 1.0) -> None:
         """Overwrite the slot with `layers`; the network then computes base + scale * up @ down.
@@ -202,11 +207,11 @@ class AdapterSlot:
         self._signature = None
         self._base_scaling = {}
 
-    def _lora_modules(self) -> dict[str, PeftLinear]:
+    def _lora_modules(self) -> dict[str, SlotLinear]:
         found = ((name, self._network.get_submodule(name)) for name in self._linear)
-        return {name: module for name, module in found if isinstance(module, PeftLinear)}
+        return {name: module for name, module in found if isinstance(module, SlotLinear)}
 
-    def _installed(self) -> dict[str, PeftLinear]:
+    def _installed(self) -> dict[str, SlotLinear]:
         self._current_signature()
         return self._lora_modules()
 
@@ -226,6 +231,8 @@ class AdapterSlot:
             lora_dropout=0.0,
             init_lora_weights=False,
         )
+        # peft's hook for layers of another make; it is not in its stable interface (constraints.txt pins it).
+        config._register_custom_module({nn.Linear: SlotLinear})
         # peft's layers draw initial values even when told not to; nobody else's random state may move with it.
         with torch.random.fork_rng(devices=[]):
             inject_adapter_in_model(config, self._network, adapter_name=SLOT)
@@ -239,8 +246,9 @@ class AdapterSlot:
             trained_here = ranks[name] == signature.rank
             self._base_scaling[name] = signature.alpha / signature.rank if trained_here else 1.0
             module.scaling[SLOT] = self._base_scaling[name]
+            module.compute = self._compute
 
-    def _check_layers(self, layers: Mapping[str, LoraLayer], installed: Mapping[str, PeftLinear]) -> None:
+    def _check_layers(self, layers: Mapping[str, LoraLayer], installed: Mapping[str, SlotLinear]) -> None:
         for name in sorted(layers):
             if name not in installed:
                 raise SafetyDPOError(

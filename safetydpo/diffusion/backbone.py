@@ -291,6 +291,14 @@ class Backbone(Protocol):
         """Keep few activations of the denoiser in passes with a gradient and compute the others again, or keep all."""
         ...
 
+    def compiled(self) -> AbstractContextManager[None]:
+        """Run the denoiser's passes compiled inside this context: the first of each shape takes a minute or more."""
+        ...
+
+    def compute_adapter_in(self, compute: Literal["float32", "base"]) -> None:
+        """Say in which type the adapter is computed from now on: float32, or that of the base."""
+        ...
+
     def install_adapter(self, signature: LoraSignature) -> None:
         """Put the adapter slot in, with all tensors zero; draw start values with `adapter.initial_adapter`."""
         ...

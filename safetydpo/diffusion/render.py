@@ -6,7 +6,7 @@ Axis legend: `row` prompts, `height width` picture axes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from jaxtyping import Float, UInt8
@@ -55,7 +55,7 @@ def render(
     if not prompts:
         return torch.zeros(0, sampler.height, sampler.width, 3, dtype=torch.uint8)
     size = sampler.batch_size
-    with torch.no_grad(), _deterministic(backbone.device):
+    with torch.no_grad(), _deterministic(backbone.device), _kernels(backbone, sampler):
         empty = (
             backbone.encode_prompts([negative_prompt] * size) if isinstance(negative_prompt, str) else negative_prompt
         )
@@ -144,7 +144,7 @@ def redraw(
     shape = backbone.latent_shape(height=sampler.height, width=sampler.width)
     # A whole number for most families, a fraction for those of flow matching.
     timestep = backbone.sampling_timesteps(sampler.steps, latent_shape=shape)[start_step]
-    with torch.no_grad(), _deterministic(backbone.device):
+    with torch.no_grad(), _deterministic(backbone.device), _kernels(backbone, sampler):
         for rows, padded in _padded_batches(len(prompts), size):
             noise = initial_noise([seeds[row] for row in padded], shape=shape)
             clean = backbone.encode_images(pictures[padded])
@@ -165,6 +165,10 @@ def _padded_batches(num_rows: int, size: int) -> Iterator[tuple[range, list[int]
     for start in range(0, num_rows, size):
         rows = range(start, min(start + size, num_rows))
         yield rows, [*rows, *[rows[-1]] * (size - len(rows))]
+
+
+def _kernels(backbone: Backbone, sampler: SamplerConfig) -> AbstractContextManager[None]:
+    return backbone.compiled() if sampler.compiled else nullcontext()
 
 
 @contextmanager

@@ -107,6 +107,7 @@ def open_engine(backbone: Backbone, *, config: TrainingConfig, lora: LoraConfig,
     require_attention(backbone.denoiser, lora.attention)
     backbone.install_adapter(lora_signature(lora))
     backbone.set_activation_checkpointing(config.activation_checkpointing)
+    backbone.compute_adapter_in(config.adapter_compute)
     parameters = backbone.adapter_parameters()
     frozen = next(parameter for parameter in backbone.network.parameters() if not parameter.requires_grad)
     loss_scale = initial_loss_scale(config.loss_scaling, frozen.dtype)

@@ -43,6 +43,7 @@ WITHOUT_EFFECT = frozenset(
         "optimizer",
         "pairs_per_forward",
         "activation_checkpointing",
+        "adapter_compute",
         "loss_scaling",
         "ema_decay",
         "validation",

@@ -202,7 +202,8 @@ class _Errors:
         pairs = rows.stop // 2
         policy_safe, policy_unsafe = squared_error(policy[rows], asked.target, weights=of_pairs).split(pairs)
         if stored is not None:
-            kept = stored.T.flatten() if of_pairs is None else stored.T.flatten() * of_pairs
+            kept = stored.T.flatten().to(policy_safe.device)
+            kept = kept if of_pairs is None else kept * of_pairs
             kept = without_rounding(kept, torch.cat([policy_safe, policy_unsafe]))
             return cls(policy_safe, policy_unsafe, *kept.split(pairs))
         if reference is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,9 +18,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
+def two_nodes() -> Iterator[tuple[str, str]]:
     """A head and a worker on this machine: (address, id of the worker)."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     # Another file's, in the same process.
     ray.shutdown()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100_000_000})
@@ -42,7 +40,6 @@ def test_a_notice_drains_the_node_and_no_other(two_nodes: tuple[str, str], serve
     watcher = subprocess.Popen(
         [sys.executable, "-m", "ray_jobs.spot_watcher", "gcp", address, server.url, worker],
         cwd=ROOT,
-        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
     )
     try:
         assert wait_for(lambda: len(server.asked) > 0, seconds=60)

@@ -38,6 +38,10 @@ from safetydpo.errors import UsageError
             {"warmup_steps": 120},
             r"identity\.dpo\.warmup_steps \(120\) must be below identity\.dpo\.steps \(120\)",
         ),
+        (
+            {"zero_stage": 3, "adapter_compute": "base"},
+            r"identity\.dpo\.adapter_compute 'base' reads an adapter's weights itself, which identity\.dpo\.zero_stage",
+        ),
         ({"ema_decay": 1.0}, r"identity\.dpo\.ema_decay: expected less than 1, found 1\.0"),
     ],
 )
@@ -56,6 +60,7 @@ def test_the_same_rules_hold_for_the_distillation() -> None:
     [
         {"strategy": "ddp", "optimizer": "prodigy", "learning_rate": 1.0},
         {"strategy": "single", "optimizer": "adamw_8bit"},
+        {"zero_stage": 2, "adapter_compute": "base"},
         {"zero_stage": 3, "base_offload": "cpu", "activation_checkpointing": True, "ema_decay": 0.999},
         {"pairs_per_step": 16, "pairs_per_forward": 4, "retention_weight": 1.0, "retention_per_step": 8},
         {"pairs_per_step": 16, "pairs_per_forward": 4, "retention_per_step": 6},
@@ -74,6 +79,7 @@ def test_settings_that_came_later_are_left_out_at_their_defaults() -> None:
         "loss_scaling",
         "ema_decay",
         "pairs_per_forward",
+        "adapter_compute",
     }
     for config in (DpoConfig(), DistillConfig()):
         assert not added & config.model_dump(mode="json").keys()

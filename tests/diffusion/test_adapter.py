@@ -141,6 +141,29 @@ def test_training_uses_alpha_over_rank_and_export_folds_it(network, x):
     torch.testing.assert_close(network(x), plain(x), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("compute", ["float32", "base"])
+def test_one_layer_of_a_low_precision_base(network, compute):
+    """W x + c + scale * B A x, summed in float64 from the same weights: to three roundings of bfloat16 (2^-8 each)."""
+    network = network.to(torch.bfloat16)
+    slot, name = AdapterSlot(network), "0.to_q"
+    base = network.get_submodule(name)
+    given = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    plain = base(given)
+    slot.compute_in(compute)
+    slot.install(SIGNATURE)
+    adapted = network.get_submodule(name)
+    assert torch.equal(adapted(given), plain)
+    layer = random_layers(slot, rank=2)[name]
+    slot.load({name: layer}, scale=0.5)
+    found = adapted(given).detach()
+    wanted = given.double() @ (base.weight.double() + 0.5 * layer.up.double() @ layer.down.double()).T
+    wanted = wanted + base.bias.double()
+    assert found.dtype == torch.bfloat16
+    assert float((found.double() - wanted).norm()) <= 3 * 2**-8 * float(wanted.norm())
+    with slot.off():
+        assert torch.equal(adapted(given), plain)
+
+
 def test_off_and_remove_give_the_base_bit_for_bit(network, x):
     base = network(x)
     original = network.get_submodule("0.to_q")

@@ -54,6 +54,22 @@ def test_activations_computed_again_give_equal_gradients(
     assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
 
 
+def test_an_adapter_in_the_bases_type(tiny_folder: Path, make_data: Make, config: DpoConfig, lora: LoraConfig) -> None:
+    """In float32 the same bits; in bfloat16 no further from float32's gradient than the base's own rounding, twice."""
+    low_config = config.model_copy(update={"adapter_compute": "base"})
+    data, found = make_data(), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        backbone = StableDiffusion.from_folder(tiny_folder, dtype=dtype)
+        for name, one in (("full", config), ("low", low_config), ("again", config)):
+            found[dtype, name] = torch.cat([part.flatten() for part in gradients(backbone, data, one, lora)])
+            assert found[dtype, name].dtype == torch.float32
+        assert torch.equal(found[dtype, "full"], found[dtype, "again"])
+    exact = found[torch.float32, "full"]
+    assert torch.equal(exact, found[torch.float32, "low"])
+    off = {name: float((found[torch.bfloat16, name] - exact).norm()) for name in ("full", "low")}
+    assert 0 < off["low"] <= 2 * off["full"], off
+
+
 def test_a_reference_pass_computes_nothing_again(
     backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig
 ) -> None:

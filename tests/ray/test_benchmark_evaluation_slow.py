@@ -49,8 +49,9 @@ def test_a_benchmark_in_an_evaluation(cluster: None, tmp_path: Path):
         stored = read_picture_outcomes(picture_outcomes_file(run.run_dir)).rows["base"]
         assert len(stored) == len(found)
         for metric, number in measured[name]["metrics"].items():
-            if number["unit"] == "rate":
-                assert sum(metric in picture.hits for picture in stored) == number["n"]
+            # A distinct rate counts texts, not pictures.
+            if number["unit"] == "rate" and not metric.endswith("_distinct"):
+                assert sum(metric in picture.hits for picture in stored) == number["n"], metric
     assert measured["with"]["metrics"]["benchmark_ip:mine"]["n"] == 3
     assert measured["with"]["prompt_set"] == "unsafe+ood+neutral+neighbour+benchmark:mine"
     # The run's own numbers are the same, drawn beside a benchmark or not.
