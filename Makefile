@@ -1,4 +1,4 @@
-# Words: setup fmt lint types test test-slow demo evidence bench
+# Words: setup fmt lint types test test-slow test-cluster demo evidence bench
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reor
 export RAY_USAGE_STATS_ENABLED=0
 export HF_HUB_OFFLINE=1
 
-.PHONY: setup fmt lint types test test-slow demo evidence bench
+.PHONY: setup fmt lint types test test-slow test-cluster demo evidence bench
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -36,6 +36,10 @@ test: lint types
 
 test-slow: setup
 	$(PYTEST) -m slow --timeout=900 --durations=20
+
+# As root: three hosts with networks of their own on this machine, `ray up` on them, a job, and every fault.
+test-cluster: setup
+	$(BIN)/python -m pytest -m rehearsal --timeout=1500 -s tests/cluster
 
 demo: setup
 	$(BIN)/safetydpo demo

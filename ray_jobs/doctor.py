@@ -19,6 +19,8 @@ from safetydpo.config.schema import Config
 
 MIN_MEMORY_GIB = 8
 
+_SSH = "make test-cluster (apt: openssh-server)"
+
 
 def check_machine() -> int:
     """Print one line per check; return 0 if nothing that the demo needs is missing, else 1."""
@@ -76,6 +78,9 @@ def _checks() -> list[tuple[str, str | None, str, bool]]:
             False,
         ),
         ("chromium", shutil.which("chromium"), "screenshots in the slow tests (apt: chromium)", False),
+        ("ip", shutil.which("ip"), "make test-cluster (apt: iproute2)", False),
+        ("sshd", shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin"), _SSH, False),
+        ("rsync", shutil.which("rsync"), "make test-cluster (apt: rsync)", False),
         ("demo weights", str(weights.parent) if weights.is_file() else None, "the demo", True),
     ]
     for package in RECORDED_PACKAGES:

@@ -39,11 +39,14 @@ class S3Server:
     folder: Path
     ports: list[int] = field(default_factory=lambda: free_ports(2 * len(PARTS)))
     process: subprocess.Popen[bytes] | None = None
+    address: str = "127.0.0.1"
+    inside: tuple[str, ...] = ()
+    """What runs its command in another network, such as `ip netns exec NAME`."""
 
     @property
     def endpoint(self) -> str:
         """The URL of its S3 protocol; its other ports know no credentials."""
-        return f"http://127.0.0.1:{self.ports[2 * PARTS.index('s3')]}"
+        return f"http://{self.address}:{self.ports[2 * PARTS.index('s3')]}"
 
     @property
     def variables(self) -> dict[str, str]:
@@ -75,14 +78,14 @@ class S3Server:
         return self
 
     def _command(self) -> list[str]:
-        flags = {"dir": self.folder / "data", "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "bucket": BUCKET}
+        flags = {"dir": self.folder / "data", "ip": self.address, "ip.bind": self.address, "bucket": BUCKET}
         flags |= {"master.telemetry": "false", "webdav": "false", "admin.ui": "false", "s3.iam": "false"}
         flags |= {"s3.port.iceberg": 0, "s3.port.lance": 0, "s3.autoCreateBucket": "false"}
         flags |= {"s3.config": self.folder / "s3.json"}
         for index, part in enumerate(PARTS):
             flags |= {f"{part}.port": self.ports[2 * index], f"{part}.port.grpc": self.ports[2 * index + 1]}
         weed = Path(sys.executable).parent / "weed"
-        return [str(weed), "-logtostderr", "mini", *(f"-{name}={value}" for name, value in flags.items())]
+        return [*self.inside, str(weed), "-logtostderr", "mini", *(f"-{name}={value}" for name, value in flags.items())]
 
     def _is_ready(self) -> bool:
         """Whether it takes objects: its parts find each other, and make the bucket, after the port has opened."""

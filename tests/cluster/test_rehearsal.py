@@ -1,0 +1,157 @@
+"""`ray up` of the shipped file on three hosts, a job on them, and every fault in turn.
+
+`make test-cluster`; as root. One job goes through the whole matrix, so that each fault meets what earlier ones left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from safetydpo.artifacts.storage import Location, open_location
+from tests.cluster.heads import head_with_token
+from tests.cluster.hosts import BRIDGE, Host, what_is_missing
+from tests.cluster.rehearsal import Rehearsal, closed_artifacts, pool_rows, rehearsal, store_of
+from tests.ray.smoke_place import PATIENCE, Place, wait_for
+from tests.s3_server import BUCKET
+
+pytestmark = [
+    pytest.mark.rehearsal,
+    pytest.mark.skipif(what_is_missing() is not None, reason=what_is_missing() or ""),
+]
+# A dozen batches, so that some are under way whenever a host goes; two of everything that may run at once.
+CHANGES = (
+    "identity.sampler.batch_size=2",
+    "identity.search.trials=6",
+    "identity.search.generation_size=2",
+    "identity.dpo.steps=12",
+    "identity.dpo.checkpoint_every=1",
+    "execution.num_workers=2",
+)
+GONE_SECONDS = 20
+S3_GONE_SECONDS = 60
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Location:
+    """The store of the same run on a local disk and a local Ray."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    place = Place(folder / "store", folder / "run", changes=CHANGES)
+    place.run("run", seconds=900)
+    return open_location(str(place.store))
+
+
+@pytest.fixture(scope="module")
+def bystander(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    """Another Ray of this machine, outside the hosts."""
+    with head_with_token(tmp_path_factory.mktemp("bystander"), num_cpus=1) as head:
+        yield head
+
+
+@pytest.fixture(scope="module")
+def cluster(bystander: object, undisturbed: Location) -> Iterator[Rehearsal]:
+    """Three hosts with Ray on them; the bystander is alive before, and after all is gone."""
+    with pytest.MonkeyPatch.context() as patch, rehearsal() as found:
+        for name, value in found.server.variables.items():
+            patch.setenv(name, value)
+        found.up()
+        yield found
+        found.down()
+    assert bystander.safetydpo("status").returncode == 0  # type: ignore[attr-defined]
+    left = subprocess.run(["ip", "link", "show", BRIDGE], capture_output=True, check=False)
+    assert left.returncode != 0
+    assert not [*Path("/var/tmp").glob("safetydpo-hosts-*"), *Path("/var/tmp").glob("safetydpo-s3-*")]
+    assert not list(Path("/run/netns").glob("sdpo-*"))
+
+
+def reach(process: subprocess.Popen[str], store: Location, pattern: str, *, seconds: float = 400) -> None:
+    """Wait until a file whose path holds all words of the pattern stands in the store."""
+    folder, *words = pattern.split()
+
+    def is_there() -> bool:
+        with contextlib.suppress(OSError):
+            return any(all(word in file.path for word in words) for file in (store / folder).walk())
+        return False
+
+    assert wait_for(lambda: is_there() or process.poll() is not None, seconds=seconds), f"no {pattern} in time"
+    assert process.poll() is None, process.communicate()[0][-4000:]
+
+
+def kill_one(hosts: list[Host], *words: str) -> str:
+    """SIGKILL the busiest process whose command line holds one of the words; return its line."""
+    found = [process for host in hosts for process in host.find(*words)]
+    assert found, words
+    victim = max(found, key=lambda process: process.cpu_times().user)
+    line = " ".join(victim.cmdline())
+    victim.kill()
+    return line
+
+
+def cut_for(host: Host, cluster: Rehearsal) -> None:
+    """Cut a host off the network, give it back, and see it alive again."""
+    host.cut()
+    time.sleep(GONE_SECONDS)
+    host.join()
+    assert wait_for(lambda: cluster.alive() == 3, seconds=120), f"{cluster.alive()} nodes"
+
+
+def busiest(hosts: list[Host], *words: str) -> Host:
+    """Return the host on which such a process has worked most."""
+
+    def work(host: Host) -> float:
+        total = 0.0
+        for process in host.find(*words):
+            with contextlib.suppress(psutil.Error):
+                total += process.cpu_times().user
+        return total
+
+    return max(hosts, key=work)
+
+
+def test_one_job_survives_every_fault(cluster: Rehearsal, undisturbed: Location) -> None:
+    """Hosts cut off in generation, training and search; a worker, a lane and a raylet killed; S3 gone for a minute."""
+    workers = cluster.hosts.hosts[1:]
+    store = open_location(f"s3://{BUCKET}/faults/store")
+    job = cluster.submit(*store_of("faults"), *CHANGES)
+    said = []
+
+    def note(text: str) -> None:
+        said.append(f"{time.time() - started:6.1f} s  {text}")
+        print(said[-1], flush=True)
+
+    started = time.time()
+    try:
+        reach(job, store, "images /data/")
+        note("generation: a host is cut off")
+        cut_for(busiest(workers, "MapWorker"), cluster)
+        note(f"generation: killed {kill_one(workers, 'MapWorker')}")
+        reach(job, store, "experts checkpoint.safetensors")
+        note("training: a host is cut off")
+        cut_for(busiest(workers, "RayTrainWorker"), cluster)
+        if wait_for(lambda: any(host.find("RayTrainWorker") for host in workers), seconds=60):
+            note(f"training: killed {kill_one(workers, 'RayTrainWorker')}")
+        reach(job, store, "merged record.json")
+        raylet = workers[1].find("raylet/raylet")
+        raylet[0].kill()
+        note("merging: killed a raylet")
+        reach(job, store, "search trials")
+        note("search: S3 is gone for a minute")
+        cluster.server.kill()
+        time.sleep(S3_GONE_SECONDS)
+        cluster.server.start()
+        assert wait_for(lambda: cluster.alive() == 3, seconds=120), f"{cluster.alive()} nodes"
+        note("search: a host is cut off")
+        cut_for(workers[0], cluster)
+        output, _ = job.communicate(timeout=900 * PATIENCE)
+        note(f"the job ended with {job.returncode}")
+    finally:
+        job.kill()
+    assert job.returncode == 0, output[-4000:]
+    assert pool_rows(store) == pool_rows(undisturbed)
+    assert closed_artifacts(store) == closed_artifacts(undisturbed)
