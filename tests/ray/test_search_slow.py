@@ -128,7 +128,10 @@ def test_a_budget_stops_the_command_cleanly_and_a_larger_one_ends_like_none(
     assert done.returncode == 0, done.stderr
     output = " ".join(done.stdout.split())
     assert "search stopped at its cost budget of" in output
-    assert "trials have ended; best so far:" in output
+    assert "trials have ended" in output
+    # How far half of the cost goes is the machine's business: maybe to the cheap rungs of some trials only.
+    has_measured = any(row["status"] == "ok" for row in rows(place, "trials"))
+    assert ("best so far:" in output) == has_measured
     assert "the same command with a larger budget goes on" in output
     assert not place.records("search")
     ended = len(rows(place, "trials"))
