@@ -48,8 +48,10 @@ def closed_artifacts(store: Location) -> dict[str, str]:
                 found[f"{name}/{artifact.name}"] = str(json.loads(record.read_bytes())["fingerprint"])
                 for file in artifact.walk():
                     if file.path.endswith(".safetensors"):
-                        inside = file.path.removeprefix(artifact.path)
-                        found[f"{name}/{artifact.name}{inside}"] = hashlib.sha256(file.read_bytes()).hexdigest()
+                        # In which attempt it was made is the faults' business.
+                        found[f"{name}/{artifact.name}/{Path(file.path).name}"] = hashlib.sha256(
+                            file.read_bytes()
+                        ).hexdigest()
     return found
 
 
