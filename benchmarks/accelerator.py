@@ -29,10 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import alternate, print_result
-from benchmarks.public_trainers import public_step
+from benchmarks.harness import alternate, count_operations, print_result
+from benchmarks.public_trainers import PUBLIC_WAYS, public_step
 from benchmarks.train_ways import DPO, LORA, OurTraining, encode_once, make_pairs
 from benchmarks.true_sizes import SIZES, TrueSize
 from safetydpo.config.schema import BaseModelConfig, SamplerConfig
@@ -49,7 +48,7 @@ PICTURES = {"sd15": 16, "sdxl": 8}
 PAIRS = {"sd15": 16, "sdxl": 4}
 """Pairs in a training step."""
 PAIRS_WAYS = ("diffusers", "eager", "eager to files", "compiled", "whole compiled")
-TRAIN_WAYS = ("public", "script", "live", "cached", "live in bfloat16", "cached in bfloat16")
+TRAIN_WAYS = (*PUBLIC_WAYS, "live", "cached", "live in bfloat16", "cached in bfloat16")
 
 
 def timed(call: Callable[[], object]) -> Callable[[], None]:
@@ -73,13 +72,6 @@ def product_speed(device: str) -> float:
         timed(lambda: torch.mm(a, b))()
         seconds.append(time.perf_counter() - started)
     return float(2 * side**3 / min(seconds))
-
-
-def count_operations(call: Callable[[], object]) -> int:
-    """Return the operations of what a call runs, forward and backward."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return int(counter.get_total_flops())
 
 
 class Measurement:
@@ -128,8 +120,12 @@ def measure_pairs(size: TrueSize, folder: Path, name: str, options: argparse.Nam
     prompts, seeds = [f"{PROMPT}, number {index}" for index in range(batch)], list(range(batch))
     backbone = load_backbone(BaseModelConfig(model=str(folder), dtype="bfloat16"), device=options.device)
 
-    def draw(**changes: Any) -> Any:
-        return render(backbone, prompts=prompts, seeds=seeds, sampler=sampler.model_copy(update=changes))
+    # Compiled at once instead of block by block, which takes minutes the first time.
+    whole = copy.deepcopy(backbone)
+    whole.network.compile(dynamic=False)
+
+    def draw(by: Backbone = backbone, **changes: Any) -> Any:
+        return render(by, prompts=prompts, seeds=seeds, sampler=sampler.model_copy(update=changes))
 
     def draw_to_files() -> None:
         for picture in draw():
@@ -139,7 +135,7 @@ def measure_pairs(size: TrueSize, folder: Path, name: str, options: argparse.Nam
         "eager": draw,
         "eager to files": draw_to_files,
         "compiled": partial(draw, compiled=True),
-        "whole compiled": with_whole_compiled(backbone, draw),
+        "whole compiled": partial(draw, whole),
     }
     measurement.ways = {way: timed(call) for way, call in ways.items() if way in options.ways}
     one, two = (count_operations(partial(draw, steps=steps)) for steps in (1, 2))
@@ -148,21 +144,6 @@ def measure_pairs(size: TrueSize, folder: Path, name: str, options: argparse.Nam
         measurement.ways["diffusers"] = timed(one_call(folder, size, options.device))
         measurement.work["diffusers"] = 1
     return measurement
-
-
-def with_whole_compiled(backbone: Backbone, draw: Callable[[], object]) -> Callable[[], object]:
-    """Return a call that draws with the whole denoiser compiled at once, which takes minutes the first time."""
-    forward = backbone.network.forward
-    compiled = torch.compile(forward, dynamic=False)
-
-    def call() -> None:
-        backbone.network.forward = compiled  # type: ignore[method-assign]
-        try:
-            draw()
-        finally:
-            backbone.network.forward = forward  # type: ignore[method-assign]
-
-    return call
 
 
 def one_call(folder: Path, size: TrueSize, device: str) -> Callable[[], None]:
@@ -211,12 +192,12 @@ def measure_train(size: TrueSize, folder: Path, name: str, options: argparse.Nam
         if kind not in counted:
             counted[kind] = count_operations(training.step) / per_step
         measurement.operations[way] = counted[kind]
-    for way in ("public", "script"):
+    for way in PUBLIC_WAYS:
         # The public trainers are written for SD1.5.
         if way in options.ways and name == "sd15":
             step = public_step(
                 folder,
-                way,  # type: ignore[arg-type]
+                way,
                 pairs,
                 rank=LORA.rank,
                 targets=LORA.targets,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,13 @@ def alternate(ways: Mapping[str, Callable[[], None]], *, rounds: int, warmup_rou
 def ratio_of_medians(baseline: Sequence[float], ours: Sequence[float]) -> float:
     """Return how many times faster ours is: median seconds of the baseline over median seconds of ours."""
     return statistics.median(baseline) / statistics.median(ours)
+
+
+def count_operations(call: Callable[[], object]) -> int:
+    """Return the floating-point operations that a call runs, forward and backward (a multiply-add counts two)."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops())
 
 
 def print_result(benchmark: str, *, ratios: Mapping[str, float], raw: Mapping[str, object]) -> None:

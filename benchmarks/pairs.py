@@ -34,9 +34,8 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import print_result
+from benchmarks.harness import count_operations, print_result
 from ray_jobs.cluster import connect, disconnect
 from ray_jobs.failures import run_guarded
 from ray_jobs.generate_pairs import render_stage
@@ -165,9 +164,8 @@ def run_by_hand(run: Run, manifest: pa.Table) -> tuple[float, float]:
 def bound_images_per_second(run: Run) -> dict[str, float]:
     """Return operations of one picture, the machine's speed in a large bfloat16 product, and their quotient."""
     backbone = load_backbone(run.config.identity.base)
-    with FlopCounterMode(display=False) as counter:
-        render(backbone, prompts=["a"], seeds=[0], sampler=run.config.identity.sampler)
-    operations = counter.get_total_flops() / run.config.identity.sampler.batch_size
+    whole = count_operations(lambda: render(backbone, prompts=["a"], seeds=[0], sampler=run.config.identity.sampler))
+    operations = whole / run.config.identity.sampler.batch_size
     torch.set_num_threads(2)
     a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
     speeds = []

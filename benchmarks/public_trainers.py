@@ -13,13 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from peft import LoraConfig as PeftLoraConfig
 from torch import Tensor, nn
+
+PublicWay = Literal["public", "script"]
+PUBLIC_WAYS: tuple[PublicWay, ...] = get_args(PublicWay)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class PublicNetworks:
 
 
 def load_public(
-    folder: Path, kind: Literal["public", "script"], *, dtype: torch.dtype, device: str = "cpu"
+    folder: Path, kind: PublicWay, *, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[PublicNetworks, Any]:
     """Load a folder in diffusers format; return networks and tokenizer."""
     from diffusers import StableDiffusionPipeline
@@ -96,7 +99,7 @@ def public_loss(networks: PublicNetworks, pixels: Tensor, tokens: Tensor, *, bet
 
 def public_step(
     folder: Path,
-    kind: Literal["public", "script"],
+    kind: PublicWay,
     pairs: tuple[Tensor, Tensor, list[str]],
     *,
     rank: int,

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from benchmarks.harness import count_operations
 
 TOKENS = 77
 SMALL_PICTURE = 128
@@ -128,6 +129,5 @@ def build_small_sd15(folder: Path, tokenizer: CLIPTokenizer) -> None:
 
 def operations(network: nn.Module, *inputs: Any) -> int:
     """Return the floating-point operations of one forward pass (a multiply-add counts two)."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(*inputs)
-    return int(counter.get_total_flops())
+    with torch.no_grad():
+        return count_operations(lambda: network(*inputs))

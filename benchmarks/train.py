@@ -36,7 +36,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import alternate, print_result, ratio_of_medians
-from benchmarks.public_trainers import public_step
+from benchmarks.public_trainers import PUBLIC_WAYS, public_step
 from benchmarks.sd15_models import SD15_PROPORTION, SMALL_PICTURE, TOKENS, build_small_sd15, operations
 from benchmarks.train_bounds import measure_bounds
 from benchmarks.train_memory import measure_memory
@@ -95,7 +95,7 @@ def measure_speed(folder: Path, *, dtype: str, rounds: int, steps: int) -> tuple
     public, script = (
         public_step(
             folder,
-            kind,  # type: ignore[arg-type]
+            kind,
             pairs,
             rank=LORA.rank,
             targets=LORA.targets,
@@ -105,7 +105,7 @@ def measure_speed(folder: Path, *, dtype: str, rounds: int, steps: int) -> tuple
             max_grad_norm=DPO.max_grad_norm,
             dtype=DTYPES[dtype],
         )
-        for kind in ("public", "script")
+        for kind in PUBLIC_WAYS
     )
     ways = {
         "public": public,

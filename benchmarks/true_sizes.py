@@ -22,7 +22,7 @@ from benchmarks.sd15_models import TOKENS, sd15_unet, sd15_vae
 from tests.tiny import build_tokenizer
 
 _BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-_SDXL_UNET: dict[str, Any] = {
+SDXL_UNET: dict[str, Any] = {
     "sample_size": 128,
     "block_out_channels": (320, 640, 1280),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -36,6 +36,9 @@ _SDXL_UNET: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+
+CLIP_LARGE = {"width": 768, "layers": 12}
+CLIP_GIANT = {"width": 1280, "layers": 32}
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def _tokenizer() -> CLIPTokenizer:
     return tokenizer
 
 
-def _text_config(tokenizer: CLIPTokenizer, **sizes: int) -> CLIPTextConfig:
+def _clip(tokenizer: CLIPTokenizer, *, width: int, layers: int) -> CLIPTextConfig:
     # The vocabulary is small: rows of the table are looked up, not multiplied.
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -63,29 +66,11 @@ def _text_config(tokenizer: CLIPTokenizer, **sizes: int) -> CLIPTextConfig:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **sizes,
-    )
-
-
-def _clip_large(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
-    return _text_config(
-        tokenizer,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        projection_dim=768,
-    )
-
-
-def _clip_giant(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
-    return _text_config(
-        tokenizer,
-        hidden_size=1280,
-        intermediate_size=5120,
-        num_hidden_layers=32,
-        num_attention_heads=20,
-        projection_dim=1280,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        projection_dim=width,
     )
 
 
@@ -93,7 +78,7 @@ def build_sd15(folder: Path, dtype: torch.dtype, device: str) -> None:
     """Write an SD1.5, drawn on `device`, for pictures of 512 x 512."""
     tokenizer = _tokenizer()
     with torch.device(device):
-        unet, vae, text = sd15_unet(), sd15_vae(), CLIPTextModel(_clip_large(tokenizer))
+        unet, vae, text = sd15_unet(), sd15_vae(), CLIPTextModel(_clip(tokenizer, **CLIP_LARGE))
     StableDiffusionPipeline(
         vae=vae.to(dtype),
         text_encoder=text.to(dtype),
@@ -110,11 +95,11 @@ def build_sdxl(folder: Path, dtype: torch.dtype, device: str) -> None:
     """Write an SDXL, drawn on `device`, for pictures of 1024 x 1024."""
     tokenizer = _tokenizer()
     with torch.device(device):
-        unet = UNet2DConditionModel(**_SDXL_UNET)
+        unet = UNet2DConditionModel(**SDXL_UNET)
         vae: AutoencoderKL = sd15_vae()
         vae.register_to_config(scaling_factor=0.13025, sample_size=1024)
-        one = CLIPTextModel(_clip_large(tokenizer))
-        two = CLIPTextModelWithProjection(_clip_giant(tokenizer))
+        one = CLIPTextModel(_clip(tokenizer, **CLIP_LARGE))
+        two = CLIPTextModelWithProjection(_clip(tokenizer, **CLIP_GIANT))
     StableDiffusionXLPipeline(
         vae=vae.to(dtype),
         text_encoder=one.to(dtype),

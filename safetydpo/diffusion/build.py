@@ -110,21 +110,10 @@ def load_backbone(
         torch.set_num_threads(num_threads)
     files = resolve_files(base)
     family = FAMILIES[_family(files.folder)]()
-    _choose_kernels(base)
     backbone: Backbone = family.from_files(
         files, dtype=DTYPES[base.dtype], device=device, parts=parts, denoiser_device=denoiser_device
     )
     return backbone
-
-
-def _choose_kernels(base: BaseModelConfig) -> None:
-    """Ask a GPU for convolutions that give the same bits each time, in float32 where that is asked for.
-
-    cuDNN's own choice is TF32 with 10 bits of mantissa, and gradients that differ from run to run. On a CPU both
-    settings mean nothing.
-    """
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = base.dtype != "float32"
 
 
 def num_train_timesteps(base: BaseModelConfig) -> int:

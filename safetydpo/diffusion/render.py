@@ -173,14 +173,12 @@ def _kernels(backbone: Backbone, sampler: SamplerConfig) -> AbstractContextManag
 
 @contextmanager
 def _deterministic(device: torch.device) -> Iterator[None]:
-    # On a GPU the strict mode needs an environment variable set before start (CUBLAS_WORKSPACE_CONFIG), so there
-    # only cuDNN is asked for reproducible kernels; on a CPU the strict mode costs nothing.
-    strict, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
+    # On a GPU the strict mode needs an environment variable set before start (CUBLAS_WORKSPACE_CONFIG); a loaded model
+    # has asked cuDNN for reproducible kernels there. On a CPU it costs nothing.
+    strict = torch.are_deterministic_algorithms_enabled()
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(strict)
-        torch.backends.cudnn.deterministic = cudnn

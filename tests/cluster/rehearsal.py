@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -39,8 +40,6 @@ POOLS = ("images", "verdicts", "latents", "captions", "outcomes")
 
 def closed_artifacts(store: Location) -> dict[str, str]:
     """Return every closed artifact of all stages: {folder: fingerprint}, and {file: sha256} of adapters."""
-    import hashlib
-
     found = {}
     for name in (folder for folders in STAGE_FOLDERS.values() for folder in folders):
         for artifact in (store / name).list():

@@ -15,15 +15,16 @@ import psutil
 import pytest
 
 from safetydpo.artifacts.storage import Location, open_location
-from tests.cluster.heads import head_with_token
+from tests.cluster.heads import Head, head_with_token
 from tests.cluster.hosts import BRIDGE, Host, what_is_missing
 from tests.cluster.rehearsal import Rehearsal, closed_artifacts, pool_rows, rehearsal, store_of
 from tests.ray.smoke_place import PATIENCE, Place, wait_for
 from tests.s3_server import BUCKET
 
+MISSING = what_is_missing()
 pytestmark = [
     pytest.mark.rehearsal,
-    pytest.mark.skipif(what_is_missing() is not None, reason=what_is_missing() or ""),
+    pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
 ]
 # A dozen batches, so that some are under way whenever a host goes; two of everything that may run at once.
 CHANGES = (
@@ -48,14 +49,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Location:
 
 
 @pytest.fixture(scope="module")
-def bystander(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+def bystander(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """Another Ray of this machine, outside the hosts."""
     with head_with_token(tmp_path_factory.mktemp("bystander"), num_cpus=1) as head:
         yield head
 
 
 @pytest.fixture(scope="module")
-def cluster(bystander: object, undisturbed: Location) -> Iterator[Rehearsal]:
+def cluster(bystander: Head, undisturbed: Location) -> Iterator[Rehearsal]:
     """Three hosts with Ray on them; the bystander is alive before, and after all is gone."""
     with pytest.MonkeyPatch.context() as patch, rehearsal() as found:
         for name, value in found.server.variables.items():
@@ -63,7 +64,7 @@ def cluster(bystander: object, undisturbed: Location) -> Iterator[Rehearsal]:
         found.up()
         yield found
         found.down()
-    assert bystander.safetydpo("status").returncode == 0  # type: ignore[attr-defined]
+    assert bystander.safetydpo("status").returncode == 0
     left = subprocess.run(["ip", "link", "show", BRIDGE], capture_output=True, check=False)
     assert left.returncode != 0
     assert not [*Path("/var/tmp").glob("safetydpo-hosts-*"), *Path("/var/tmp").glob("safetydpo-s3-*")]

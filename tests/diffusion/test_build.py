@@ -150,3 +150,10 @@ def test_pickles_are_refused_in_one_line(copy_of_tiny: Path, call):
     with pytest.raises(SafetyDPOError, match=expected) as raised:
         call(BaseModelConfig(model=str(copy_of_tiny)))
     assert "\n" not in str(raised.value)
+
+
+def test_a_loaded_model_asks_a_gpu_for_float32_and_repeated_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    load_backbone(BaseModelConfig())
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic) == (False, True)

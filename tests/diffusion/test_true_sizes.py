@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 
+from benchmarks.true_sizes import SDXL_UNET
 from safetydpo.artifacts.adapters import LoraSignature
 from safetydpo.config.training import LoraConfig
 from safetydpo.diffusion.adapter import AdapterSlot
@@ -29,20 +30,6 @@ STABLE_DIFFUSION_2 = STABLE_DIFFUSION | {
     "cross_attention_dim": 1024,
     "attention_head_dim": (5, 10, 20, 20),
     "use_linear_projection": True,
-}
-SDXL: dict[str, Any] = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 2,
-    "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20),
-    "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
 }
 SD35_MEDIUM: dict[str, Any] = {
     "sample_size": 128,
@@ -77,7 +64,7 @@ FLUX: dict[str, Any] = {
         # Parameters of the released networks: 860 million, 866 million, 2.6 billion, 2.2 billion, 11.9 billion.
         (UNet2DConditionModel, STABLE_DIFFUSION, 859_520_964, 797_184),
         (UNet2DConditionModel, STABLE_DIFFUSION_2, 865_910_724, 829_952),
-        (UNet2DConditionModel, SDXL, 2_567_463_684, 5_806_080),
+        (UNet2DConditionModel, SDXL_UNET, 2_567_463_684, 5_806_080),
         (SD3Transformer2DModel, SD35_MEDIUM, None, 1_818_624),
         (FluxTransformer2DModel, FLUX, 11_901_408_320, 4_669_440),
     ],
