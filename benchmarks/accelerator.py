@@ -92,7 +92,7 @@ class Measurement:
             started = time.perf_counter()
             way()
             first[name] = time.perf_counter() - started
-            # Said at once: a machine that is lent by the minute may be gone before the last round.
+            # Said at once: a machine that is paid for by the minute may be gone before the last round.
             started = time.perf_counter()
             way()
             rate = self.work.get(name, self.per_call) / (time.perf_counter() - started)
