@@ -10,17 +10,25 @@ from ray_jobs.cluster import connect, disconnect
 from safetydpo.config.schema import Config
 from tests.ray.commands import Command
 
+SMALL = Config.model_validate({"name": "test", "execution": {"num_workers": 2, "logical_cpus": 4}})
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Start the local Ray again where a command of an earlier test has ended it, before any fixture asks for it."""
+    if isinstance(item, pytest.Function) and "cluster" in item.fixturenames:
+        connect(SMALL)
+
 
 @pytest.fixture(scope="session")
 def small() -> Config:
     """A run with two workers on a small local Ray."""
-    return Config.model_validate({"name": "test", "execution": {"num_workers": 2, "logical_cpus": 4}})
+    return SMALL
 
 
 @pytest.fixture(scope="session")
-def cluster(small: Config) -> Iterator[None]:
-    """A local Ray for all tests of this folder."""
-    connect(small)
+def cluster() -> Iterator[None]:
+    """A local Ray for all tests of this folder; `pytest_runtest_setup` has started it."""
     yield
     disconnect()
 

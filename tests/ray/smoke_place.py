@@ -43,7 +43,8 @@ class Place:
     run_dir: Path
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     changes: tuple[str, ...] = ()
-    """Settings beside those of the smoke config."""
+    """Settings beside those of the config."""
+    config: Path = SMOKE
 
     @property
     def settings(self) -> list[str]:
@@ -56,8 +57,8 @@ class Place:
         return {**os.environ, MARK: self.mark}
 
     def command(self, stage: str) -> list[str]:
-        """`safetydpo STAGE configs/smoke.yaml` on this place."""
-        return [sys.executable, "-m", "ray_jobs.cli", stage, str(SMOKE), *self.settings]
+        """`safetydpo STAGE CONFIG` on this place."""
+        return [sys.executable, "-m", "ray_jobs.cli", stage, str(self.config), *self.settings]
 
     def run(self, stage: str, *, seconds: float = 400) -> float:
         """Run a command to its end; return its wall time in seconds."""
