@@ -35,6 +35,9 @@ def is_ray_waited_for() -> bool:
 def end_process(code: int) -> NoReturn:
     """End this process with this exit code, whatever its threads do."""
     if is_ray_waited_for():
+        from ray_jobs.state_folder import remove_open_folders
+
+        remove_open_folders()
         sys.stdout.flush()
         sys.stderr.flush()
         # Not `sys.exit`, which would have Ray shut down beneath them.

@@ -10,6 +10,7 @@ import ray
 from ray_jobs.baselines import Candidates, ComparatorBench, tune
 from ray_jobs.cluster import connect
 from ray_jobs.progress import progress_bar
+from ray_jobs.resources import most_workers, task_options
 from ray_jobs.run import Run
 from safetydpo.artifacts.records import Record
 from safetydpo.artifacts.storage import Location
@@ -24,8 +25,9 @@ def tune_comparators(run: Run) -> dict[str, Record]:
         connect(run.config)
         execution = run.config.execution
         # Neighbouring candidates to different tasks: those at the front may all be of the slow kind.
-        shares = [candidates[start :: execution.num_workers] for start in range(execution.num_workers)]
-        task = _measure.options(num_cpus=execution.cpus_per_worker, num_gpus=execution.gpus_per_worker)
+        workers = most_workers(execution)
+        shares = [candidates[start::workers] for start in range(workers)]
+        task = _measure.options(**task_options(execution))
         config = run.config.model_dump(mode="json")
         with progress_bar(f"{LABEL}: {name}", total=len(candidates)) as board:
             ray.get([task.remote(config, folder.path, name, list(share), board) for share in shares if share])

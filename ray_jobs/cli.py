@@ -17,6 +17,7 @@ from ray_jobs.judge_command import app as judges_app
 from ray_jobs.judge_command import judge_command
 from ray_jobs.merge_evidence_command import merge_evidence
 from ray_jobs.prompts_command import app as prompts_app
+from ray_jobs.watch_command import watch
 from safetydpo.errors import UsageError
 
 app = typer.Typer(
@@ -38,6 +39,7 @@ app.command("merge-evidence")(merge_evidence)
 app.add_typer(judges_app)
 app.command("judge")(judge_command)
 app.add_typer(jobs_app)
+app.command("watch")(watch)
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, such as configs/demo.yaml", show_default=False)]
 Settings = Annotated[
     list[str] | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,6 +13,9 @@ from typing import Any
 import ray
 
 from ray_jobs.background import is_ray_waited_for
+from ray_jobs.resources import most_workers, own_nodes
+from ray_jobs.run import run_id
+from ray_jobs.run_progress import told_progress
 from safetydpo.artifacts.object_store import SECRET_VARIABLES, worker_variables
 from safetydpo.config.schema import Config, ExecutionConfig
 from safetydpo.errors import UsageError
@@ -53,8 +56,6 @@ _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the driver of a submitted job."""
 SPARE_CPUS = 1
 """CPUs that a pool's actors must leave: Ray Data reads and writes in tasks of their own, and would wait for ever."""
-NETWORK_PASSES_PER_WORKER = 64
-"""Passes through the denoiser that are worth a process of their own: starting one costs about as much."""
 
 
 def connect(config: Config, *, probe: bool = True) -> None:
@@ -66,13 +67,18 @@ def connect(config: Config, *, probe: bool = True) -> None:
         UsageError: if the cluster can never give what `execution` asks for.
         SafetyDPOError: if a node cannot do its part.
     """
+    told = told_progress()
+    if told is not None:
+        # A stage that finds everything closed never comes here, and tells nothing.
+        told.tell()
     joined = not ray.is_initialized()
     if joined:
         _initialise(config)
-    check_resources(config.execution, num_workers=config.execution.num_workers, spare_cpus=SPARE_CPUS)
+    check_resources(config.execution, num_workers=most_workers(config.execution), spare_cpus=SPARE_CPUS)
     if needs_distillation(config):
         # Asked for at the end of hours of training; said at their beginning.
         processes = config.identity.merge.distill.processes
+        _check_cap(config.execution, processes=processes)
         check_resources(config.execution, num_workers=processes, setting="identity.merge.distill.processes")
     if joined and probe and joins_cluster(config.execution):
         from ray_jobs.precheck import check_cluster
@@ -109,7 +115,11 @@ def _initialise(config: Config) -> None:
     quiet = logging.ERROR
     if not os.environ.get("SAFETYDPO_WORKER_LOGS"):
         _keep_off_the_screen()
-    common: dict[str, Any] = {"namespace": f"safetydpo-{config.name}", "logging_level": quiet, "log_to_driver": False}
+    common: dict[str, Any] = {
+        "namespace": f"safetydpo-{run_id(config)}",
+        "logging_level": quiet,
+        "log_to_driver": False,
+    }
     if _IN_A_JOB in os.environ:
         # Inside a job a runtime_env of ours would conflict with the one of the submission.
         os.environ.update(environment)
@@ -198,18 +208,6 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def workers_for(execution: ExecutionConfig, *, tasks: int, passes_per_task: int) -> int:
-    """Return how many processes share `tasks`: all of `num_workers` unless the work is too small to be worth them.
-
-    Args:
-        execution: `num_workers` is the upper limit.
-        tasks: units that cannot be divided (batches, trials, experts).
-        passes_per_task: passes through the denoiser in one unit, about.
-    """
-    worth = -(-tasks * passes_per_task // NETWORK_PASSES_PER_WORKER)
-    return max(1, min(execution.num_workers, tasks, worth))
-
-
 def check_resources(
     execution: ExecutionConfig, *, num_workers: int, setting: str = "execution.num_workers", spare_cpus: int = 0
 ) -> None:
@@ -220,7 +218,7 @@ def check_resources(
     Raises:
         UsageError: expected, found, what to do.
     """
-    total = ray.cluster_resources()
+    total = _resources_of(execution)
     for resource, per_worker, name in (
         ("CPU", execution.cpus_per_worker, "cpus_per_worker"),
         ("GPU", execution.gpus_per_worker, "gpus_per_worker"),
@@ -237,10 +235,35 @@ def check_resources(
                 continue
             later = f", at most {most:g} with its autoscaler" if most > found else ""
             rest = f", and {spare} that reads and writes" if spare else ""
+            where = f" on nodes of execution.label_selector {shown}" if (shown := _shown(execution)) else ""
             raise UsageError(
                 f"expected {needed:g} {resource}s ({setting} {num_workers} x execution.{name} {per_worker:g}{rest}), "
-                f"found {found:g} in the cluster{later}: lower either, or add nodes"
+                f"found {found:g} in the cluster{where}{later}: lower either, or add nodes"
             )
+
+
+def _check_cap(execution: ExecutionConfig, *, processes: int) -> None:
+    needed = processes * execution.gpus_per_worker
+    caps = [cap for cap in (execution.max_gpus, execution.stage_max_gpus.get("merge")) if cap is not None]
+    if caps and needed > min(caps):
+        raise UsageError(
+            f"expected at most {min(caps):g} GPUs (execution.max_gpus, stage_max_gpus.merge), found "
+            f"identity.merge.distill.processes {processes} x execution.gpus_per_worker {execution.gpus_per_worker:g}: "
+            "raise the limit, or lower gpus_per_worker"
+        )
+
+
+def _resources_of(execution: ExecutionConfig) -> Mapping[str, float]:
+    if not execution.label_selector:
+        return ray.cluster_resources()
+    total: Counter[str] = Counter()
+    for node in own_nodes(ray.nodes(), execution):
+        total.update(node["Resources"])
+    return total
+
+
+def _shown(execution: ExecutionConfig) -> str:
+    return ", ".join(f"{label}={value}" for label, value in execution.label_selector.items())
 
 
 def _most(execution: ExecutionConfig, resource: str, found: float) -> float:
@@ -248,7 +271,7 @@ def _most(execution: ExecutionConfig, resource: str, found: float) -> float:
         return found
     from ray_jobs.precheck_room import read_room
 
-    return max(found, read_room().most(resource))
+    return max(found, read_room(execution).most(resource))
 
 
 def keep_credentials_from_trials() -> None:
@@ -268,10 +291,3 @@ def disconnect() -> None:
     """
     if ray.is_initialized() and not is_ray_waited_for():
         ray.shutdown()
-
-
-@contextmanager
-def ray_state_folder() -> Iterator[str]:
-    """Yield a folder for Ray's own state that no later run reads; it is removed at the end."""
-    with tempfile.TemporaryDirectory(prefix="safetydpo-ray-") as folder:
-        yield folder

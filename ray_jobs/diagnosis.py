@@ -11,6 +11,7 @@ import ray
 
 from ray_jobs.cluster import connect
 from ray_jobs.expert_files import expert_folders, load_experts, record_folder
+from ray_jobs.resources import task_options
 from ray_jobs.run import Run
 from safetydpo.artifacts.layout import OVERLAP_FILE, WINNERS_FILE
 from safetydpo.artifacts.records import ArtifactKey, Record
@@ -38,7 +39,7 @@ def diagnose_experts(run: Run, experts: Mapping[str, Record]) -> Record:
 
     def make(folder: Location) -> Mapping[str, Any]:
         connect(run.config)
-        task = _diagnose_task.options(num_cpus=run.config.execution.cpus_per_worker)
+        task = _diagnose_task.options(**task_options(run.config.execution, with_gpu=False))
         config = run.config.model_dump(mode="json")
         made: Mapping[str, Any] = ray.get(task.remote(config, expert_folders(run, members), folder.path))
         return made

@@ -10,11 +10,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ray_jobs.cluster import connect, ray_state_folder
+from ray_jobs.cluster import connect
 from ray_jobs.expert_files import MERGE_RECIPE_VERSION, MergeAids, expert_folders, load_experts, read_aids
 from ray_jobs.expert_plan import benign_fingerprint, plan_experts
 from ray_jobs.progress import progress_bar
-from ray_jobs.run import Run, config_for_workers
+from ray_jobs.run import Run, config_for_workers, run_id
+from ray_jobs.state_folder import ray_state_folder
 from ray_jobs.train_experts import CHECKPOINT_FILE
 from ray_jobs.trainers import train_on_workers
 from ray_jobs.training_tables import TrainingTables, read_training_tables
@@ -56,7 +57,7 @@ def distill_experts(
                 run,
                 train_distilled,
                 {**settings, "board": board},
-                name="distill",
+                name=f"{run_id(run.config)}-distill",
                 state=state,
                 num_workers=distill.processes,
             )

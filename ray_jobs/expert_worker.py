@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from ray_jobs.expert_plan import ExpertUnit, read_lane_units
 from ray_jobs.expert_watch import LaneWatch
 from ray_jobs.lanes import OVERTAKEN, Interrupted, LaneWorker, Turn
+from ray_jobs.metrics import GpuGauge, count
 from ray_jobs.reference_errors import count_draws, with_reference_errors
 from ray_jobs.run import Run, make_record
-from ray_jobs.train_experts import CHECKPOINT_FILE, LABEL
+from ray_jobs.run_context import enter, within
+from ray_jobs.train_experts import CHECKPOINT_FILE, EXPERTS, LABEL
 from ray_jobs.training_tables import TrainingTables, preference_data, read_training_tables
 from safetydpo.artifacts.adapters import AdapterMetadata, adapter_hash, write_adapter
 from safetydpo.artifacts.attempts import publish
@@ -39,6 +41,7 @@ def train_lane(settings: Mapping[str, Any]) -> str | None:
 
     from ray_jobs.workers import worker_device
 
+    enter(settings["context"])
     run = Run(Config(**settings["config"]))
     pairs_folder = run.store / "pairs" / settings["pairs_folder"]
     units = read_lane_units(run, pairs_folder, settings["units"])
@@ -51,7 +54,8 @@ def train_lane(settings: Mapping[str, Any]) -> str | None:
     lane = _Lane(run, worker, slot, tables, watch, settings.get("validation_prompts", {}), settings["board"])
 
     def train(turn: Turn) -> None:
-        _train_unit(lane, units[turn.index], turn)
+        with within(expert=units[turn.index].name):
+            _train_unit(lane, units[turn.index], turn)
 
     try:
         return worker.work(train)
@@ -164,16 +168,19 @@ def _train_unit(lane: _Lane, unit: ExpertUnit, turn: Turn) -> None:
     }
     if publish(turn.attempt, encode_record(make_record(unit.key, made, started=started))):
         (files / CHECKPOINT_FILE).delete()
+        lane.board.put.remote(EXPERTS, unit.name, 1)
     else:
         turn.attempt.end("released", OVERTAKEN)
 
 
 def _reporter(board: Any, unit: ExpertUnit) -> Callable[[Any], None]:
-    told = time.monotonic()
+    told, gpu = time.monotonic(), GpuGauge()
 
     def report(metrics: Any) -> None:
         nonlocal told
         now = time.monotonic()
+        count("safetydpo_training_pairs", unit.dpo.pairs_per_step)
+        gpu.look()
         # A call for each step would cost as much as a small step.
         if now - told >= REPORT_SECONDS:
             board.put.remote(LABEL, unit.name, metrics.step + 1)

@@ -13,6 +13,7 @@ import ray
 
 from ray_jobs.merge_evaluator import MergeEvaluator
 from ray_jobs.merge_searcher import BudgetError, budget_of, concurrent_trials, why_not
+from ray_jobs.resources import task_options
 from ray_jobs.run import Run
 from ray_jobs.trial_log import BASE, MeasurementLog, TrialLog
 from safetydpo.artifacts.layout import demo_weights
@@ -156,7 +157,7 @@ def _measure(
     passes = len(everyone) * -(-len(evaluator["prompts"]) // run.config.identity.sampler.batch_size)
     passes *= run.config.identity.sampler.steps
     at_once = concurrent_trials(execution, tasks=max(1, len(pending)), passes_per_task=passes)
-    task = _measure_seed.options(num_cpus=execution.cpus_per_worker, num_gpus=execution.gpus_per_worker)
+    task = _measure_seed.options(**task_options(execution))
     for start in range(0, len(pending), at_once):
         reason = why_not(measurements, budget_of(execution), pending[start][0], [])
         if reason is not None:

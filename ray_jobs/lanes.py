@@ -6,7 +6,7 @@ the base once and then take the longest task that nobody holds, again and again,
 other command works on the same folder.
 
 A lane's driver runs on the node of its workers, so that Train's controller lives and dies with the lane, and the head
-holds the launcher and Ray's own cleaner only. A lane that gets no resources keeps no other one from working.
+holds the launcher and the keeper of placement groups only. A lane that gets no resources keeps no other from working.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from itertools import islice
 from typing import Any
 
 from ray_jobs.background import in_background
-from ray_jobs.cluster import ray_state_folder
-from ray_jobs.run import Run
+from ray_jobs.resources import own_nodes
+from ray_jobs.run import Run, run_id
+from ray_jobs.state_folder import ray_state_folder
 from ray_jobs.trainers import train_on_workers
 from safetydpo.artifacts.attempts import (
     RENEW_SECONDS,
@@ -252,7 +253,7 @@ class _Launcher:
 
         self._run, self._tasks, self._function, self._settings = run, tasks, function, settings
         self._execution = execution = run.config.execution
-        self._id, self._num_lanes = uuid.uuid4().hex[:12], num_lanes
+        self._id, self._num_lanes = f"{run_id(run.config)}-{uuid.uuid4().hex[:12]}", num_lanes
         self._open = sorted(range(len(tasks)), key=lambda index: (-tasks[index].steps, tasks[index].name))
         self._failures: dict[str, str] = {}
         self._running: list[_Lane] = []
@@ -266,7 +267,10 @@ class _Launcher:
         self._needs = {"CPU": workers * execution.cpus_per_worker, "GPU": workers * execution.gpus_per_worker}
 
     def launch(self) -> dict[str, str]:
+        from ray_jobs.placement import group_keeper
+
         self._check_fit()
+        group_keeper()
         while True:
             self._start_lanes()
             if not self._open and not self._running:
@@ -314,7 +318,7 @@ class _Launcher:
 
         part = {"run": self._id, "name": lane.name, "indices": lane.indices}
         settings = {**self._settings, "lane": {**part, "max_attempts": self._execution.expert_attempts}}
-        node = lane.node if len(_alive_nodes()) > 1 else None
+        node = lane.node if sum(node["Alive"] for node in ray.nodes()) > 1 else None
         arguments = (self._run.config.model_dump(mode="json"), self._function, settings, lane.name, node)
         try:
             if lane.node == self._own_node:
@@ -356,20 +360,24 @@ class _Launcher:
 
     def _roomiest_node(self) -> str | None:
         """Return the node with room for most lanes beside ours that run there, rather another one than the head's."""
+        import ray
+
         rooms = [
             (
                 _lanes_that_fit(node, self._needs) - sum(lane.node == node["NodeID"] for lane in self._running),
                 node["NodeID"] != self._own_node,
                 str(node["NodeID"]),
             )
-            for node in _alive_nodes()
+            for node in own_nodes(ray.nodes(), self._execution)
             if node["NodeID"] not in self._leaving
         ]
         room, _, node = max(rooms, default=(0, False, ""))
         return node if room > 0 else None
 
     def _check_fit(self) -> None:
-        if not any(_lanes_that_fit(node, self._needs) for node in _alive_nodes()):
+        import ray
+
+        if not any(_lanes_that_fit(node, self._needs) for node in own_nodes(ray.nodes(), self._execution)):
             wanted = " and ".join(f"{amount:g} {name}s" for name, amount in self._needs.items() if amount)
             raise UsageError(
                 f"expected a node with {wanted} for one lane (execution.workers_per_expert times cpus_per_worker and "
@@ -385,12 +393,6 @@ def _drive_lane(
     workers = run.config.execution.workers_per_expert
     with ray_state_folder() as state:
         return train_on_workers(run, function, settings, name=name, state=state, num_workers=workers, node=node)
-
-
-def _alive_nodes() -> list[dict[str, Any]]:
-    import ray
-
-    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _lanes_that_fit(node: Mapping[str, Any], needs: Mapping[str, float]) -> int:

@@ -21,6 +21,7 @@ from ray_jobs.cluster import connect
 from ray_jobs.expert_files import INPUTS_FILE, MOMENTS_FILE
 from ray_jobs.pools import PoolStage, fill_pool
 from ray_jobs.prompt_tables import needed_prompts, split_prompts, spread_prompts
+from ray_jobs.resources import task_options
 from ray_jobs.run import Run
 from ray_jobs.workers import worker_device
 from safetydpo.artifacts.leases import LeaseTaken, hold_lease
@@ -146,7 +147,7 @@ def _make(run: Run, folder: Location, prompts: Sequence[GroupedPrompt]) -> Mappi
     )
     manifest = table_from_rows([{"group_id": sha256_of(group), "group": group} for group in groups], GROUPS)
     fill_pool(parts, manifest, stage, execution=execution)
-    task = _join_task.options(num_cpus=execution.cpus_per_worker)
+    task = _join_task.options(**task_options(execution, with_gpu=False))
     config = run.config.model_dump(mode="json")
     made: Mapping[str, Any] = ray.get(task.remote(config, run.base_fingerprint, pairs, folder.path))
     return made

@@ -20,6 +20,7 @@ from ray_jobs.expert_files import (
 )
 from ray_jobs.layer_inputs import collect_layer_inputs
 from ray_jobs.merge_settings import merge_request, requested_methods, run_merge
+from ray_jobs.resources import task_options
 from ray_jobs.run import Run
 from safetydpo.artifacts.adapters import adapter_hash, write_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE, WINNERS_FILE
@@ -83,7 +84,7 @@ def merged_artifact(
 
     def make(folder: Location) -> Mapping[str, Any]:
         connect(run.config)
-        task = _merge_task.options(num_cpus=run.config.execution.cpus_per_worker)
+        task = _merge_task.options(**task_options(run.config.execution, with_gpu=False))
         made: Mapping[str, Any] = ray.get(
             task.remote(
                 run.config.model_dump(mode="json"),

@@ -6,16 +6,21 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ray import tune
 from ray.tune.search import Searcher
 
-from ray_jobs.cluster import keep_credentials_from_trials, ray_state_folder, workers_for
+from ray_jobs.cluster import keep_credentials_from_trials
 from ray_jobs.merge_evaluator import MergeEvaluator
+from ray_jobs.metrics import set_gauge
 from ray_jobs.progress import progress_bar
-from ray_jobs.run import Run
-from ray_jobs.trial_log import MeasurementLog, TrialLog
+from ray_jobs.resources import at_most, workers_for
+from ray_jobs.run import Run, run_id
+from ray_jobs.run_context import current, enter
+from ray_jobs.state_folder import ray_state_folder
+from ray_jobs.trial_log import MeasurementLog, TrialLog, best_trial
 from safetydpo.config.rungs import HeldOutRung
 from safetydpo.config.schema import ExecutionConfig
 from safetydpo.config.search import SearchConfig
@@ -39,6 +44,7 @@ class MergeTrial(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         """Load everything that all candidates share."""
+        enter(config["context"])
         self._evaluator = MergeEvaluator(**config["evaluator"])
         self._base: dict[int, dict[str, float]] = config["base_rates"]
         self._candidate: dict[str, Any] = config["trial"]
@@ -207,10 +213,14 @@ def concurrent_trials(execution: ExecutionConfig, *, tasks: int, passes_per_task
     found = workers_for(execution, tasks=tasks, passes_per_task=passes_per_task)
     if limits.max_concurrent_trials is not None:
         found = min(found, limits.max_concurrent_trials)
-    if limits.max_gpus is not None and execution.gpus_per_worker > 0:
-        # The small amount keeps 0.3 / 0.1 at 3 in floating point.
-        found = min(found, max(1, int(limits.max_gpus / execution.gpus_per_worker + 1e-9)))
-    return found
+    return at_most(found, limits.max_gpus, execution.gpus_per_worker)
+
+
+def _tell_ended(board: Any, log: TrialLog, base: Mapping[str, float], search: SearchConfig, count: int) -> None:
+    board.add.remote(LABEL, count)
+    best = best_trial(log.rows(), base=base, search=search)
+    if best is not None:
+        set_gauge("safetydpo_best_objective", best["objective"])
 
 
 def run_trials(
@@ -229,9 +239,9 @@ def run_trials(
     search, execution = run.config.identity.search, run.config.execution
     log, measurements = logs
     budget = budget_of(execution)
-    resources: dict[str, float] = {"cpu": execution.cpus_per_worker}
-    if execution.gpus_per_worker > 0:
-        resources["gpu"] = execution.gpus_per_worker
+    bundle = {"CPU": execution.cpus_per_worker, "GPU": execution.gpus_per_worker}
+    labels = [dict(execution.label_selector)] if execution.label_selector else None
+    resources = tune.PlacementGroupFactory([bundle], bundle_label_selector=labels)
     sampler = run.config.identity.sampler
     passes = -(-len(evaluator["prompts"]) // sampler.batch_size) * sampler.steps
     done = len(log.rows())
@@ -244,11 +254,11 @@ def run_trials(
             num_rungs=len(search.ladder),
             why_not=lambda task, since: why_not(measurements, budget, task.rung, since),
             values=lambda metrics: values_of(metrics, base=base[len(search.ladder)], search=search),
-            on_ended=lambda count: board.add.remote(LABEL, count),
+            on_ended=partial(_tell_ended, board, log, base[len(search.ladder)], search),
         )
         tuner = tune.Tuner(
             tune.with_resources(MergeTrial, resources),
-            param_space={"evaluator": dict(evaluator), "base_rates": dict(base)},
+            param_space={"evaluator": dict(evaluator), "base_rates": dict(base), "context": current().told()},
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 num_samples=-1,
@@ -256,7 +266,7 @@ def run_trials(
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
-                name=run.config.name,
+                name=run_id(run.config),
                 storage_path=state,
                 verbose=0,
                 # The log of trials is the state; a checkpoint of Tune's would be a pickle that nobody reads.

@@ -10,7 +10,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ray_jobs.cost_meter import CostMeter
-from ray_jobs.run import Run, with_absolute_paths
+from ray_jobs.resources import for_stage
+from ray_jobs.run import Run, run_id, with_absolute_paths
+from ray_jobs.run_context import set_up_logging, within
+from ray_jobs.run_progress import telling
 from safetydpo.artifacts.records import Record
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.config.load import load_config
@@ -58,12 +61,15 @@ def run_stages(config: Config, *, last: str = "report", redacted: bool = False) 
 
     The report is `redacted`: without unsafe prompts and pictures, in a file of its own.
     """
+    set_up_logging()
     run = Run(with_absolute_paths(config))
     check_request(run, last=last)
     run.open()
     chain = Chain(run, redacted=redacted)
     for stage in stages_to(last, config.identity):
-        _timed(run, stage, partial(_STEPS[stage], chain))
+        chain.run = for_stage(run, stage)
+        with within(run=run_id(run.config), stage=stage), telling(chain.run, stage):
+            _timed(run, stage, partial(_STEPS[stage], chain))
         if chain.search_stopped:
             break
     return chain

@@ -14,8 +14,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +22,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
-from ray.data.checkpoint import CheckpointConfig
 
-from ray_jobs.cluster import NETWORK_PASSES_PER_WORKER, workers_for
+from ray_jobs.metrics import GpuGauge, count
+from ray_jobs.pool_context import checkpointing
 from ray_jobs.progress import progress_bar
+from ray_jobs.resources import NETWORK_PASSES_PER_WORKER, workers_for
+from ray_jobs.run_context import current, enter
 from ray_jobs.salvage import BATCH_PREFIX, CHECKPOINT_FOLDER, salvage_open_batches
 from safetydpo.artifacts.layout import RECORD_FILE
 from safetydpo.artifacts.leases import LeaseTaken, hold_lease, live_holder
@@ -41,7 +42,6 @@ from safetydpo.errors import SafetyDPOError
 logger = logging.getLogger(__name__)
 ATTEMPTS = 3
 BLOCKS_PER_WORKER = 4
-NO_PROGRESS_SECONDS = 6 * 3600
 MANIFEST_FILE = "manifest.parquet"
 LOOK_SECONDS = 1.0
 """Between two looks at whether another command has finished its batch."""
@@ -230,7 +230,8 @@ def _run_batch(batch: _Batch, stage: PoolStage, *, execution: ExecutionConfig) -
     write_table(folder / MANIFEST_FILE, manifest)
     # The checkpoint deletes the data of commits that were under way, hence one writer at a time per folder.
     data = (folder / DATA_FOLDER).make_folder()
-    with progress_bar(stage.label, total=manifest.num_rows) as board, _checkpointing(folder, stage.id_column):
+    resuming = checkpointing(folder, stage.id_column, execution=execution)
+    with progress_bar(stage.label, total=manifest.num_rows) as board, resuming:
         _execute(folder / MANIFEST_FILE, data, stage, execution=execution, board=board, rows=manifest.num_rows)
     found = close_index(folder, stage.output, id_column=stage.id_column)
     made = found.column(stage.id_column)
@@ -282,6 +283,7 @@ def _execute(
         "num_threads": max(1, int(execution.cpus_per_worker)),
         "board": board,
         "label": stage.label,
+        "context": current().told(),
         "attach": stage.attach,
     }
     # Reading a filesystem and a path, never a URI, keeps local disks and S3 on one code path.
@@ -319,15 +321,18 @@ class CountingWorker:
         num_threads: int,
         board: Any,
         label: str,
+        context: Mapping[str, str],
         attach: Attachment | None,
     ) -> None:
         import torch
 
+        enter(context)
         torch.set_num_threads(num_threads)
         self._worker = worker(**arguments)
         self._board = board
         self._label = label
         self._attach = attach
+        self._gpu = GpuGauge()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return one output row per input row."""
@@ -335,39 +340,9 @@ class CountingWorker:
             table = attach_columns(table, self._attach)
         result = self._worker(table)
         self._board.add.remote(self._label, table.num_rows)
+        count("safetydpo_rows", table.num_rows, work=self._label)
+        self._gpu.look()
         return result
-
-
-@contextmanager
-def _checkpointing(folder: Location, id_column: str) -> Iterator[None]:
-    context = ray.data.DataContext.get_current()
-    checkpoint = (folder / CHECKPOINT_FOLDER).make_folder()
-    wanted = {
-        "checkpoint_config": CheckpointConfig(
-            id_column=id_column,
-            checkpoint_path=checkpoint.path,
-            delete_checkpoint_on_success=False,
-            override_filesystem=checkpoint.filesystem,
-        ),
-        "enable_progress_bars": False,
-        "print_on_execution_start": False,
-        # The second version starts an actor to read the footer of what is always one small file.
-        "use_datasource_v2": False,
-        "execution_no_progress_timeout_s": NO_PROGRESS_SECONDS,
-        # The file system waits for an object store that is gone (artifacts/object_store.py); Ray would do it ten times.
-        "retried_io_errors": [],
-        # Actors that die (a lost node, out of memory) are started again; Ray's defaults give up at once.
-        "retried_map_errors": True,
-        "max_map_retries": 2,
-    }
-    before = {name: getattr(context, name) for name in wanted}
-    try:
-        for name, value in wanted.items():
-            setattr(context, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(context, name, value)
 
 
 def attach_columns(table: pa.Table, attach: Attachment) -> pa.Table:

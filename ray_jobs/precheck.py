@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import safetydpo
 from ray_jobs.precheck_room import check_fit, read_room
+from ray_jobs.resources import most_workers
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.config.schema import Config
 from safetydpo.errors import SafetyDPOError, UsageError
@@ -70,7 +71,7 @@ def check_cluster(
         UsageError: if a process fits on no node, versions differ, or the store is not shared.
         SafetyDPOError: if a node does not answer or cannot write to the store.
     """
-    check_fit(config.execution, read_room())
+    check_fit(config.execution, read_room(config.execution))
     # A folder of its own: another run may look at the same store at the same moment.
     folder = open_location(config.execution.store) / f"{FOLDER}{uuid.uuid4().hex}" if with_store else None
     if folder is not None:
@@ -161,11 +162,11 @@ def try_folder(folder: Location) -> str:
 
 def describe(config: Config, answers: Sequence[Answer], *, with_store: bool) -> list[str]:
     """Return one line per check that has passed."""
-    room, execution = read_room(), config.execution
+    execution = config.execution
+    room, workers = read_room(execution), most_workers(execution)
     found = ", ".join(f"{name} {number}" for name, number in versions_here().items())
     asked = {
-        name: execution.num_workers * each
-        for name, each in (("CPU", execution.cpus_per_worker), ("GPU", execution.gpus_per_worker))
+        name: workers * each for name, each in (("CPU", execution.cpus_per_worker), ("GPU", execution.gpus_per_worker))
     }
     lines = [f"ok  versions: {found} on {len(answers)} nodes that take work"]
     for name, amount in asked.items():

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from ray_jobs.resources import own_nodes
 from safetydpo.config.schema import ExecutionConfig
 from safetydpo.errors import UsageError
 
@@ -94,12 +95,16 @@ def _largest(room: Room, needs: Iterable[str]) -> str:
     return _amounts({name: max((kind.get(name, 0.0) for kind in kinds), default=0.0) for name in needs})
 
 
-def read_room() -> Room:
-    """Return the room of the cluster that this process is connected to."""
+def read_room(execution: ExecutionConfig) -> Room:
+    """Return the room that the cluster which this process is connected to has for a run.
+
+    Nodes that `execution.label_selector` leaves out do not count; those that an autoscaler may add do, since what
+    labels they will have is not known.
+    """
     import ray
     from ray._private.state import state
 
-    nodes = tuple(dict(node["Resources"]) for node in ray.nodes() if node["Alive"])
+    nodes = tuple(dict(node["Resources"]) for node in own_nodes(ray.nodes(), execution))
     reported = state.get_cluster_config()
     if reported is not None and reported.node_group_configs:
         types = tuple(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from safetydpo.artifacts.records import (
     hold_run_files,
     write_pointer,
 )
+from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.config.judges import JudgesConfig
 from safetydpo.config.load import identity_of
@@ -117,6 +120,25 @@ class Run:
         if not location.is_file():
             return {}
         return {str(stage): float(value) for stage, value in json.loads(location.read_bytes()).items()}
+
+
+def run_id(config: Config) -> str:
+    """Return `NAME-HASH`, what a run is called on a cluster: two runs of one name are two if user or folders differ.
+
+    It names processes and logs, and no result depends on it.
+    """
+    execution = config.execution
+    places = [place if "://" in place else os.path.abspath(os.path.expanduser(place)) for place in
+              (execution.store, execution.run_dir)]  # fmt: skip
+    return f"{config.name}-{sha256_of([*places, _user()])[:8]}"
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        # A container may run as a number without a name.
+        return str(os.getuid())
 
 
 def add_known(first: float | None, second: float | None) -> float | None:

@@ -22,6 +22,7 @@ from ray_jobs.merge_evaluator import MergeEvaluator
 from ray_jobs.merge_experts import merge_aids, merged_artifact
 from ray_jobs.merge_searcher import BudgetError, run_trials, values_of
 from ray_jobs.prompt_tables import split_prompts, spread_prompts, what_to_add
+from ray_jobs.resources import task_options
 from ray_jobs.run import Run
 from ray_jobs.search_checks import check_benchmarks
 from ray_jobs.search_files import BASE_FILE, BASE_RUNGS_FILE
@@ -270,9 +271,7 @@ def base_rates(
     wanted = [rung for rung in range(len(ladder) + 1) if rung == len(ladder) or ladder[rung].kind == "few_steps"]
     missing = [rung for rung in wanted if rung not in found]
     if missing:
-        task = _measure_base.options(
-            num_cpus=run.config.execution.cpus_per_worker, num_gpus=run.config.execution.gpus_per_worker
-        )
+        task = _measure_base.options(**task_options(run.config.execution))
         for rung, result in ray.get(task.remote(dict(evaluator), missing)).items():
             found[rung] = json.loads(result["metrics"])
             measurements.add(None, rung, result)

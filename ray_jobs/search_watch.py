@@ -6,21 +6,20 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ray_jobs.run import Run, with_absolute_paths
 from ray_jobs.search_files import BASE_FILE, PROGRESS_FILE
-from ray_jobs.trial_log import MeasurementLog, TrialLog
+from ray_jobs.trial_log import MeasurementLog, TrialLog, best_trial
 from safetydpo.artifacts.layout import RECORD_FILE
 from safetydpo.artifacts.records import read_pointers
 from safetydpo.artifacts.storage import Location
 from safetydpo.config.schema import Config
 from safetydpo.config.search import SearchConfig
 from safetydpo.errors import SafetyDPOError
-from safetydpo.search.objective import best_index, judge_metrics
-from safetydpo.search.plans import OK
 from safetydpo.search.progress import Progress, progress_of
-from safetydpo.search.space import Candidate
 
 POLL_SECONDS = 2.0
 
@@ -70,11 +69,25 @@ def find_search(run: Run) -> Location:
     )
 
 
-def search_table(run: Run, folder: Location) -> Any:
-    """Return what is known of a search as a table of names and values."""
-    from rich import box
-    from rich.table import Table
+@dataclass(frozen=True)
+class SearchState:
+    """What is known of a search at one moment."""
 
+    name: str
+    """Of its folder."""
+    is_closed: bool
+    counts: Mapping[str, int]
+    """Trials that have ended, by how."""
+    progress: Progress
+    best: Mapping[str, Any] | None
+    """`trial`, `method`, `global_scale`, `objective`, `feasible` of the best so far; None = none measured in full."""
+    pictures: int
+    limits: Mapping[str, Any]
+    """Budgets and prices, as the search began with."""
+
+
+def read_search(run: Run, folder: Location) -> SearchState:
+    """Return what the logs of a search say."""
     search = run.config.identity.search
     log, measurements = TrialLog(folder / "trials"), MeasurementLog(folder / "measurements")
     known: dict[str, Any] = {}
@@ -87,52 +100,73 @@ def search_table(run: Run, folder: Location) -> Any:
         spans=measurements.spans(),
         price_per_second=known.get("price_per_second", 0.0),
     )
-    is_closed = (folder / RECORD_FILE).is_file()
-    counts = Counter(row["status"] for row in rows)
-    lines = [
-        ("trials", f"{progress.ended} of {progress.trials} ({_counts(counts)})"),
-        ("best so far", _best(rows, folder, search)),
-        ("time left", "closed" if is_closed else _left(progress)),
-        ("pictures", f"{sum(row['pictures'] for row in measurements.rows()):,}"),
-        ("spent", _spent(progress, known)),
+    return SearchState(
+        name=folder.name,
+        is_closed=(folder / RECORD_FILE).is_file(),
+        counts=Counter(row["status"] for row in rows),
+        progress=progress,
+        best=_best(rows, folder, search),
+        pictures=sum(row["pictures"] for row in measurements.rows()),
+        limits=known,
+    )
+
+
+def search_lines(state: SearchState) -> list[tuple[str, str]]:
+    """Return what is known of a search as names and values."""
+    progress = state.progress
+    return [
+        ("trials", f"{progress.ended} of {progress.trials} ({_counts(state.counts)})"),
+        ("best so far", _told_best(state.best)),
+        ("time left", "closed" if state.is_closed else _left(progress)),
+        ("pictures", f"{state.pictures:,}"),
+        ("spent", _spent(progress, state.limits)),
     ]
+
+
+def search_table(run: Run, folder: Location) -> Any:
+    """Return what is known of a search as a table of names and values."""
+    from rich import box
+    from rich.table import Table
+
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, show_header=False)
     table.title, table.title_justify = f"search of run {run.config.name}: {folder.name}", "left"
-    for name, value in lines:
+    for name, value in search_lines(read_search(run, folder)):
         table.add_row(name, value)
     return table
 
 
-def _counts(counts: Counter[str]) -> str:
+def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {status}" for status, count in sorted(counts.items())) or "none yet"
 
 
-def _best(rows: list[dict[str, Any]], folder: Location, search: SearchConfig) -> str:
-    measured = [row for row in rows if row["status"] == OK]
-    if not measured or not (folder / BASE_FILE).is_file():
-        return "none measured in full yet"
-    base = json.loads((folder / BASE_FILE).read_bytes())
-    objectives = [judge_metrics(json.loads(row["metrics"]), base=base, search=search) for row in measured]
-    best = best_index(objectives)
+def _best(rows: list[dict[str, Any]], folder: Location, search: SearchConfig) -> dict[str, Any] | None:
+    if not (folder / BASE_FILE).is_file():
+        return None
+    return best_trial(rows, base=json.loads((folder / BASE_FILE).read_bytes()), search=search)
+
+
+def _told_best(best: Mapping[str, Any] | None) -> str:
     if best is None:
         return "none measured in full yet"
-    candidate = Candidate.from_json(measured[best]["candidate"])
-    floors = "" if objectives[best].feasible else ", misses a floor"
-    return (
-        f"trial {measured[best]['trial']}, {candidate.method} x {candidate.global_scale:.2f}: "
-        f"objective {objectives[best].value:.3f}{floors}"
-    )
+    floors = "" if best["feasible"] else ", misses a floor"
+    made = f"{best['method']} x {best['global_scale']:.2f}"
+    return f"trial {best['trial']}, {made}: objective {best['objective']:.3f}{floors}"
 
 
 def _left(progress: Progress) -> str:
     if progress.seconds_left is None:
         return "not known yet"
-    minutes, seconds = divmod(round(progress.seconds_left), 60)
+    return f"{clock(progress.seconds_left)} at the pace so far"
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as H:MM:SS."""
+    minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d} at the pace so far"
+    return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
-def _spent(progress: Progress, known: dict[str, Any]) -> str:
+def _spent(progress: Progress, known: Mapping[str, Any]) -> str:
     spend = progress.spend
     told = f"{spend.busy_seconds:.0f} s of trials"
     if known.get("time_budget_s") is not None:

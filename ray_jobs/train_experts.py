@@ -8,14 +8,18 @@ last checkpoint, from which the next attempt goes on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from ray_jobs.cluster import connect, workers_for
+from ray_jobs.cluster import connect
 from ray_jobs.expert_plan import ExpertUnit, lane_units, plan_experts
 from ray_jobs.expert_watch import GRIDS_FOLDER, prompts_to_watch
 from ray_jobs.lanes import Task, run_lanes
 from ray_jobs.progress import progress_bar
 from ray_jobs.reference_errors import make_reference_errors
+from ray_jobs.resources import workers_for
 from ray_jobs.run import Run, config_for_workers
+from ray_jobs.run_context import current
+from ray_jobs.run_progress import told_progress
 from safetydpo.artifacts.attempts import clear_attempts
 from safetydpo.artifacts.records import Record, find_closed, write_pointers
 from safetydpo.artifacts.storage import Location
@@ -25,6 +29,7 @@ CHECKPOINT_FILE = "checkpoint.safetensors"
 PASSES_PER_STEP = 2
 """A training step costs about as much as this many passes through the denoiser when sampling."""
 LABEL = "expert steps"
+EXPERTS = "experts"
 TOLD_FAILURES = 5
 """Failed experts that the error of a command tells of."""
 
@@ -82,14 +87,29 @@ def _train(run: Run, units: Sequence[ExpertUnit], pairs_folder: Location) -> dic
 
     connect(run.config)
     steps = max(unit.dpo.steps for unit in units)
-    num_lanes = workers_for(run.config.execution, tasks=len(units), passes_per_task=steps * PASSES_PER_STEP)
+    execution = run.config.execution
+    num_lanes = workers_for(
+        execution,
+        tasks=len(units),
+        passes_per_task=steps * PASSES_PER_STEP,
+        processes_each=execution.workers_per_expert,
+    )
     tasks = [Task(unit.name, run.folder(unit.key), unit.dpo.steps) for unit in units]
-    with progress_bar(LABEL, total=sum(unit.dpo.steps for unit in units)) as board:
+    told = told_progress()
+    if told is not None:
+        told.list_experts([_told_expert(unit) for unit in units])
+    steps_in_all = sum(unit.dpo.steps for unit in units)
+    with progress_bar(LABEL, total=steps_in_all, beside={EXPERTS: len(units)}) as board:
         settings = {
             "config": config_for_workers(run.config).model_dump(mode="json"),
             "units": lane_units(units),
             "pairs_folder": pairs_folder.name,
             "validation_prompts": {unit.name: prompts_to_watch(run.config.identity, unit.categories) for unit in units},
             "board": board,
+            "context": current().told(),
         }
         return run_lanes(run, tasks, train_lane, settings, num_lanes=num_lanes)
+
+
+def _told_expert(unit: ExpertUnit) -> dict[str, Any]:
+    return {"name": unit.name, "folder": f"{unit.key.stage}/{unit.key.folder_name}", "steps": unit.dpo.steps}

@@ -12,7 +12,6 @@ from safetydpo.errors import SafetyDPOError, UsageError
 WORKER_FAILURES = 2
 """Times a run starts its workers again: they died, or something failed that is no error of ours."""
 CONTROLLER_FAILURES = 3
-NODE_LABEL = "ray.io/node-id"
 
 
 def train_on_workers(
@@ -35,7 +34,9 @@ def train_on_workers(
         Exception: Ray's, if the workers died, or one of several failed, more than `WORKER_FAILURES` times.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
+
+    from ray_jobs.placement import NODE_LABEL, KeptGroups, KeptTrainer, group_keeper
 
     execution = run.config.execution
     resources: dict[str, float] = {"CPU": execution.cpus_per_worker}
@@ -45,21 +46,21 @@ def train_on_workers(
     def guarded(loop_settings: Mapping[str, Any]) -> Mapping[str, Any]:
         return _call(function, loop_settings)
 
-    result = TorchTrainer(
+    result = KeptTrainer(
         guarded,
         train_loop_config=dict(settings),
         scaling_config=ScalingConfig(
             num_workers=num_workers,
             use_gpu=execution.gpus_per_worker > 0,
             resources_per_worker=resources,
-            label_selector={NODE_LABEL: node} if node else None,
+            label_selector={**execution.label_selector, **({NODE_LABEL: node} if node else {})} or None,
         ),
         # NCCL refuses two processes on one GPU.
         torch_config=TorchConfig(backend="nccl" if execution.gpus_per_worker >= 1 else "gloo"),
         run_config=RunConfig(
             name=name,
             storage_path=state,
-            callbacks=[_watcher_on(node)] if node else None,
+            callbacks=[KeptGroups(group_keeper()), *([_watcher_on(node)] if node else [])],
             failure_config=FailureConfig(max_failures=WORKER_FAILURES, controller_failure_limit=CONTROLLER_FAILURES),
         ),
     ).fit()
@@ -80,6 +81,8 @@ def _watcher_on(node: str) -> Any:
     from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
     from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
     from ray.train.v2._internal.execution import preemption
+
+    from ray_jobs.placement import NODE_LABEL
 
     # Handed on to the controller by Ray Train.
     os.environ[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = "0"

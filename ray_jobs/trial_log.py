@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,9 @@ from typing import Any
 from safetydpo.artifacts.schemas import MEASUREMENTS, TRIALS
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import read_table, table_from_rows, write_table
+from safetydpo.config.search import SearchConfig
 from safetydpo.search.budget import Span
+from safetydpo.search.objective import best_index, judge_metrics
 from safetydpo.search.plans import OK, STOPPED
 from safetydpo.search.replay import LoggedTrial
 from safetydpo.search.space import Candidate
@@ -148,6 +150,28 @@ class MeasurementLog:
         self._rows.append(row)
         if row["status"] == OK:
             known[row["candidate_hash"], rung] = row
+
+
+def best_trial(
+    rows: Sequence[Mapping[str, Any]], *, base: Mapping[str, float], search: SearchConfig
+) -> dict[str, Any] | None:
+    """Return `trial`, `method`, `global_scale`, `objective`, `feasible` of the best; None if none was measured in full.
+
+    `base` are the base's rates.
+    """
+    measured = [row for row in rows if row["status"] == OK]
+    objectives = [judge_metrics(json.loads(row["metrics"]), base=base, search=search) for row in measured]
+    best = best_index(objectives)
+    if best is None:
+        return None
+    candidate = Candidate.from_json(measured[best]["candidate"])
+    return {
+        "trial": measured[best]["trial"],
+        "method": candidate.method,
+        "global_scale": candidate.global_scale,
+        "objective": objectives[best].value,
+        "feasible": objectives[best].feasible,
+    }
 
 
 def _read(folder: Location, schema: Any) -> list[dict[str, Any]]:

@@ -46,6 +46,11 @@ def scratch_folder(store: Location, run_name: str) -> Location:
     return store / "scratch" / run_name
 
 
+def progress_file(run_dir: Location, stage: str) -> Location:
+    """Return the file of what a run's stage tells of its progress."""
+    return run_dir / "progress" / f"{stage}.json"
+
+
 def merged_adapter_file(run_dir: Location) -> Location:
     """Return the file of the run's final adapter."""
     return run_dir / "merged" / ADAPTER_FILE

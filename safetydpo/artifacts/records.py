@@ -142,7 +142,7 @@ def read_pointers(run_dir: Location) -> dict[str, dict[str, str]]:
     if not location.is_file():
         return {}
     try:
-        content = _parse_settled(location)
+        content = parse_settled(location)
         return {str(name): dict(pointer) for name, pointer in content["artifacts"].items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise SafetyDPOError(
@@ -150,8 +150,8 @@ def read_pointers(run_dir: Location) -> dict[str, dict[str, str]]:
         ) from error
 
 
-def _parse_settled(location: Location) -> Any:
-    """Parse a small JSON file that another command may be replacing.
+def parse_settled(location: Location) -> Any:
+    """Parse a small JSON file that another command may be replacing; raise ValueError if it is none.
 
     pyarrow asks S3 for an object's size and then for that many bytes: of one that grew in between it gets the
     beginning. What reads twice the same is what stands there.

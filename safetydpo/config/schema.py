@@ -7,6 +7,7 @@ Unknown keys are refused. Each default lives here (those of pairs in `pairs`, of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -16,6 +17,7 @@ from safetydpo.config.benchmarks import EvaluationBenchmark, each_named_once
 from safetydpo.config.experts import ExpertsConfig
 from safetydpo.config.fields import CATEGORIES, Category, Distinct, Frozen, added_field
 from safetydpo.config.judges import JudgesConfig
+from safetydpo.config.labels import check_selector
 from safetydpo.config.measures import MeasuresConfig
 from safetydpo.config.merge import MergeConfig
 from safetydpo.config.merge_evidence import MergeEvidenceConfig
@@ -23,6 +25,8 @@ from safetydpo.config.pairs import GENERATE, PairsConfig
 from safetydpo.config.search import SearchConfig, SearchLimits
 from safetydpo.config.training import DpoConfig, LoraConfig, TrainingConfig
 from safetydpo.config.training_rules import check_dpo, check_training, check_workers
+
+CappedStage = Literal["pairs", "train", "merge", "evaluate"]
 
 
 class BaseModelConfig(Frozen):
@@ -184,6 +188,14 @@ class ExecutionConfig(Frozen):
     """Ray CPUs per worker; also its thread count (at least 1)."""
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs per worker: a fraction in (0, 1] or a whole number."""
+    max_gpus: float | None = Field(None, gt=0)
+    """Most GPUs that this run reserves at a time, however large the cluster; None = what `num_workers` asks for."""
+    stage_max_gpus: Mapping[CappedStage, Annotated[float, Field(gt=0)]] = {}
+    """The same for one stage, such as {train: 4, evaluate: 1}; a stage that is not named has `max_gpus` only. That of
+    the search's trials is `execution.search.max_gpus`."""
+    label_selector: Mapping[str, str] = {}
+    """Labels that a node must have to take work of this run, as Ray's `label_selector`: {market-type: spot},
+    {ray.io/node-group: "in(a10,l4)"}, {team: "!other"}; empty = any node."""
     ray_address: str | None = None
     """Cluster to join; None = the running job's cluster, else a local Ray."""
     logical_cpus: int = Field(8, ge=4)
@@ -203,6 +215,26 @@ class ExecutionConfig(Frozen):
                 "execution.gpus_per_worker: expected a fraction in (0, 1] or a whole number, "
                 f"found {self.gpus_per_worker}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_worker_fits_the_gpus(self) -> Self:
+        caps = {"execution.max_gpus": self.max_gpus}
+        caps |= {f"execution.stage_max_gpus.{stage}": cap for stage, cap in self.stage_max_gpus.items()}
+        for name, cap in caps.items():
+            trains = name in ("execution.max_gpus", "execution.stage_max_gpus.train")
+            needed = self.gpus_per_worker * (self.workers_per_expert if trains else 1)
+            if cap is not None and needed > cap:
+                times = " x execution.workers_per_expert, which train one expert together" if trains else ""
+                raise ValueError(f"{name} ({cap:g}) must not be below {needed:g}, execution.gpus_per_worker{times}")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_are_labels(self) -> Self:
+        try:
+            check_selector(self.label_selector)
+        except ValueError as error:
+            raise ValueError(f"execution.label_selector: {error}") from error
         return self
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +43,13 @@ class Head:
 
 
 @contextlib.contextmanager
-def head_with_token(folder: Path, *, num_cpus: int = 8) -> Iterator[Head]:
-    """`ray start --head` with token authentication; ended with its whole process group."""
+def head_with_token(
+    folder: Path, *, num_cpus: int = 8, options: Sequence[str] = (), variables: Mapping[str, str] | None = None
+) -> Iterator[Head]:
+    """`ray start --head` with token authentication; ended with its whole process group.
+
+    `options` go to `ray start`, `variables` into the environment of everything that it starts.
+    """
     token = folder / "auth_token"
     token.write_text(TOKEN)
     token.chmod(0o600)
@@ -55,6 +60,7 @@ def head_with_token(folder: Path, *, num_cpus: int = 8) -> Iterator[Head]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        **(variables or {}),
     }
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "PYTHONPATH"):
         environment.pop(name, None)
@@ -65,6 +71,7 @@ def head_with_token(folder: Path, *, num_cpus: int = 8) -> Iterator[Head]:
     start = [RAY, "start", "--head", f"--num-cpus={num_cpus}", f"--port={port}", f"--dashboard-port={dashboard}"]
     start += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", "--disable-usage-stats"]
     start += ["--dashboard-host=127.0.0.1", "--object-store-memory=400000000", "--block", f"--temp-dir={place}"]
+    start += options
     head = subprocess.Popen(
         start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )

@@ -17,7 +17,7 @@ from ray_jobs.cluster import check_resources, connect, disconnect
 from ray_jobs.precheck import check_cluster, describe, versions_here
 from ray_jobs.precheck_room import read_room
 from safetydpo.artifacts.storage import Location, open_location
-from safetydpo.config.schema import Config
+from safetydpo.config.schema import Config, ExecutionConfig
 from safetydpo.errors import SafetyDPOError, UsageError
 
 pytestmark = pytest.mark.slow
@@ -128,7 +128,7 @@ def test_what_an_autoscaler_may_add_is_let_through_and_no_more(
     client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
     client.internal_kv_put(key, ClusterConfig(node_group_configs=[group]).SerializeToString(), True, space)
     try:
-        assert read_room().most("GPU") == 3
+        assert read_room(ExecutionConfig()).most("GPU") == 3
         check_resources(asked.execution, num_workers=3)
         with pytest.raises(
             UsageError, match="expected 4 GPUs .*, found 0 in the cluster, at most 3 with its autoscaler"

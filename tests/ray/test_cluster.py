@@ -7,7 +7,9 @@ import pytest
 import ray
 
 from ray_jobs import cluster as cluster_module
-from ray_jobs.cluster import check_resources, connect, keep_credentials_from_trials, ray_state_folder, workers_for
+from ray_jobs.cluster import check_resources, connect, keep_credentials_from_trials
+from ray_jobs.resources import workers_for
+from ray_jobs.state_folder import ray_state_folder
 from safetydpo.artifacts.object_store import SECRET_VARIABLES
 from safetydpo.config.schema import Config, ExecutionConfig
 from safetydpo.errors import UsageError

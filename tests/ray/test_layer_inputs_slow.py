@@ -91,7 +91,7 @@ def test_any_number_of_workers_gives_the_bytes_of_one_process(
     place: Path, expected: dict[str, bytes], workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The work is too small to be worth more than one otherwise.
-    monkeypatch.setattr("ray_jobs.cluster.NETWORK_PASSES_PER_WORKER", 1)
+    monkeypatch.setattr("ray_jobs.resources.NETWORK_PASSES_PER_WORKER", 1)
     check(open_run(place, f"workers-{workers}", workers=workers), expected)
 
 

@@ -40,7 +40,7 @@ def fill(store: Location, monkeypatch: pytest.MonkeyPatch, rows: int, write: Wri
 
     monkeypatch.setattr(pools, "_execute", execute)
     monkeypatch.setattr(pools, "progress_bar", no_bar)
-    monkeypatch.setattr(pools, "_checkpointing", lambda *_: nullcontext())
+    monkeypatch.setattr(pools, "checkpointing", lambda *_, **__: nullcontext())
     return fill_pool(store, manifest(rows), STAGE, execution=ExecutionConfig())
 
 

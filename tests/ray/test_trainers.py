@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ray_jobs.cluster import ray_state_folder
 from ray_jobs.run import Run
+from ray_jobs.state_folder import ray_state_folder
 from ray_jobs.trainers import train_on_workers
 from safetydpo.config.schema import Config
 from safetydpo.errors import SafetyDPOError, UsageError
