@@ -69,8 +69,13 @@ def evaluate(
 def evaluate_rows(run: Run, rows: Sequence[EvaluatedRow], *, pointer: str = "outcomes") -> Record:
     """Make or find the outcomes of these rows; pictures that the pool holds already are not drawn again."""
     manifest = build_manifest(run, rows, evaluation_prompts(run))
+    return run.build(pointer, outcomes_key(run, manifest), lambda folder: _make(run, folder, manifest, rows))
+
+
+def outcomes_key(run: Run, manifest: Sequence[Mapping[str, object]]) -> ArtifactKey:
+    """Return the key of the outcomes of these pictures."""
     identity = run.config.identity
-    key = ArtifactKey(
+    return ArtifactKey(
         stage="outcomes",
         name=run.config.name,
         identity={
@@ -84,7 +89,6 @@ def evaluate_rows(run: Run, rows: Sequence[EvaluatedRow], *, pointer: str = "out
         },
         recipe_version=RECIPE_VERSION,
     )
-    return run.build(pointer, key, lambda folder: _make(run, folder, manifest, rows))
 
 
 def list_rows(
@@ -137,6 +141,11 @@ def _adapter_row(
 
 def evaluation_prompts(run: Run) -> dict[str, list[Prompt]]:
     """Return the test prompts by set, those of the attacks that the run made last."""
+    return {**shared_prompts(run), **attack_sets(run), **benchmark_prompts(run.config)}
+
+
+def shared_prompts(run: Run) -> dict[str, list[Prompt]]:
+    """Return the test prompts of the run's own source by set."""
     identity = run.config.identity
     source, evaluation = identity.prompts, identity.evaluation
     unsafe = needed_prompts(source, "test", "unsafe", setting="identity.evaluation.prompts_per_category")
@@ -153,8 +162,6 @@ def evaluation_prompts(run: Run) -> dict[str, list[Prompt]]:
         "ood": spread(split_prompts(source, "test", "ood"), evaluation.ood_prompts),
         "neutral": spread(split_prompts(source, "test", "neutral"), evaluation.neutral_prompts),
         "neighbour": spread(split_prompts(source, "test", "neighbour"), evaluation.neighbour_prompts),
-        **attack_sets(run),
-        **benchmark_prompts(run.config),
     }
 
 
