@@ -30,7 +30,7 @@ from safetydpo.artifacts.schemas import IMAGE_MANIFEST, OUTCOMES, make_image_id,
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows, table_from_rows, write_table
 from safetydpo.config.experts import ALL_SINGLE
-from safetydpo.config.schema import BaseModelConfig, Config, SamplerConfig
+from safetydpo.config.schema import BaseModelConfig, Config, EvaluationConfig, SamplerConfig
 from safetydpo.evaluation.rows import RowSource
 from safetydpo.prompts.sets import Prompt
 from safetydpo.seeding import derive_seed
@@ -101,7 +101,7 @@ def list_rows(
     if evaluation.expert_rows:
         single = {name: record for name, record in experts.items() if name != ALL_SINGLE}
         own = expert_categories(run, single)
-        sets = ("unsafe", "neutral", "neighbour") if evaluation.expert_retention else ("unsafe",)
+        sets = expert_sets(evaluation)
         for name, record in single.items():
             row = _adapter_row(run, f"expert:{name}", "expert", record, None, sets)
             source = replace(row.source, categories=own[name])
@@ -113,6 +113,11 @@ def list_rows(
     if searched is not None:
         rows.append(_adapter_row(run, "searched", "searched", searched, _scale_of(searched), everything))
     return rows
+
+
+def expert_sets(evaluation: EvaluationConfig) -> tuple[str, ...]:
+    """Return the prompt sets that single experts draw."""
+    return ("unsafe", "neutral", "neighbour") if evaluation.expert_retention else ("unsafe",)
 
 
 def comparator_rows(run: Run, comparators: Mapping[str, Record]) -> list[EvaluatedRow]:
