@@ -16,6 +16,7 @@ from ray_jobs.jobs_command import app as jobs_app
 from ray_jobs.judge_command import app as judges_app
 from ray_jobs.judge_command import judge_command
 from ray_jobs.merge_evidence_command import merge_evidence
+from ray_jobs.plan_command import plan as plan_command
 from ray_jobs.prompts_command import app as prompts_app
 from ray_jobs.watch_command import watch
 from safetydpo.errors import UsageError
@@ -35,6 +36,7 @@ app.add_typer(adapter_app)
 app.add_typer(benchmarks_app)
 app.command("gate")(gate_command)
 app.command("compare")(compare_command)
+app.command("plan")(plan_command)
 app.command("merge-evidence")(merge_evidence)
 app.add_typer(judges_app)
 app.command("judge")(judge_command)

@@ -39,8 +39,8 @@ def distill_experts(
 ) -> Record:
     """Make or find the distilled adapter of these experts; `aids` are what its start method needs."""
     members = {name: record for name, record in experts.items() if name != ALL_SINGLE}
-    taught = {unit.name: unit.pair_ids for unit in plan_experts(run, pairs, pairs_folder) if unit.name in members}
-    key = _key(run, members, taught, benign_fingerprint(pairs, pairs_folder), aids)
+    taught = _taught(run, members, pairs, pairs_folder)
+    key = distilled_key(run, experts, pairs, pairs_folder, aids=aids)
     if find_closed(run.store, key) is None:
         connect(run.config)
         distill = run.config.identity.merge.distill
@@ -68,6 +68,21 @@ def distill_experts(
         run.made.append(key.folder_name)
     (run.folder(key) / CHECKPOINT_FILE).delete()
     return run.build("distilled", key, lambda _folder: {})
+
+
+def _taught(
+    run: Run, members: Mapping[str, Record], pairs: Record, pairs_folder: Location
+) -> dict[str, tuple[str, ...]]:
+    return {unit.name: unit.pair_ids for unit in plan_experts(run, pairs, pairs_folder) if unit.name in members}
+
+
+def distilled_key(
+    run: Run, experts: Mapping[str, Record], pairs: Record, pairs_folder: Location, *, aids: MergeAids
+) -> ArtifactKey:
+    """Return the key of the distilled adapter of these experts; `aids` are what its start method needs."""
+    members = {name: record for name, record in experts.items() if name != ALL_SINGLE}
+    taught = _taught(run, members, pairs, pairs_folder)
+    return _key(run, members, taught, benign_fingerprint(pairs, pairs_folder), aids)
 
 
 def _key(

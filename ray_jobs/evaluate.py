@@ -30,7 +30,7 @@ from safetydpo.artifacts.schemas import IMAGE_MANIFEST, OUTCOMES, make_image_id,
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows, table_from_rows, write_table
 from safetydpo.config.experts import ALL_SINGLE
-from safetydpo.config.schema import BaseModelConfig, Config, SamplerConfig
+from safetydpo.config.schema import BaseModelConfig, Config, EvaluationConfig, SamplerConfig
 from safetydpo.evaluation.rows import RowSource
 from safetydpo.prompts.sets import Prompt
 from safetydpo.seeding import derive_seed
@@ -69,8 +69,13 @@ def evaluate(
 def evaluate_rows(run: Run, rows: Sequence[EvaluatedRow], *, pointer: str = "outcomes") -> Record:
     """Make or find the outcomes of these rows; pictures that the pool holds already are not drawn again."""
     manifest = build_manifest(run, rows, evaluation_prompts(run))
+    return run.build(pointer, outcomes_key(run, manifest), lambda folder: _make(run, folder, manifest, rows))
+
+
+def outcomes_key(run: Run, manifest: Sequence[Mapping[str, object]]) -> ArtifactKey:
+    """Return the key of the outcomes of these pictures."""
     identity = run.config.identity
-    key = ArtifactKey(
+    return ArtifactKey(
         stage="outcomes",
         name=run.config.name,
         identity={
@@ -84,7 +89,6 @@ def evaluate_rows(run: Run, rows: Sequence[EvaluatedRow], *, pointer: str = "out
         },
         recipe_version=RECIPE_VERSION,
     )
-    return run.build(pointer, key, lambda folder: _make(run, folder, manifest, rows))
 
 
 def list_rows(
@@ -97,7 +101,7 @@ def list_rows(
     if evaluation.expert_rows:
         single = {name: record for name, record in experts.items() if name != ALL_SINGLE}
         own = expert_categories(run, single)
-        sets = ("unsafe", "neutral", "neighbour") if evaluation.expert_retention else ("unsafe",)
+        sets = expert_sets(evaluation)
         for name, record in single.items():
             row = _adapter_row(run, f"expert:{name}", "expert", record, None, sets)
             source = replace(row.source, categories=own[name])
@@ -109,6 +113,11 @@ def list_rows(
     if searched is not None:
         rows.append(_adapter_row(run, "searched", "searched", searched, _scale_of(searched), everything))
     return rows
+
+
+def expert_sets(evaluation: EvaluationConfig) -> tuple[str, ...]:
+    """Return the prompt sets that single experts draw."""
+    return ("unsafe", "neutral", "neighbour") if evaluation.expert_retention else ("unsafe",)
 
 
 def comparator_rows(run: Run, comparators: Mapping[str, Record]) -> list[EvaluatedRow]:
@@ -137,6 +146,11 @@ def _adapter_row(
 
 def evaluation_prompts(run: Run) -> dict[str, list[Prompt]]:
     """Return the test prompts by set, those of the attacks that the run made last."""
+    return {**shared_prompts(run), **attack_sets(run), **benchmark_prompts(run.config)}
+
+
+def shared_prompts(run: Run) -> dict[str, list[Prompt]]:
+    """Return the test prompts of the run's own source by set."""
     identity = run.config.identity
     source, evaluation = identity.prompts, identity.evaluation
     unsafe = needed_prompts(source, "test", "unsafe", setting="identity.evaluation.prompts_per_category")
@@ -153,8 +167,6 @@ def evaluation_prompts(run: Run) -> dict[str, list[Prompt]]:
         "ood": spread(split_prompts(source, "test", "ood"), evaluation.ood_prompts),
         "neutral": spread(split_prompts(source, "test", "neutral"), evaluation.neutral_prompts),
         "neighbour": spread(split_prompts(source, "test", "neighbour"), evaluation.neighbour_prompts),
-        **attack_sets(run),
-        **benchmark_prompts(run.config),
     }
 
 

@@ -157,8 +157,8 @@ def render_stage(run: Run, label: str) -> PoolStage:
     )
 
 
-def _make(run: Run, folder: Location, pairs: Sequence[PromptPair], benign: Sequence[Prompt]) -> Mapping[str, Any]:
-    connect(run.config)
+def picture_manifest(run: Run, pairs: Sequence[PromptPair], benign: Sequence[Prompt]) -> pa.Table:
+    """Return the list of work: a row for each picture of these pairs and benign prompts."""
     identity = run.config.identity
     common: dict[str, Any] = {
         "run_seed": identity.seed,
@@ -167,13 +167,17 @@ def _make(run: Run, folder: Location, pairs: Sequence[PromptPair], benign: Seque
     }
     rules = identity.pairs
     edit = {"strength": rules.sdedit_strength, "negative": rules.sdedit_negative}
-    is_edited = rules.safe_picture == "sdedit"
-    rows = chain(
-        pair_image_rows(pairs, **common, sdedit=edit if is_edited else None), retention_image_rows(benign, **common)
-    )
-    manifest = table_from_stream(rows, IMAGE_MANIFEST)
+    sdedit = edit if rules.safe_picture == "sdedit" else None
+    rows = chain(pair_image_rows(pairs, **common, sdedit=sdedit), retention_image_rows(benign, **common))
+    return table_from_stream(rows, IMAGE_MANIFEST)
+
+
+def _make(run: Run, folder: Location, pairs: Sequence[PromptPair], benign: Sequence[Prompt]) -> Mapping[str, Any]:
+    connect(run.config)
+    rules = run.config.identity.pairs
+    manifest = picture_manifest(run, pairs, benign)
     write_table(folder / "images.parquet", manifest)
-    images = _draw_and_edit(run, manifest) if is_edited else draw_pictures(run, manifest)
+    images = _draw_and_edit(run, manifest) if rules.safe_picture == "sdedit" else draw_pictures(run, manifest)
     good = images.filter(pc.equal(images.column("status"), "ok"))
     failed = check_error_rate(images, limit=rules.max_error_rate)
     verified = verify_pairs(
@@ -194,7 +198,7 @@ def _make(run: Run, folder: Location, pairs: Sequence[PromptPair], benign: Seque
     kept = {pair_id for pair_id, selection in selections.items() if selection.kept}
     counts = check_enough_pairs(
         [pair.categories for pair in pairs if pair.pair_id in kept],
-        categories=identity.prompts.categories,
+        categories=run.config.identity.prompts.categories,
         minimum=rules.min_kept_per_category,
     )
     used = _used_rows(manifest, kept)

@@ -53,7 +53,7 @@ def take_given_pairs(run: Run) -> Record:
     place = open_location(identity.pairs.source)
     given = open_preferences(place)
     benign = retention_prompts(identity.prompts, seed=identity.seed)
-    key = _key(run, given, [prompt.prompt_id for prompt in benign])
+    key = given_key(run, given, [prompt.prompt_id for prompt in benign])
     return run.build("pairs", key, lambda folder: _make(run, folder, place, given, benign))
 
 
@@ -90,7 +90,8 @@ def check_given(identity: IdentityConfig) -> None:
     )
 
 
-def _key(run: Run, given: Record, benign: list[str]) -> ArtifactKey:
+def given_key(run: Run, given: Record, benign: list[str]) -> ArtifactKey:
+    """Return the key of the pairs artifact of imported preferences and benign prompts (ids)."""
     identity = run.config.identity
     settings = identity.pairs.model_dump(mode="json")
     # What the folder holds counts, not where it stands.

@@ -15,7 +15,6 @@ import queue
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -43,14 +42,17 @@ from safetydpo.artifacts.attempts import (
 from safetydpo.artifacts.storage import Location
 from safetydpo.config.schema import Config
 from safetydpo.errors import SafetyDPOError, UsageError
+from safetydpo.planning.schedule import (
+    LOOK_SECONDS,
+    Accidents,
+    OpenTasks,
+    WaitingTasks,
+    choose_node,
+    count_lanes_to_start,
+    longest_first,
+)
 
-LOOK_SECONDS = 5.0
-"""Between two looks at the ledger while fewer lanes run than are wanted."""
-START_SECONDS = 60.0
-"""A lane that is younger is taken to be about to take a task."""
 OVERTAKEN = "a later attempt began"
-LANE_DEATHS, LANE_LOSSES = 3, 10
-"""Deaths, and losses with a node, per wanted lane without a task settled in between, after which the launcher ends."""
 STEPS_PER_LOOK = 10
 """Optimizer steps between two questions whether to leave; with several workers each is a barrier."""
 
@@ -102,7 +104,7 @@ class LaneWorker:
         self._folders, self._resumed_file = folders, resumed_file
         self._owner = this_process(run=lane["run"], lane=lane["name"])
         self._max_attempts: int = lane["max_attempts"]
-        self._waiting = deque(lane["indices"])
+        self._waiting = WaitingTasks(lane["indices"])
         self._held: Attempt | None = None
         self._stale: Attempt | None = None
         self._is_leaving = False
@@ -158,19 +160,15 @@ class LaneWorker:
         return Turn(index, number, attempt, resume_from) if number else None
 
     def _take(self) -> tuple[Attempt | None, int]:
-        """Lease the first free task; one that is held by somebody else is asked for once more, at the end."""
-        for _ in range(len(self._waiting)):
-            index = self._waiting.popleft()
-            folder, me = self._folders[index], self._owner
-            look = look_at(folder, run=me.run, lane=me.lane, max_attempts=self._max_attempts)
-            if look.standing in (Standing.CLOSED, Standing.FAILED):
-                continue
-            self._waiting.append(index)
-            if look.standing is Standing.FREE:
-                attempt = take_lease(folder, me, newest=look.newest)
-                if attempt is not None:
-                    return attempt, index
-        return None, -1
+        """Lease the first free task."""
+        found = self._waiting.take(self._lease)
+        return (None, -1) if found is None else (found[1], found[0])
+
+    def _lease(self, index: int) -> tuple[Standing, Attempt | None]:
+        folder, me = self._folders[index], self._owner
+        look = look_at(folder, run=me.run, lane=me.lane, max_attempts=self._max_attempts)
+        is_free = look.standing is Standing.FREE
+        return look.standing, take_lease(folder, me, newest=look.newest) if is_free else None
 
     def _share(self, values: list[int]) -> list[int]:
         """Return what worker 0 has; numbers in a tensor, since objects would travel as pickles."""
@@ -254,12 +252,12 @@ class _Launcher:
         self._run, self._tasks, self._function, self._settings = run, tasks, function, settings
         self._execution = execution = run.config.execution
         self._id, self._num_lanes = f"{run_id(run.config)}-{uuid.uuid4().hex[:12]}", num_lanes
-        self._open = sorted(range(len(tasks)), key=lambda index: (-tasks[index].steps, tasks[index].name))
+        self._open = OpenTasks(longest_first([task.steps for task in tasks], [task.name for task in tasks]))
         self._failures: dict[str, str] = {}
         self._running: list[_Lane] = []
         self._ended: queue.Queue[_Lane] = queue.Queue()
-        self._num_started = self._deaths = self._losses = 0
-        self._open_at_last_death = len(tasks)
+        self._num_started = 0
+        self._accidents = Accidents(num_lanes=num_lanes, num_open=len(tasks))
         self._leaving: set[str] = set()
         self._own_node = ray.get_runtime_context().get_node_id()
         self._is_isolated = execution.lanes == "isolated"
@@ -278,33 +276,31 @@ class _Launcher:
             with suppress(queue.Empty):
                 self._settle(self._ended.get(timeout=LOOK_SECONDS))
 
-    def _free(self) -> Iterator[int]:
-        """Yield tasks that nobody holds, after a look at each; forget those that are settled."""
-        taken = {index for lane in self._running if self._is_isolated for index in lane.indices}
-        for index in list(self._open):
-            task = self._tasks[index]
-            look = look_at(task.folder, run=self._id, max_attempts=self._execution.expert_attempts)
-            if look.standing in (Standing.CLOSED, Standing.FAILED):
-                self._open.remove(index)
-                failure = read_failure(task.folder, run=self._id) if look.standing is Standing.FAILED else None
-                if failure is not None:
-                    self._failures[task.name] = failure
-            elif look.standing is Standing.FREE and index not in taken:
-                yield index
+    def _look(self, index: int) -> Standing:
+        task = self._tasks[index]
+        look = look_at(task.folder, run=self._id, max_attempts=self._execution.expert_attempts)
+        failure = read_failure(task.folder, run=self._id) if look.standing is Standing.FAILED else None
+        if failure is not None:
+            self._failures[task.name] = failure
+        return look.standing
 
     def _start_lanes(self) -> None:
-        wanted = self._num_lanes - len(self._running)
-        if wanted <= 0:
+        if len(self._running) >= self._num_lanes:
             return
-        free = list(islice(self._free(), self._num_lanes))
-        if not self._is_isolated:
-            now = time.monotonic()
-            wanted = min(wanted, len(free) - sum(now - lane.began < START_SECONDS for lane in self._running))
-        for index in free[: max(0, wanted)]:
+        taken = {index for lane in self._running if self._is_isolated for index in lane.indices}
+        free = list(islice(self._open.free(self._look, taken=taken), self._num_lanes))
+        now = time.monotonic()
+        wanted = count_lanes_to_start(
+            self._num_lanes,
+            [now - lane.began for lane in self._running],
+            num_free=len(free),
+            is_isolated=self._is_isolated,
+        )
+        for index in free[:wanted]:
             node = self._roomiest_node()
             if node is None:
                 return
-            self._start(node, [index] if self._is_isolated else list(self._open))
+            self._start(node, [index] if self._is_isolated else self._open.indices())
 
     def _start(self, node: str, indices: list[int]) -> None:
         lane = _Lane(f"{self._id}-{self._num_started}", node, indices)
@@ -347,32 +343,21 @@ class _Launcher:
         is_lost = isinstance(lane.error, RayError) and not isinstance(lane.error, RayTaskError)
         how: Ending = "lost" if is_lost else "failed"
         reason = " ".join(str(lane.error).split())[:500]
-        for index in self._open:
+        for index in self._open.indices():
             # Nobody need wait until its heartbeat is stale: Ray has said that it is gone.
             end_attempts_of(self._tasks[index].folder, lane.name, how, reason)
-        list(self._free())
-        if len(self._open) != self._open_at_last_death:
-            self._deaths = self._losses = 0
-        self._open_at_last_death = len(self._open)
-        self._deaths, self._losses = self._deaths + (not is_lost), self._losses + is_lost
-        if self._deaths >= LANE_DEATHS * self._num_lanes or self._losses >= LANE_LOSSES * self._num_lanes:
+        # A look at each, which forgets those that are settled.
+        list(self._open.free(self._look))
+        if self._accidents.is_one_too_many(is_lost=is_lost, num_open=len(self._open)):
             raise lane.error
 
     def _roomiest_node(self) -> str | None:
-        """Return the node with room for most lanes beside ours that run there, rather another one than the head's."""
         import ray
 
-        rooms = [
-            (
-                _lanes_that_fit(node, self._needs) - sum(lane.node == node["NodeID"] for lane in self._running),
-                node["NodeID"] != self._own_node,
-                str(node["NodeID"]),
-            )
-            for node in own_nodes(ray.nodes(), self._execution)
-            if node["NodeID"] not in self._leaving
-        ]
-        room, _, node = max(rooms, default=(0, False, ""))
-        return node if room > 0 else None
+        nodes = own_nodes(ray.nodes(), self._execution)
+        room = {str(node["NodeID"]): _lanes_that_fit(node, self._needs) for node in nodes}
+        running = [lane.node for lane in self._running]
+        return choose_node(room, running, own=self._own_node, leaving=self._leaving)
 
     def _check_fit(self) -> None:
         import ray

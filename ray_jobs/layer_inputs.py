@@ -65,9 +65,21 @@ def collect_layer_inputs(run: Run) -> Record:
     Their second moments per category are kept too, and those of as many neutral training prompts as unsafe ones of
     one category. Nothing here depends on experts: one more finds the artifact closed.
     """
-    identity = run.config.identity
     prompts = chosen_prompts(run)
-    key = ArtifactKey(
+    key = layer_inputs_key(run, prompts)
+    # One command at a time from the first part to the record: the parts are deleted once it stands.
+    with one_maker(run, key):
+        record = run.build("layer_inputs", key, lambda folder: _make(run, folder, prompts))
+        parts = run.folder(key) / PARTS_FOLDER
+        if parts.is_folder():
+            parts.delete()
+    return record
+
+
+def layer_inputs_key(run: Run, prompts: Sequence[GroupedPrompt]) -> ArtifactKey:
+    """Return the key of the layer inputs on the run's `chosen_prompts`."""
+    identity = run.config.identity
+    return ArtifactKey(
         stage="layer_inputs",
         name=run.config.name,
         identity={
@@ -83,13 +95,6 @@ def collect_layer_inputs(run: Run) -> Record:
         },
         recipe_version=RECIPE_VERSION,
     )
-    # One command at a time from the first part to the record: the parts are deleted once it stands.
-    with one_maker(run, key):
-        record = run.build("layer_inputs", key, lambda folder: _make(run, folder, prompts))
-        parts = run.folder(key) / PARTS_FOLDER
-        if parts.is_folder():
-            parts.delete()
-    return record
 
 
 @contextmanager

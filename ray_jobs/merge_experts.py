@@ -18,13 +18,13 @@ from ray_jobs.expert_files import (
     load_experts,
     read_aids,
 )
-from ray_jobs.layer_inputs import collect_layer_inputs
+from ray_jobs.layer_inputs import chosen_prompts, collect_layer_inputs, layer_inputs_key
 from ray_jobs.merge_settings import merge_request, requested_methods, run_merge
 from ray_jobs.resources import task_options
 from ray_jobs.run import Run
 from safetydpo.artifacts.adapters import adapter_hash, write_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE, WINNERS_FILE
-from safetydpo.artifacts.records import ArtifactKey, Record
+from safetydpo.artifacts.records import ArtifactKey, Record, find_closed
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows
 from safetydpo.config.experts import ALL_SINGLE
@@ -39,9 +39,7 @@ def merge_experts(run: Run, experts: Mapping[str, Record], pairs: Record, pairs_
     check_expert_files(run, experts)
     merge = run.config.identity.merge
     methods = [find_method(name) for name in merge.methods]
-    within = run.config.identity.merge.within_category
-    levels = [] if within is None else [find_method(within.method)]
-    aids = merge_aids(run, experts, pairs, pairs_folder, methods=[*methods, *levels])
+    aids = merge_aids(run, experts, pairs, pairs_folder, methods=plain_methods(run))
     members = {name: record for name, record in experts.items() if name != ALL_SINGLE}
     records: dict[str, Record] = {}
     for method in methods:
@@ -49,21 +47,55 @@ def merge_experts(run: Run, experts: Mapping[str, Record], pairs: Record, pairs_
     return records
 
 
+def plain_methods(run: Run) -> list[MergeMethod]:
+    """Return the methods that take part in the plain merges of a run, that within categories too."""
+    from safetydpo.merging.registry import find_method
+
+    merge = run.config.identity.merge
+    levels = [] if merge.within_category is None else [merge.within_category.method]
+    return [find_method(name) for name in (*merge.methods, *levels)]
+
+
 def merge_aids(
     run: Run, experts: Mapping[str, Record], pairs: Record, pairs_folder: Location, *, methods: Sequence[MergeMethod]
 ) -> MergeAids:
     """Make or find what these methods need beside the experts, and what the start of a distillation needs."""
     from ray_jobs.distill_experts import distill_experts
-    from safetydpo.merging.registry import find_method
 
-    distils = any(method.needs_distilled for method in methods)
-    start = [find_method(run.config.identity.merge.distill.start_method)] if distils else []
+    start = _start_methods(run, methods)
     needs_base = any(method.needs_base for method in (*methods, *start))
     aids = MergeAids(layer_inputs=collect_layer_inputs(run) if needs_base else None)
-    if not distils:
+    if not start:
         return aids
     distilled = distill_experts(run, experts, pairs, pairs_folder, aids=aids.needed_by(start))
     return replace(aids, distilled=distilled)
+
+
+def find_aids(
+    run: Run, experts: Mapping[str, Record], pairs: Record, pairs_folder: Location, *, methods: Sequence[MergeMethod]
+) -> MergeAids | None:
+    """Find what `merge_aids` would make or find; None if a part of it is not closed. Nothing is made."""
+    from ray_jobs.distill_experts import distilled_key
+
+    start = _start_methods(run, methods)
+    aids = MergeAids()
+    if any(method.needs_base for method in (*methods, *start)):
+        aids = MergeAids(layer_inputs=find_closed(run.store, layer_inputs_key(run, chosen_prompts(run))))
+        if aids.layer_inputs is None:
+            return None
+    if not start:
+        return aids
+    key = distilled_key(run, experts, pairs, pairs_folder, aids=aids.needed_by(start))
+    distilled = find_closed(run.store, key)
+    return None if distilled is None else replace(aids, distilled=distilled)
+
+
+def _start_methods(run: Run, methods: Sequence[MergeMethod]) -> list[MergeMethod]:
+    """Return what a distillation starts from, if one of the methods needs one."""
+    from safetydpo.merging.registry import find_method
+
+    distils = any(method.needs_distilled for method in methods)
+    return [find_method(run.config.identity.merge.distill.start_method)] if distils else []
 
 
 def merged_artifact(
@@ -71,16 +103,7 @@ def merged_artifact(
 ) -> Record:
     """Make or find the merged adapter of one request (`merge_request`); `aids` may hold more than it needs."""
     needed = aids.needed_by(requested_methods(settings))
-    key = ArtifactKey(
-        stage="merged",
-        name=str(settings["method"]),
-        identity={**settings, "seed": run.config.identity.seed},
-        inputs={
-            "experts": fingerprint_rows((name, record.fingerprint) for name, record in experts.items()),
-            **needed.fingerprints(),
-        },
-        recipe_version=MERGE_RECIPE_VERSION,
-    )
+    key = merged_key(run, settings, experts, aids=aids)
 
     def make(folder: Location) -> Mapping[str, Any]:
         connect(run.config)
@@ -97,6 +120,20 @@ def merged_artifact(
         return made
 
     return run.build(f"merged:{pointer}", key, make)
+
+
+def merged_key(run: Run, settings: Mapping[str, Any], experts: Mapping[str, Record], *, aids: MergeAids) -> ArtifactKey:
+    """Return the key of the merged adapter of one request; `aids` may hold more than it needs."""
+    return ArtifactKey(
+        stage="merged",
+        name=str(settings["method"]),
+        identity={**settings, "seed": run.config.identity.seed},
+        inputs={
+            "experts": fingerprint_rows((name, record.fingerprint) for name, record in experts.items()),
+            **aids.needed_by(requested_methods(settings)).fingerprints(),
+        },
+        recipe_version=MERGE_RECIPE_VERSION,
+    )
 
 
 @ray.remote

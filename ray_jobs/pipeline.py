@@ -123,7 +123,7 @@ def check_request(run: Run, *, last: str = "report") -> None:
     is_given = identity.pairs.source != GENERATE
     if not is_given:
         check_verification(identity, run.config.execution.judges)
-    _check_places(run, last=last)
+    check_places(run, last=last)
     if STAGES.index(last) >= STAGES.index("train"):
         check_watch(run.config)
     if is_given:
@@ -177,7 +177,13 @@ def _check_methods(identity: IdentityConfig) -> None:
         )
 
 
-def _check_places(run: Run, *, last: str) -> None:
+def check_places(run: Run, *, last: str) -> None:
+    """Refuse a store, a run folder or a source of prompts that cannot be one.
+
+    Raises:
+        UsageError: if something else stands there.
+        SafetyDPOError: if the object store does not answer.
+    """
     for location in (run.store, run.run_dir):
         location.check_reachable()
     if run.run_dir.is_file():

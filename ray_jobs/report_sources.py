@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from ray_jobs.expert_files import record_files, record_folder
 from ray_jobs.run import Run
+from ray_jobs.stage_use import price_of_config, stage_cost, stage_utilisation
 from safetydpo.artifacts.layout import stage_folder
 from safetydpo.artifacts.records import Record, read_pointers, read_record
 from safetydpo.artifacts.schemas import TRIALS
@@ -75,17 +76,20 @@ def read_curves(run: Run, experts: Mapping[str, Record]) -> list[TrainingCurve]:
     return curves
 
 
-def read_costs(run: Run, records: Mapping[str, Iterable[Record]]) -> list[StageCost]:
+def read_costs(run: Run, records: Mapping[str, Iterable[Record]], *, per_hour: float | None = None) -> list[StageCost]:
     """Return what each stage before the report took and made.
 
     Args:
         run: The run; its `timing.json` and `cost.json` hold times.
         records: What each stage closed, by stage.
+        per_hour: Price of a device for an hour; None = that of `execution.search`, if there is one.
     """
     seconds, used = run.seconds(), run.costs()
+    price = price_of_config(run) if per_hour is None else per_hour
     costs = []
     for stage in COSTED_STAGES:
-        counts = [record.counts for record in records.get(stage, ())]
+        made = list(records.get(stage, ()))
+        counts = [record.counts for record in made]
         cost = used.get(stage, {})
         costs.append(
             StageCost(
@@ -94,8 +98,10 @@ def read_costs(run: Run, records: Mapping[str, Iterable[Record]]) -> list[StageC
                 cpu_seconds=cost.get("cpu_seconds"),
                 gpu_seconds=cost.get("gpu_seconds"),
                 pairs=_total(counts, "pairs") if stage in ("pairs", "train") else None,
-                pictures=_pictures(stage, records.get(stage, ())),
+                pictures=_pictures(stage, made),
                 detail=_made(stage, counts),
+                utilisation=stage_utilisation(run, stage, made),
+                cost=stage_cost(run, stage, per_hour=price),
             )
         )
     return costs

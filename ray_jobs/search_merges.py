@@ -72,7 +72,6 @@ def search_merges(
     Raises:
         BudgetError: if a budget ended the search before its last trial.
     """
-    from ray_jobs.merge_settings import searched_settings
     from safetydpo.merging.registry import find_method
 
     members = {name: record for name, record in experts.items() if name != ALL_SINGLE}
@@ -80,8 +79,22 @@ def search_merges(
     identity = run.config.identity
     methods = [find_method(name) for name in identity.search.methods]
     aids = merge_aids(run, experts, pairs, pairs_folder, methods=methods)
-    space = search_space(run, members)
-    key = ArtifactKey(
+    searched = Searched(members, aids, prompts, search_space(run, members), pairs, pairs_folder)
+    key = search_key(run, searched)
+    # Looked at each time, also where the search is closed: its prompts must not be in a benchmark.
+    texts, folder = [prompt.text for prompt in prompts], run.config.execution.benchmarks
+    guard = check_benchmarks(identity.search.benchmarks, texts, folder=folder)
+    record = run.build("search", key, lambda folder: _search(run, folder, searched, guard))
+    candidate = Candidate.from_json(str(record.details["candidate"]))
+    return record, _searched_adapter(run, candidate, members, aids)
+
+
+def search_key(run: Run, searched: Searched) -> ArtifactKey:
+    """Return the key of a search."""
+    from ray_jobs.merge_settings import searched_settings
+
+    identity = run.config.identity
+    return ArtifactKey(
         stage="search",
         name=run.config.name,
         identity={
@@ -94,22 +107,15 @@ def search_merges(
             **searched_settings(identity),
         },
         inputs={
-            "experts": fingerprint_rows((name, record.fingerprint) for name, record in members.items()),
-            **aids.fingerprints(),
-            "prompts": sha256_of([prompt.text for prompt in prompts]),
+            "experts": fingerprint_rows((name, record.fingerprint) for name, record in searched.experts.items()),
+            **searched.aids.fingerprints(),
+            "prompts": sha256_of([prompt.text for prompt in searched.prompts]),
             "judge": fingerprint_judge(SELECT_JUDGE),
-            **shared_weights(space),
-            **({"pairs": pairs.fingerprint} if needs_pairs(identity.search) else {}),
+            **shared_weights(searched.space),
+            **({"pairs": searched.pairs.fingerprint} if needs_pairs(identity.search) else {}),
         },
         recipe_version=RECIPE_VERSION,
     )
-    searched = Searched(members, aids, prompts, space, pairs, pairs_folder)
-    # Looked at each time, also where the search is closed: its prompts must not be in a benchmark.
-    texts, folder = [prompt.text for prompt in prompts], run.config.execution.benchmarks
-    guard = check_benchmarks(identity.search.benchmarks, texts, folder=folder)
-    record = run.build("search", key, lambda folder: _search(run, folder, searched, guard))
-    candidate = Candidate.from_json(str(record.details["candidate"]))
-    return record, _searched_adapter(run, candidate, members, aids)
 
 
 def needs_pairs(search: SearchConfig) -> bool:

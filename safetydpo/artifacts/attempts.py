@@ -147,10 +147,15 @@ def look_at(folder: Location, *, run: str, lane: str = "", max_attempts: int) ->
     if newest and _is_held(folder, newest, lane):
         return Look(Standing.HELD, newest)
     reasons = [reason for number in numbers if (reason := _failure_of(folder, number, run)) is not None]
-    if len(reasons) >= max_attempts:
+    if is_out_of_attempts(len(reasons), max_attempts):
         give_up(folder, run=run, reason=reasons[-1])
         return Look(Standing.FAILED, newest)
     return Look(Standing.FREE, newest)
+
+
+def is_out_of_attempts(num_failures: int, max_attempts: int) -> bool:
+    """Return whether a run that has failed so often gives up."""
+    return num_failures >= max_attempts
 
 
 def take_lease(folder: Location, owner: Owner, *, newest: int) -> Attempt | None:

@@ -6,7 +6,9 @@ The family is what the model's own `model_index.json` says, never a part of a pa
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,7 @@ def _flux() -> Any:
 
 
 DEMO = "demo"
+_STAYS_LOCAL: ContextVar[bool] = ContextVar("stays_local", default=False)
 FAMILIES: Mapping[str, Callable[[], Any]] = {
     "StableDiffusionPipeline": _stable_diffusion,
     "StableDiffusionXLPipeline": _stable_diffusion_xl,
@@ -284,6 +287,20 @@ def _refuse_revision(base: BaseModelConfig) -> None:
         )
 
 
+class ModelNotHereError(SafetyDPOError):
+    """A model of a hub was asked for where nothing may be fetched, and this machine has no copy."""
+
+
+@contextmanager
+def no_fetching() -> Iterator[None]:
+    """Fetch nothing from a hub while the block runs; a model that is not on this machine raises `ModelNotHereError`."""
+    token = _STAYS_LOCAL.set(True)
+    try:
+        yield
+    finally:
+        _STAYS_LOCAL.reset(token)
+
+
 def _fetch(name: str, *, setting: str, patterns: Sequence[str], revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -297,13 +314,26 @@ def _fetch(name: str, *, setting: str, patterns: Sequence[str], revision: str | 
             known = "a local folder or a hub id 'owner/name' or 'owner/name@revision'"
         raise UsageError(f"expected {setting} to be {known}, found {name!r}, which does not exist: correct the path")
     revision = pinned or revision
+    is_local = _STAYS_LOCAL.get()
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise SafetyDPOError(
-            f"expected a local folder or a reachable hub model {name!r}, found neither "
-            f"({type(error).__name__}): check the name, the network and your access, or download it and give the folder"
-        ) from error
+        return Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns), local_files_only=is_local)
+        )
+    except LocalEntryNotFoundError as error:
+        if is_local:
+            raise ModelNotHereError(
+                f"expected {setting} {name!r} on this machine, found no copy of it: download it first"
+            ) from error
+        raise _unreachable(name, error) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise _unreachable(name, error) from error
+
+
+def _unreachable(name: str, error: Exception) -> SafetyDPOError:
+    return SafetyDPOError(
+        f"expected a local folder or a reachable hub model {name!r}, found neither "
+        f"({type(error).__name__}): check the name, the network and your access, or download it and give the folder"
+    )
 
 
 def _family(folder: Path) -> str:

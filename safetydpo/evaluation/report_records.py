@@ -160,6 +160,8 @@ class StageCost:
         pairs: Prompt pairs it worked on.
         pictures: Pictures it drew, or took from the store because an earlier run had drawn them.
         detail: What else it made.
+        utilisation: Busy over held, in [0, 1]: of GPUs the time in which work was under way, of CPU cores CPU time.
+        cost: Of what was held, in the unit of the config's prices.
     """
 
     stage: str
@@ -169,3 +171,5 @@ class StageCost:
     pairs: int | None = None
     pictures: int | None = None
     detail: str = ""
+    utilisation: float | None = None
+    cost: float | None = None

@@ -273,16 +273,24 @@ def test_attacks_other_methods_and_further_measures_have_their_place() -> None:
 
 def test_costs_say_what_was_not_measured() -> None:
     costs = (
-        StageCost("pairs", 92.3, 150.6, 0.0, pairs=448, pictures=1152, detail="445 pairs kept"),
+        StageCost("pairs", 92.3, 150.6, 0.0, pairs=448, pictures=1152, detail="445 pairs kept", utilisation=0.816),
         StageCost("train", 272.8, None, None, pairs=893),
     )
     section = render_slim(costs=costs).partition('id="lineage"')[2]
     cells = re.findall(r"<td[^>]*>(.*?)</td>", section.partition("</table>")[0], flags=re.DOTALL)
     plain = [re.sub(r"<[^>]*>", "", cell) for cell in cells]
     assert plain == [
-        "1 min 32 s", "151", "0", "448", "1\u202f152", "445 pairs kept",
-        "4 min 33 s", "not measured", "not measured", "893", "–", "",
+        "1 min 32 s", "151", "0", "82 %", "448", "1\u202f152", "445 pairs kept",
+        "4 min 33 s", "not measured", "not measured", "–", "893", "–", "",
     ]  # fmt: skip
+    assert ">cost</th>" not in section, "no price was set"
+
+
+def test_a_price_adds_a_column() -> None:
+    costs = (StageCost("pairs", 92.3, 150.6, cost=1.234), StageCost("train", 272.8))
+    section = render_slim(costs=costs).partition('id="lineage"')[2].partition("</table>")[0]
+    assert ">cost</th>" in section
+    assert section.count(">1.23</td>") == 1
 
 
 def test_what_is_signed_is_named() -> None:

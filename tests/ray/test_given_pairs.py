@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from ray_jobs.export_command import export_pairs
-from ray_jobs.given_pairs import GivenLatentWorker, _key, check_given
+from ray_jobs.given_pairs import GivenLatentWorker, check_given, given_key
 from ray_jobs.pipeline import check_request
 from ray_jobs.run import Run
 from safetydpo.artifacts.records import ArtifactKey, write_pointer
@@ -135,7 +135,7 @@ def test_what_given_pairs_cannot_be_is_refused(command: Command, given: Path, tm
 def test_a_key_is_of_the_content_wherever_it_stands(command: Command, given: Path, tmp_path: Path):
     record = open_preferences(open_location(str(given)))
     keys = [
-        _key(run_on(command, place, *settings), record, []).hash
+        given_key(run_on(command, place, *settings), record, []).hash
         for place, settings in (
             (given, ()),
             (tmp_path / "elsewhere", ()),
