@@ -7,6 +7,7 @@ on the cluster for good. Written against the private parts of Ray 2.60, which py
 
 from __future__ import annotations
 
+import logging
 import threading
 from functools import lru_cache
 from typing import Any
@@ -16,6 +17,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
+logger = logging.getLogger(__name__)
 NODE_LABEL = "ray.io/node-id"
 LOOK_SECONDS = 1.0
 
@@ -34,11 +36,17 @@ class GroupKeeper:
     def _look_on(self) -> None:
         pause = threading.Event()
         while not pause.wait(LOOK_SECONDS):
-            for controller, group in list(self._groups.items()):
-                if not _is_alive(controller):
-                    # A controller that ended in order has removed it already; to do so again changes nothing.
-                    ray.util.remove_placement_group(group)
-                    del self._groups[controller]
+            try:
+                self._remove_orphans()
+            except Exception as error:  # Ray's control service may be back at the next look
+                logger.warning("placement groups are looked at again: %s", error)
+
+    def _remove_orphans(self) -> None:
+        for controller, group in list(self._groups.items()):
+            if not _is_alive(controller):
+                # A controller that ended in order has removed it already; to do so again changes nothing.
+                ray.util.remove_placement_group(group)
+                del self._groups[controller]
 
 
 def _is_alive(actor_id: str) -> bool:

@@ -68,4 +68,7 @@ def for_stage(run: Run, stage: str) -> Run:
         return run
     cap = caps[stage] if execution.max_gpus is None else min(execution.max_gpus, caps[stage])
     narrowed = execution.model_copy(update={"max_gpus": cap})
-    return replace(run, config=run.config.model_copy(update={"execution": narrowed}))
+    of_stage = replace(run, config=run.config.model_copy(update={"execution": narrowed}))
+    # Reading all files of a large model again for it would take minutes.
+    vars(of_stage)["base_fingerprint"] = run.base_fingerprint
+    return of_stage

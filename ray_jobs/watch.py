@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -160,6 +160,8 @@ class RunReader:
         standing = told["standing"]
         if standing == "running" and time.time() - told["updated"] > SILENT_SECONDS:
             standing = "silent"
+        if standing != "running":
+            work = tuple(replace(each, seconds_left=None) for each in work)
         return StageState(stage, standing, seconds, work, told["error"])
 
     def _experts(self, run: Run | None, told: Mapping[str, Any] | None) -> ExpertsState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,9 +38,13 @@ class Shared:
 
     def submit(self, folder: Path, stage: str, *settings: str) -> str:
         places = [f"store={folder}/store", f"run_dir={folder}/run"]
-        sent = self.head.safetydpo(
-            "submit", str(SMOKE.relative_to(SMOKE.parents[1])), *places, *SHORT, *settings, "--stage", stage
-        )
+        config = str(SMOKE.relative_to(SMOKE.parents[1]))
+        for _ in range(10):
+            sent = self.head.safetydpo("submit", config, *places, *SHORT, *settings, "--stage", stage)
+            # A new head answers before its agent takes jobs.
+            if "No available agent" not in sent.stderr:
+                break
+            time.sleep(3)
         assert sent.returncode == 0, sent.stdout + sent.stderr
         return sent.stdout.splitlines()[0].removeprefix("sent ")
 

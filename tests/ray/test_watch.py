@@ -103,6 +103,7 @@ def test_every_stage_is_shown_from_its_files(run: Run):
         ("spent", "0.50 h, 1.00 CPU h by what has ended"),
     ]
     assert not state.is_over
+    assert RunReader(run.run_dir).read().stages[1].standing == "running"
     train.end("done")
     report_record(run.run_dir).write_bytes(b"{}")
     assert RunReader(run.run_dir).read().is_over
