@@ -166,7 +166,7 @@ def test_units_by_hand(command: Command) -> None:
 def test_the_speed_of_a_former_run_is_used(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """40 pictures of 4 steps and 20 steps of 4 pairs took 8 CPU-seconds each: 0.05 s a step, 0.1 s a pair.
 
-    Ten steps instead of five: 160 pairs, 16 s, on two cores the half; the longest expert, 20 of 40 steps, takes that too.
+    Ten steps instead of five: 160 pairs, 16 s, on two cores 8; the longest expert, 20 of 40 steps, takes that too.
     """
     run = open_run(command.config, command.places)
     finish(run, cpu_seconds=8.0)
