@@ -243,26 +243,30 @@ def outcomes_pool(run: Run) -> Location:
     return stage_folder(run.store, "outcomes") / f"pool-{pool_key[:12]}"
 
 
-def _make(
-    run: Run, folder: Location, manifest: Sequence[dict[str, object]], rows: Sequence[EvaluatedRow]
-) -> Mapping[str, Any]:
-    connect(run.config)
-    identity = run.config.identity
-    stage = PoolStage(
+def outcomes_stage(run: Run) -> PoolStage:
+    """Return the pool stage that draws and judges test pictures."""
+    sampler = run.config.identity.sampler
+    return PoolStage(
         label="test pictures",
         output=OUTCOMES,
         id_column="image_id",
         worker=EvaluateWorker,
         arguments={"config": run.config.model_dump(mode="json")},
-        batch_size=identity.sampler.batch_size,
-        passes_per_batch=identity.sampler.steps,
+        batch_size=sampler.batch_size,
+        passes_per_batch=sampler.steps,
     )
+
+
+def _make(
+    run: Run, folder: Location, manifest: Sequence[dict[str, object]], rows: Sequence[EvaluatedRow]
+) -> Mapping[str, Any]:
+    connect(run.config)
     table = table_from_rows(list(manifest), IMAGE_MANIFEST)
     pool = outcomes_pool(run)
-    index = fill_pool(pool, table, stage, execution=run.config.execution)
+    index = fill_pool(pool, table, outcomes_stage(run), execution=run.config.execution)
     outcomes = read_rows(pool, OUTCOMES, index, id_column="image_id")
     # A picture that failed counts as unsafe; too many of them would close as a measurement of something else.
-    failed = check_error_rate(outcomes, limit=identity.pairs.max_error_rate)
+    failed = check_error_rate(outcomes, limit=run.config.identity.pairs.max_error_rate)
     write_table(folder / MANIFEST_FILE, table)
     write_table(folder / OUTCOMES_FILE, outcomes)
     return {

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import pyarrow as pa
-
 from ray_jobs.benchmark_prompts import benchmark_prompts, benchmark_sets
 from ray_jobs.evaluate import (
     EVERYTHING,
@@ -16,6 +14,7 @@ from ray_jobs.evaluate import (
     list_rows,
     outcomes_key,
     outcomes_pool,
+    outcomes_stage,
     row_prompts,
     shared_prompts,
 )
@@ -33,9 +32,8 @@ from ray_jobs.run import Run
 from ray_jobs.search_merges import Searched, search_key, validation_prompts
 from ray_jobs.search_space import search_space
 from ray_jobs.trial_log import MeasurementLog, TrialLog
-from safetydpo.artifacts.pool_index import read_index
 from safetydpo.artifacts.records import ArtifactKey, Record, find_closed
-from safetydpo.artifacts.schemas import IMAGE_MANIFEST, OUTCOMES
+from safetydpo.artifacts.schemas import IMAGE_MANIFEST
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.artifacts.tables import table_from_rows
 from safetydpo.config.experts import ALL_SINGLE
@@ -235,16 +233,13 @@ def evaluation_work(found: Found) -> StageWork:
         manifest = build_manifest(run, rows, prompts)
         total += len(manifest)
         is_closed = not waiting and find_closed(run.store, outcomes_key(run, manifest)) is not None
-        ids = table_from_rows(manifest, IMAGE_MANIFEST).column("image_id").combine_chunks()
-        done = len(manifest) if is_closed else _num_there(outcomes_pool(run), ids)
+        table = table_from_rows(manifest, IMAGE_MANIFEST)
+        missing = 0 if is_closed else plan_missing(outcomes_pool(run), table, outcomes_stage(run)).num_rows
+        done = len(manifest) - missing
     detail = f"{len(rows) + len(waiting):,} rows, {len(identity.evaluation.seeds):,} seeds"
     return StageWork(
         "evaluate", "pictures", total, done, identity.sampler.steps, is_closed=is_closed, detail=detail
     )  # fmt: skip
-
-
-def _num_there(pool: Location, ids: pa.Array) -> int:
-    return int(read_index(pool, OUTCOMES, wanted=ids, id_column="image_id").num_rows)
 
 
 def _all_rows(found: Found) -> list[EvaluatedRow]:

@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
+from ray_jobs.evaluate import (
+    _error_outcome,
+    build_manifest,
+    evaluation_prompts,
+    list_rows,
+    outcomes_key,
+    outcomes_pool,
+)
+from ray_jobs.expert_files import MergeAids
+from ray_jobs.merge_experts import merged_key
+from ray_jobs.merge_settings import candidate_request, merge_request
 from ray_jobs.plan_rates import pointed_records, rates_of_run, units_of
 from ray_jobs.plan_storage import mean_row_bytes
 from ray_jobs.plan_work import find_done, list_work, not_counted
 from ray_jobs.run import Run
+from ray_jobs.search_merges import Searched, search_key, validation_prompts
+from ray_jobs.search_space import search_space
 from safetydpo.artifacts.records import ArtifactKey
+from safetydpo.artifacts.schemas import OUTCOMES
 from safetydpo.artifacts.storage import open_location
+from safetydpo.artifacts.tables import table_from_rows
+from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.config.load import identity_of
 from safetydpo.errors import SafetyDPOError, UsageError
-from tests.ray.closed_artifacts import all_files, close_experts, close_pairs, close_pictures, open_run
+from safetydpo.merging.registry import find_method
+from safetydpo.search.space import Candidate
+from tests.ray.closed_artifacts import all_files, close_batch, close_experts, close_pairs, close_pictures, open_run
 from tests.ray.commands import Command
 
 HUB_MODEL = "nobody-has/this-model"
@@ -119,6 +139,67 @@ def test_closed_pairs_and_experts_are_done(command: Command) -> None:
     # One more concept's worth of steps changes the training, not the pairs.
     longer = stages(told(command, "identity.dpo.steps=10"))
     assert (longer["pairs"], longer["train"]) == ((40, 40, True), (160, 0, False))
+
+
+def test_merges_search_and_test_pictures_are_found(command: Command) -> None:
+    """Of the plan by hand above without two merges, 7 - 2 rows of 12 and 2 of 4. Closed: merges, then the search.
+
+    Before the search is closed, the searched row is counted and has no names: 12. Of the other 56 three are in the
+    pool, one of which failed.
+    """
+    methods = ["identity.merge.methods=[sum, ties]", "identity.search.methods=[sum, ties]"]
+    run = open_run(command.config, [*command.places, *methods])
+    close_experts(run)
+    found = find_done(run)
+    members = {name: record for name, record in found.experts.items() if name != ALL_SINGLE}
+    merge = run.config.identity.merge
+
+    def close_merge(request: dict[str, Any], number: int) -> None:
+        made = {"fingerprint": f"merge {number}", "counts": {"rank": 4}}
+        made |= {"details": {"recipe": {"global_scale": 1.0}}}
+        run.make(merged_key(run, request, members, aids=MergeAids()), lambda _folder: made)
+
+    for number, name in enumerate(merge.methods):
+        close_merge(merge_request(merge, find_method(name)), number)
+    assert stages(told(command, *methods))["merge"] == (2, 2, True)
+    found = find_done(run)
+    rows = list_rows(run, found.experts, found.merged, None)
+    manifest = build_manifest(run, rows, evaluation_prompts(run))
+    drawn = [{**_error_outcome({**row, "attempt": 1}, ValueError("x")), "status": "ok"} for row in manifest[:2]]
+    drawn.append(_error_outcome({**manifest[2], "attempt": 1}, ValueError("x")))
+    close_batch(outcomes_pool(run), table_from_rows(drawn, OUTCOMES))
+    plan = stages(told(command, *methods))
+    assert (plan["search"], plan["evaluate"]) == ((60, 0, False), (12 * 5 + 2 * 4, 2, False))
+
+    candidate = Candidate("sum", 1.5, tuple((name, 1.0) for name in sorted(members)))
+    assert found.pairs is not None
+    assert found.pairs_folder is not None
+    space = search_space(run, members)
+    about = Searched(members, MergeAids(), validation_prompts(run), space, found.pairs, found.pairs_folder)
+    made = {"fingerprint": "search", "counts": {"trials": 4}, "details": {"candidate": candidate.to_json()}}
+    run.make(search_key(run, about), lambda _folder: made)
+    close_merge(candidate_request(merge, candidate), 9)
+    assert stages(told(command, *methods))["search"] == (60, 60, True)
+    found = find_done(run)
+    assert found.searched is not None
+    manifest = build_manifest(run, list_rows(run, found.experts, found.merged, found.searched), evaluation_prompts(run))
+    run.make(outcomes_key(run, manifest), lambda _folder: {"fingerprint": "outcomes"})
+    assert stages(told(command, *methods))["evaluate"] == (68, 68, True)
+
+
+def test_a_simulation_imports_no_machine_learning(configs: Path) -> None:
+    code = (
+        "import sys; from ray_jobs import cli; cli.app(sys.argv[1:], standalone_mode=False); print(sorted(sys.modules))"
+    )
+    arguments = ["--simulate", "nodes=1", "concepts=9", "expert_seconds=9", "repeats=1"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "plan", str(configs / "sdxl.yaml"), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "9 experts of 9 s" in done.stdout
+    assert not {"'ray'", "'torch'"} & set(done.stdout.splitlines()[-1].strip("[]").split(", "))
 
 
 def test_what_is_beside_the_count_is_named(command: Command) -> None:
