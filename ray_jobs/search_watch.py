@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import Counter
@@ -11,6 +10,7 @@ from typing import Any
 from ray_jobs.run import Run, with_absolute_paths
 from ray_jobs.search_files import BASE_FILE, PROGRESS_FILE
 from ray_jobs.trial_log import MeasurementLog, TrialLog
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.layout import RECORD_FILE
 from safetydpo.artifacts.records import read_pointers
 from safetydpo.artifacts.storage import Location
@@ -56,7 +56,7 @@ def find_search(run: Run) -> Location:
     begun: list[tuple[float, str]] = []
     for file in stage.walk() if stage.is_folder() else ():
         if file.name == PROGRESS_FILE:
-            content = json.loads(file.read_bytes())
+            content = parse_json(file.read_bytes())
             if content["run_dir"] == run.run_dir.path:
                 begun.append((content["started_at"], file.parent.name))
     if begun:
@@ -79,7 +79,7 @@ def search_table(run: Run, folder: Location) -> Any:
     log, measurements = TrialLog(folder / "trials"), MeasurementLog(folder / "measurements")
     known: dict[str, Any] = {}
     if (folder / PROGRESS_FILE).is_file():
-        known = json.loads((folder / PROGRESS_FILE).read_bytes())
+        known = parse_json((folder / PROGRESS_FILE).read_bytes())
     rows = log.rows()
     progress = progress_of(
         ended=len(rows),
@@ -111,8 +111,8 @@ def _best(rows: list[dict[str, Any]], folder: Location, search: SearchConfig) ->
     measured = [row for row in rows if row["status"] == OK]
     if not measured or not (folder / BASE_FILE).is_file():
         return "none measured in full yet"
-    base = json.loads((folder / BASE_FILE).read_bytes())
-    objectives = [judge_metrics(json.loads(row["metrics"]), base=base, search=search) for row in measured]
+    base = parse_json((folder / BASE_FILE).read_bytes())
+    objectives = [judge_metrics(parse_json(row["metrics"]), base=base, search=search) for row in measured]
     best = best_index(objectives)
     if best is None:
         return "none measured in full yet"

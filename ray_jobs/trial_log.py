@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.schemas import MEASUREMENTS, TRIALS
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import read_table, table_from_rows, write_table
@@ -90,7 +90,7 @@ class TrialLog:
                 row["trial"],
                 Candidate.from_json(row["candidate"]),
                 row["objective"],
-                stopped_at=json.loads(row["metrics"])["stopped_at"] if row["status"] == STOPPED else None,
+                stopped_at=parse_json(row["metrics"])["stopped_at"] if row["status"] == STOPPED else None,
             )
             for row in self.rows()
         ]

@@ -11,7 +11,6 @@ Axis legend: `rank` LoRA components, `d_in d_out` features of the linear layer.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.schemas import canonical_json
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.weights import LENGTH_BYTES, read_header
@@ -163,7 +163,7 @@ def parse_safetensors(data: bytes, *, source: str) -> tuple[dict[str, Tensor], d
             "make or copy the file again"
         ) from error
     length = int.from_bytes(data[:LENGTH_BYTES], "little")
-    return tensors, json.loads(data[LENGTH_BYTES : LENGTH_BYTES + length])
+    return tensors, parse_json(data[LENGTH_BYTES : LENGTH_BYTES + length])
 
 
 def adapter_from_bytes(data: bytes, *, source: str) -> tuple[dict[str, LoraLayer], AdapterMetadata]:
@@ -291,7 +291,7 @@ def parse_metadata(file_header: Mapping[str, Any], *, source: str) -> tuple[Adap
     if text is None:
         return AdapterMetadata(), {}
     try:
-        header = json.loads(text)
+        header = parse_json(text)
         ranks = {str(name): int(rank) for name, rank in header.pop("ranks", {}).items()}
         signature = header.pop("signature")
         if signature is not None:

@@ -31,6 +31,7 @@ from typing import Any, Literal
 
 import psutil
 
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.layout import RECORD_FILE, attempt_folder
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError
@@ -307,7 +308,7 @@ def _encode(content: Mapping[str, Any]) -> bytes:
 
 def _read(location: Location) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(location.read_bytes())
+        content: dict[str, Any] = parse_json(location.read_bytes())
     except ValueError as error:
         raise SafetyDPOError(
             f"expected JSON of the ledger at {location}, found: {error}; delete that file, then run the same command "

@@ -6,7 +6,6 @@ place, from a local disk or an object store, and nothing is kept.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from safetydpo.artifacts.adapters import (
     LoraLayer,
     read_adapter_metadata,
 )
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.weights import LENGTH_BYTES, read_header
 from safetydpo.errors import SafetyDPOError
@@ -108,7 +108,7 @@ class LazyLayers(Mapping[str, LoraLayer]):
         """
         self._tensors = LazyTensors(location)
         text = self._tensors.header_metadata.get(METADATA_KEY)
-        self._ranks: dict[str, int] = json.loads(text).get("ranks", {}) if text else {}
+        self._ranks: dict[str, int] = parse_json(text).get("ranks", {}) if text else {}
         denoiser: Denoiser = "transformer" if next(iter(self._tensors), "").startswith("transformer.") else "unet"
         self.metadata: AdapterMetadata = replace(read_adapter_metadata(location), denoiser=denoiser)
         self._prefix = f"{denoiser}."

@@ -6,7 +6,6 @@ files; what a file says of scales is kept beside.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from safetydpo.artifacts.adapters import (
     parse_metadata,
     parse_safetensors,
 )
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.kohya_names import from_kohya_name
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError, UsageError
@@ -219,7 +219,7 @@ def _stated_alphas(form: LoraFormat, header: Mapping[str, str], peft_config: byt
     if text is None:
         return lambda _: None
     try:
-        settings = json.loads(text)
+        settings = parse_json(text)
         if any(value for key, value in settings.items() if key.rpartition(".")[2] in ("use_rslora", "use_dora")):
             raise SafetyDPOError(
                 f"expected plain LoRA in the settings of {source}, found use_rslora or use_dora: "

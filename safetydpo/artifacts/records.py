@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.layout import IDENTITY_FILE, POINTERS_FILE, RECORD_FILE, attempt_folder, stage_folder
 from safetydpo.artifacts.leases import hold_lease
 from safetydpo.artifacts.schemas import canonical_json, sha256_of
@@ -88,7 +89,7 @@ def read_record(folder: Location) -> Record | None:
     if not location.is_file():
         return None
     try:
-        content = json.loads(location.read_bytes())
+        content = parse_json(location.read_bytes())
         content["failed_units"] = tuple(content["failed_units"])
         return Record(**content)
     except (ValueError, TypeError, KeyError) as error:
@@ -160,7 +161,7 @@ def _parse_settled(location: Location) -> Any:
     while True:
         content = location.read_bytes()
         try:
-            return json.loads(content)
+            return parse_json(content)
         except ValueError:
             if content == before:
                 raise
@@ -212,7 +213,7 @@ def check_run_identity(run_dir: Location, config: Mapping[str, Any]) -> None:
         location.write_bytes(json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
         return
     try:
-        before = json.loads(location.read_bytes())
+        before = parse_json(location.read_bytes())
     except ValueError as error:
         raise SafetyDPOError(
             f"expected the run's config as JSON at {location}, found: {error}; delete that file and run again"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError
 
@@ -17,7 +18,7 @@ def sort_header(data: bytes) -> bytes:
     safetensors writes several entries of metadata in random order, which would change the bytes from run to run.
     """
     length = int.from_bytes(data[:LENGTH_BYTES], "little")
-    header = json.loads(data[LENGTH_BYTES : LENGTH_BYTES + length])
+    header = parse_json(data[LENGTH_BYTES : LENGTH_BYTES + length])
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     # Tensors start at a multiple of eight bytes.
     text += b" " * (-len(text) % LENGTH_BYTES)
@@ -39,7 +40,7 @@ def read_header(location: Location, *, remedy: str) -> dict[str, Any]:
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
         text = file.read(min(length, size))
     try:
-        header = json.loads(text)
+        header = parse_json(text)
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         expected = LENGTH_BYTES + length + max(ends, default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:

@@ -10,7 +10,6 @@ draws of a step follow from its number.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.schemas import canonical_json
 from safetydpo.config.training import LoraConfig, TrainingConfig
 from safetydpo.dpo.engine import EngineState
@@ -123,7 +123,7 @@ def decode_checkpoint(data: bytes, *, expected: TrainingIdentity, where: str) ->
     """
     try:
         tensors = load(data)
-        training = json.loads(_read_metadata(data)["training"])
+        training = parse_json(_read_metadata(data)["training"])
         version = training["format_version"]
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise SafetyDPOError(
@@ -172,7 +172,7 @@ def _read_metadata(data: bytes) -> dict[str, str]:
     # The library reads metadata from paths only; checkpoints may come from an object store. The header is a
     # little-endian uint64 length and that many bytes of JSON, and `load` has just verified it.
     length = int.from_bytes(data[:8], "little")
-    metadata: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
+    metadata: dict[str, str] = parse_json(data[8 : 8 + length])["__metadata__"]
     return metadata
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.lazy_tensors import LazyTensors
 from safetydpo.artifacts.schemas import canonical_json
 from safetydpo.artifacts.storage import Location
@@ -33,7 +33,7 @@ def collected_from_bytes(data: bytes, *, kind: str, what: str, source: str, base
     try:
         tensors: dict[str, Tensor] = load(data)
         length = int.from_bytes(data[:8], "little")
-        found = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][kind])["base_fingerprint"]
+        found = parse_json(parse_json(data[8 : 8 + length])["__metadata__"][kind])["base_fingerprint"]
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise SafetyDPOError(
             f"expected {what} at {source}, found {len(data):,} bytes that are none ({error}): collect them again"
@@ -50,7 +50,7 @@ def open_collected(location: Location, *, kind: str, what: str, base_fingerprint
     """
     tensors = LazyTensors(location)
     try:
-        found = json.loads(tensors.header_metadata[kind])["base_fingerprint"]
+        found = parse_json(tensors.header_metadata[kind])["base_fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
         raise SafetyDPOError(
             f"expected {what} at {location}, found other tensors ({error}): collect them again"

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 
-import yaml
-
 from safetydpo.artifacts.schemas import sha256_of
+from safetydpo.config.safe_yaml import YamlError, parse_yaml
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.pairs.writers import Reply, WriteRequest
 
@@ -48,10 +47,10 @@ def read_templates(path: Path) -> tuple[TemplatePair, ...]:
         UsageError: naming the first entry that is something else.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(f"expected templates at {path}, found nothing: correct the path") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, YamlError) as error:
         raise UsageError(f"expected templates as YAML in {path}, found: {' '.join(str(error).split())}") from error
     if not isinstance(content, list) or not content:
         raise UsageError(f"expected a list of templates in {path}, found {type(content).__name__}: see docs")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError, UsageError
 
@@ -67,7 +67,7 @@ def _rows(file: Location) -> Iterator[Mapping[str, object]]:
         elif ending == "jsonl":
             for line in data.decode("utf-8").splitlines():
                 if line.strip():
-                    row = json.loads(line)
+                    row = parse_json(line)
                     if not isinstance(row, dict):
                         raise ValueError("a line that is no object")
                     yield row
