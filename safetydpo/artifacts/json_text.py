@@ -16,17 +16,25 @@ class JsonError(ValueError):
     """A text that is no JSON, or none that can be worked with."""
 
 
-def parse_json(text: str | bytes | bytearray, *, pairs: Pairs | None = None) -> Any:
+class JsonTooDeep(JsonError):  # noqa: N818 (says what was found)
+    """JSON of groups within groups within groups."""
+
+
+def parse_json(
+    text: str | bytes | bytearray, *, pairs: Pairs | None = None, constant: Callable[[str], Any] | None = None
+) -> Any:
     """Return the value of a JSON text; `pairs` makes an object of its keys and values, a dict by default.
+
+    `constant` is asked about NaN and Infinity, which JSON does not know and Python takes.
 
     Raises:
         JsonError: if it does not parse, is nested too deeply, holds a number of thousands of digits, half of a pair
             of surrogates (which no encoding can write), or bytes that are not UTF-8.
     """
     try:
-        value = json.loads(text, object_pairs_hook=pairs)
+        value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
     except RecursionError as error:
-        raise JsonError("JSON that is nested too deeply") from error
+        raise JsonTooDeep("JSON that is nested too deeply") from error
     except JsonError:
         raise
     except ValueError as error:
@@ -60,7 +68,7 @@ def _check(value: Any) -> None:
         level = [inner for item in level for inner in _inside(item)]
         if not level:
             return
-    raise JsonError("JSON that is nested too deeply")
+    raise JsonTooDeep("JSON that is nested too deeply")
 
 
 def _inside(item: Any) -> Iterable[Any]:

@@ -30,11 +30,11 @@ from safetydpo.artifacts.attempts import (
     forget_before,
     lease_file,
     newest_owner,
+    read_ledger,
     take_lease,
     this_process,
 )
 from safetydpo.artifacts.exclusive_create import NoExclusiveCreation
-from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.layout import RECORD_FILE
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError
@@ -108,7 +108,7 @@ def _take(folder: Location, owner: Owner, newest: int) -> Attempt | None:
         return None
     file = lease_file(folder, str(newest + 1))
     file.write_bytes(json.dumps({**asdict(owner), "renewed": time.time()}).encode())
-    is_ours = parse_json(file.read_bytes())["token"] == owner.token
+    is_ours = read_ledger(file)["token"] == owner.token
     return Attempt(folder, newest + 1, owner) if is_ours else None
 
 
@@ -120,7 +120,7 @@ def _warn(said: str) -> None:
 def _release(attempt: Attempt) -> None:
     """Take the lease away, unless this owner was given up for dead and a later one has done so."""
     file = lease_file(attempt.folder, str(attempt.number))
-    if file.is_file() and parse_json(file.read_bytes())["token"] == attempt.owner.token:
+    if file.is_file() and read_ledger(file)["token"] == attempt.owner.token:
         # The lease first: who reads in between looks again when its number is gone.
         file.delete()
         lease_file(attempt.folder, f"{attempt.number}.alive").delete()

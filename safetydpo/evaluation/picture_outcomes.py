@@ -158,7 +158,7 @@ def _read_about(location: Location) -> tuple[tuple[JudgeIdentity, ...], int]:
     try:
         about: dict[str, Any] = parse_json(metadata[_ABOUT])
         return tuple(sorted(JudgeIdentity(**judge) for judge in about["judges"])), int(about["run_seed"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise SafetyDPOError(
             f"expected the judges of the pictures in the metadata of {location}, found {error!r}: make the report of "
             "that run again"

@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor, nn
 
 from safetydpo.artifacts.json_text import parse_object
+from safetydpo.artifacts.tensor_files import load_tensors
 from safetydpo.errors import SafetyDPOError
 
 MODEL_FILE = "model.safetensors"
@@ -195,12 +194,12 @@ class DemoJudge:
                 unsafe=tuple(bool(value) for value in document["unsafe"]),
                 backgrounds=tuple(map(str, document["backgrounds"])),
             )
-            weights = load((folder / MODEL_FILE).read_bytes())
+            weights = load_tensors(folder / MODEL_FILE)
             self.network = network_class(
                 num_concepts=len(self.labels.concepts), num_backgrounds=len(self.labels.backgrounds)
             )
             self.network.load_state_dict({name: value.float() for name, value in weights.items()})
-        except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
             # RuntimeError: tensors of other names or shapes than the network's.
             raise SafetyDPOError(
                 f"expected the labels and weights of a demo judge in {folder}, found others "

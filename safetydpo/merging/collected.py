@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.lazy_tensors import LazyTensors
 from safetydpo.artifacts.schemas import canonical_json
 from safetydpo.artifacts.storage import Location
+from safetydpo.artifacts.tensor_files import parse_tensor_header, parse_tensors
 from safetydpo.errors import SafetyDPOError
 
 
@@ -31,10 +31,9 @@ def collected_from_bytes(data: bytes, *, kind: str, what: str, source: str, base
         SafetyDPOError: if the file is truncated, is of another kind, or was collected on another base model.
     """
     try:
-        tensors: dict[str, Tensor] = load(data)
-        length = int.from_bytes(data[:8], "little")
-        found = parse_json(parse_json(data[8 : 8 + length])["__metadata__"][kind])["base_fingerprint"]
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        tensors = parse_tensors(data)
+        found = parse_json(parse_tensor_header(data)["__metadata__"][kind])["base_fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
         raise SafetyDPOError(
             f"expected {what} at {source}, found {len(data):,} bytes that are none ({error}): collect them again"
         ) from error

@@ -10,7 +10,7 @@ from string import Formatter
 
 from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.config.safe_yaml import YamlError, parse_yaml
-from safetydpo.errors import SafetyDPOError, UsageError
+from safetydpo.errors import SafetyDPOError, UsageError, shown
 from safetydpo.pairs.writers import Reply, WriteRequest
 
 
@@ -59,7 +59,7 @@ def read_templates(path: Path) -> tuple[TemplatePair, ...]:
 
 def _template(item: object, where: str) -> TemplatePair:
     if not isinstance(item, dict) or set(item) != {"unsafe", "safe"}:
-        raise UsageError(f"{where}: expected the two keys unsafe and safe, found {item!r}: correct it")
+        raise UsageError(f"{where}: expected the two keys unsafe and safe, found {shown(item)}: correct it")
     for side, name in (("unsafe", "concept"), ("safe", "counterpart")):
         try:
             fields = [field for _, field, _, _ in Formatter().parse(str(item[side])) if field is not None]
@@ -68,7 +68,7 @@ def _template(item: object, where: str) -> TemplatePair:
                 f"{where}: expected a template as {side}, found: {error}; double braces that are meant"
             ) from error
         if fields != [name]:
-            raise UsageError(f"{where}: expected {{{name}}} once in {side}, found {item[side]!r}: correct it")
+            raise UsageError(f"{where}: expected {{{name}}} once in {side}, found {shown(item[side])}: correct it")
     return TemplatePair(str(item["unsafe"]), str(item["safe"]))
 
 
