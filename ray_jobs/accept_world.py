@@ -67,15 +67,16 @@ def _trial_points(run: Run) -> list[MergePoint]:
 
 def print_checks(checks: Sequence[WorldCheck]) -> None:
     """Print a table for people and one JSON line for programs."""
-    from rich.console import Console
     from rich.table import Table
+
+    from ray_jobs.terminal import TextConsole
 
     table = Table(title="Acceptance of the world", show_lines=True)
     for column in ("wanted", "found", "met"):
         table.add_column(column)
     for check in checks:
         table.add_row(check.wanted, check.found, "yes" if check.met else "no")
-    (Console() if sys.stdout.isatty() else Console(width=170)).print(table)
+    (TextConsole() if sys.stdout.isatty() else TextConsole(width=170)).print(table)
     # An expert without any effect has an infinite ratio, and JSON knows no infinity.
     values = [
         asdict(check) | {"value": check.value if check.value is not None and math.isfinite(check.value) else None}

@@ -31,12 +31,13 @@ def watch_search(config: Config, *, once: bool | None = None) -> None:
     Raises:
         SafetyDPOError: if this run has begun no search.
     """
-    from rich.console import Console
     from rich.live import Live
+
+    from ray_jobs.terminal import TextConsole
 
     run = Run(with_absolute_paths(config))
     folder = find_search(run)
-    console = Console()
+    console = TextConsole()
     if not sys.stdout.isatty() if once is None else once:
         console.print(search_table(run, folder))
         return

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,11 @@ class Head:
 
     address: str
     environment: dict[str, str]
+    place: Path
+    """Ray's own folder, with the logs of its sessions."""
+    gcs_port: int
+    agent_port: int
+    client_port: int
 
     def safetydpo(self, *arguments: str, seconds: float = 240, **changes: str) -> subprocess.CompletedProcess[str]:
         """Run `safetydpo ARGUMENTS --address …` to its end, from the checkout."""
@@ -43,8 +48,11 @@ class Head:
 
 
 @contextlib.contextmanager
-def head_with_token(folder: Path, *, num_cpus: int = 8) -> Iterator[Head]:
-    """`ray start --head` with token authentication; ended with its whole process group."""
+def head_with_token(folder: Path, *, num_cpus: int = 8, variables: Mapping[str, str] | None = None) -> Iterator[Head]:
+    """`ray start --head` with token authentication; ended with its whole process group.
+
+    `variables` stand in the environment of the node and of whoever asks it.
+    """
     token = folder / "auth_token"
     token.write_text(TOKEN)
     token.chmod(0o600)
@@ -55,6 +63,7 @@ def head_with_token(folder: Path, *, num_cpus: int = 8) -> Iterator[Head]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        **(variables or {}),
     }
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "PYTHONPATH"):
         environment.pop(name, None)
@@ -68,7 +77,7 @@ def head_with_token(folder: Path, *, num_cpus: int = 8) -> Iterator[Head]:
     head = subprocess.Popen(
         start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    found = Head(f"http://127.0.0.1:{dashboard}", environment)
+    found = Head(f"http://127.0.0.1:{dashboard}", environment, Path(place), port, agent, client)
 
     def answers() -> bool:
         listed = [RAY, "job", "list", "--address", found.address]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import pickle  # noqa: TID251 (to show that the trap works; nothing else here unpickles)
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
