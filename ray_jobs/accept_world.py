@@ -16,6 +16,7 @@ from typing import Any
 from ray_jobs.failures import run_guarded, split_debug
 from ray_jobs.run import Run, with_absolute_paths
 from ray_jobs.search_merges import validation_prompts
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.layout import IDENTITY_FILE, stage_folder, summary_file
 from safetydpo.artifacts.records import read_pointers
 from safetydpo.artifacts.schemas import TRIALS
@@ -48,7 +49,7 @@ def _trial_points(run: Run) -> list[MergePoint]:
     pointer = read_pointers(run.run_dir).get("search")
     if pointer is None:
         return []
-    identity = json.loads((run.run_dir / IDENTITY_FILE).read_bytes())
+    identity = parse_json((run.run_dir / IDENTITY_FILE).read_bytes())
     own = run.config.model_copy(
         update={"identity": parse_config({"identity": identity}, source=str(run.run_dir / IDENTITY_FILE)).identity}
     )
@@ -57,8 +58,8 @@ def _trial_points(run: Run) -> list[MergePoint]:
     points = []
     for row in sorted(rows, key=lambda row: row["trial"]):
         if row["status"] == "ok":
-            metrics: dict[str, float] = json.loads(row["metrics"])
-            candidate: dict[str, Any] = json.loads(row["candidate"])
+            metrics: dict[str, float] = parse_json(row["metrics"])
+            candidate: dict[str, Any] = parse_json(row["candidate"])
             name = f"trial {row['trial']} ({candidate['method']} × {candidate['global_scale']:.2f})"
             points.append(trial_point(name, ip=metrics["ip_select"], n=n, neutral_rate=metrics["neutral_rate"]))
     return points
@@ -66,15 +67,16 @@ def _trial_points(run: Run) -> list[MergePoint]:
 
 def print_checks(checks: Sequence[WorldCheck]) -> None:
     """Print a table for people and one JSON line for programs."""
-    from rich.console import Console
     from rich.table import Table
+
+    from ray_jobs.terminal import TextConsole
 
     table = Table(title="Acceptance of the world", show_lines=True)
     for column in ("wanted", "found", "met"):
         table.add_column(column)
     for check in checks:
         table.add_row(check.wanted, check.found, "yes" if check.met else "no")
-    (Console() if sys.stdout.isatty() else Console(width=170)).print(table)
+    (TextConsole() if sys.stdout.isatty() else TextConsole(width=170)).print(table)
     # An expert without any effect has an infinite ratio, and JSON knows no infinity.
     values = [
         asdict(check) | {"value": check.value if check.value is not None and math.isfinite(check.value) else None}

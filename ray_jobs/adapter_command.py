@@ -37,8 +37,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="All of it as one JSON object.")] = False,
 ) -> None:
     """Print what FILE says of itself, the norm and rank of each layer, and what each expert supplied."""
-    from rich.console import Console
-
+    from ray_jobs.terminal import TextConsole
     from safetydpo.artifacts.lora_files import read_lora_file
     from safetydpo.artifacts.storage import open_location
 
@@ -47,7 +46,9 @@ def inspect(
     if as_json:
         print(json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False))
         return
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=WIDTH_OF_A_LOG)
+    console = (
+        TextConsole(highlight=False) if sys.stdout.isatty() else TextConsole(highlight=False, width=WIDTH_OF_A_LOG)
+    )
     print_description(console, description, shown=None if every_layer else LARGEST_SHOWN)
 
 
@@ -190,8 +191,7 @@ def export(
     name: Annotated[str | None, typer.Option(help="Name on the card and of a kohya file; FILE's if left out.")] = None,
 ) -> None:
     """Write FILE as another program wants it, with a model card (README.md) beside it."""
-    from rich.console import Console
-
+    from ray_jobs.terminal import TextConsole
     from safetydpo.artifacts.kohya_names import RULES
     from safetydpo.artifacts.lora_files import read_lora_file
     from safetydpo.artifacts.storage import open_location
@@ -209,7 +209,7 @@ def export(
     lora = with_base(read_lora_file(source), base=base, licence=licence)
     written = write_full(lora, target) if to == "full" else write_lora(lora, target, to=to, family=family, title=title)
     (target / "README.md").write_bytes(card_of(lora, to=to, file_name=written, title=title).encode())
-    console = Console(highlight=False, soft_wrap=True)
+    console = TextConsole(highlight=False, soft_wrap=True)
     console.print(f"{len(lora.layers)} layers are in {target.shown}: {written}, README.md")
 
 

@@ -44,9 +44,8 @@ def show_attacks(config: Path, settings: Sequence[str], *, adapters: Sequence[st
         UsageError: if no attack is asked for, an adapter is not given as NAME=FOLDER, or the settings refuse it.
         SafetyDPOError: if an adapter's file is missing or broken.
     """
-    from rich.console import Console
-
     from ray_jobs.cluster import disconnect
+    from ray_jobs.terminal import TextConsole
 
     loaded = load_config(config, list(settings))
     _check(loaded)
@@ -63,7 +62,9 @@ def show_attacks(config: Path, settings: Sequence[str], *, adapters: Sequence[st
         shown = _draw(run, rows)
     finally:
         disconnect()
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=WIDTH_OF_A_LOG)
+    console = (
+        TextConsole(highlight=False) if sys.stdout.isatty() else TextConsole(highlight=False, width=WIDTH_OF_A_LOG)
+    )
     console.print(_prompt_table(run, shown))
     console.print(_rate_table(run, shown))
     for name in folders:

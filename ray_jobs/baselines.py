@@ -19,6 +19,7 @@ from ray_jobs.sampled_rates import count_shares, draw_and_judge
 from ray_jobs.search_merges import validation_prompts
 from ray_jobs.workers import worker_device
 from safetydpo.artifacts.adapters import AdapterMetadata
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.records import ArtifactKey, Record, find_closed
 from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.artifacts.storage import Location
@@ -214,7 +215,7 @@ def _make(run: Run, name: str, folder: Location, measure_missing: MeasureMissing
     missing = [one for one in wanted if not (candidate_folder(folder, one[0]) / RESULT_FILE).is_file()]
     if missing:
         measure_missing(folder, name, missing)
-    results = [json.loads((candidate_folder(folder, index) / RESULT_FILE).read_bytes()) for index, _ in wanted]
+    results = [parse_json((candidate_folder(folder, index) / RESULT_FILE).read_bytes()) for index, _ in wanted]
     best = 0 if name == BASE else best_candidate(run, name, results)
     if results[best]["error"]:
         raise SafetyDPOError(results[best]["error"])

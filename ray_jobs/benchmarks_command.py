@@ -172,7 +172,7 @@ def _print_file(found: BenchmarkFile) -> None:
 
 
 def _console() -> Any:
-    from rich.console import Console
+    from ray_jobs.terminal import TextConsole
 
-    console = Console(highlight=False, markup=False)
-    return console if sys.stdout.isatty() else Console(width=WIDTH_OF_A_LOG, highlight=False, markup=False)
+    console = TextConsole(highlight=False, markup=False)
+    return console if sys.stdout.isatty() else TextConsole(width=WIDTH_OF_A_LOG, highlight=False, markup=False)

@@ -231,15 +231,14 @@ def _chain(config: Path, settings: list[str] | None, *, last: str, redacted: boo
 
 def run_chain(config: Any, *, last: str, redacted: bool = False) -> None:
     """Run stages and print what they made."""
-    from rich.console import Console
-
     from ray_jobs.cluster import disconnect
     from ray_jobs.concept_table import print_pairs
     from ray_jobs.merge_table import merge_lines
     from ray_jobs.pipeline import run_stages
+    from ray_jobs.terminal import TextConsole
 
     # A log file has no width of its own; 80 columns would leave out the intervals.
-    console = Console() if sys.stdout.isatty() else Console(width=100)
+    console = TextConsole() if sys.stdout.isatty() else TextConsole(width=100)
     try:
         chain = run_stages(config, last=last, redacted=redacted)
     finally:

@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ray_jobs.cluster_file_kuberay import KUBERAY_RULES, is_manifest
 from ray_jobs.cluster_file_rules import LAUNCHER_RULES
+from safetydpo.config.safe_yaml import YamlError, parse_documents
 from safetydpo.errors import SafetyDPOError, UsageError
 
 _NEEDED = ("cluster_name", "provider")
@@ -59,8 +58,8 @@ def check_cluster_file(path: str | Path) -> None:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        documents = parse_documents(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, YamlError) as error:
         found = " ".join(str(error).split())
         raise UsageError(
             f"expected a cluster file in YAML at {path}, found: {found}; correct the path or it"

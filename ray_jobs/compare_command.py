@@ -134,12 +134,13 @@ def _refuse_unknown_judges(places: list[str]) -> None:
 def print_comparison(found: Comparison, run_a: str, run_b: str) -> None:
     """Print the method and one line per metric."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, markup=False)
+    from ray_jobs.terminal import TextConsole
+
+    console = TextConsole(highlight=False, markup=False)
     if not sys.stdout.isatty():
-        console = Console(width=WIDTH_OF_A_LOG, highlight=False, markup=False)
+        console = TextConsole(width=WIDTH_OF_A_LOG, highlight=False, markup=False)
     console.print(f"A = row {found.row_a} of {run_a}, B = row {found.row_b} of {run_b}", soft_wrap=True)
     console.print(f"{found.method}: {METHODS[found.method]}", soft_wrap=True)
     for note in found.notes:

@@ -13,6 +13,7 @@ from ray_jobs.cluster import connect
 from ray_jobs.expert_files import expert_folders, load_experts, record_folder
 from ray_jobs.resources import task_options
 from ray_jobs.run import Run
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.layout import OVERLAP_FILE, WINNERS_FILE
 from safetydpo.artifacts.records import ArtifactKey, Record
 from safetydpo.artifacts.storage import Location
@@ -74,7 +75,7 @@ def _diagnose_task(config: dict[str, Any], folders: dict[str, str], target: str)
 
 def read_overlap(run: Run, record: Record) -> ExpertOverlap:
     """Return the matrices of a diagnosis."""
-    document = json.loads((record_folder(run, record) / OVERLAP_FILE).read_bytes())
+    document = parse_json((record_folder(run, record) / OVERLAP_FILE).read_bytes())
     return ExpertOverlap(
         names=tuple(expert["name"] for expert in document["experts"]),
         categories=tuple(tuple(expert["categories"]) for expert in document["experts"]),
@@ -93,7 +94,7 @@ def read_winners(
     for method, record in merged.items():
         file = record_folder(run, record) / WINNERS_FILE
         if file.is_file():
-            won = json.loads(file.read_bytes())
+            won = parse_json(file.read_bytes())
             # What a merge in levels chose among are categories.
             members = [expert["name"] for expert in record.details["recipe"]["experts"]]
             own = {name: categories.get(name, (name,)) for name in members}

@@ -9,10 +9,10 @@ import sysconfig
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from ray_jobs.run import RECORDED_PACKAGES
+from ray_jobs.terminal import TextConsole
 from safetydpo.artifacts.layout import demo_weights
 from safetydpo.config.load import load_config
 from safetydpo.config.schema import Config
@@ -31,7 +31,7 @@ def check_machine() -> int:
         failed |= required and not ok
         mark = "[green]ok[/green]" if ok else ("[red]missing[/red]" if required else "[yellow]missing[/yellow]")
         table.add_row(name, f"{mark} {found or ''}", needed_for)
-    Console().print(table)
+    TextConsole().print(table)
     return 1 if failed else 0
 
 

@@ -13,10 +13,9 @@ def run_evidence(
     config: Config, *, seed: int | None, row: str | None, minutes: float | None, only_list: bool, only_tables: bool
 ) -> None:
     """List units, or measure those that are not done and write the tables, or write the tables only."""
-    from rich.console import Console
-
     from ray_jobs.cluster import disconnect
     from ray_jobs.evidence import measure, plan_units, write_tables
+    from ray_jobs.terminal import TextConsole
 
     if config.identity.pairs.source != GENERATE:
         raise UsageError(
@@ -30,7 +29,7 @@ def run_evidence(
             "benchmarks.comparators for tables over several seeds"
         )
     # A log file has no width of its own; 80 columns would fold every line.
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(width=170, highlight=False)
+    console = TextConsole(highlight=False) if sys.stdout.isatty() else TextConsole(width=170, highlight=False)
     if only_list:
         units = plan_units(config, seed=seed, row=row)
         for unit in units:

@@ -31,8 +31,7 @@ def export_pairs(
         UsageError: if something stands at `out`, the run has another config, or layout or licence are unknown words.
         SafetyDPOError: if the run has no closed pairs, or its files are missing or broken.
     """
-    from rich.console import Console
-
+    from ray_jobs.terminal import TextConsole
     from safetydpo.pairs.dataset_card import card_facts, check_licence, render_card
     from safetydpo.pairs.export import Layout, describe_columns, refuse_existing, write_dataset
     from safetydpo.pairs.kept import read_kept_pairs
@@ -66,7 +65,7 @@ def export_pairs(
     card = render_card(facts, kept.counts, columns)
     num_shards = write_dataset(target, kept, pictures, layout=Layout(layout), card=card)
     # A log file has no width of its own; 80 columns would fold the paths.
-    console = Console(highlight=False, soft_wrap=True)
+    console = TextConsole(highlight=False, soft_wrap=True)
     counts = kept.counts
     total = counts.kept + counts.dropped
     console.print(f"{counts.kept} kept pairs of {total} are in {target.shown}, shards: {num_shards}")

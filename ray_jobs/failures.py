@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from safetydpo.errors import SafetyDPOError, UsageError
+from safetydpo.errors import SafetyDPOError, UsageError, visible
 
 INTERRUPTED = 130
 DEBUG = "--debug"
@@ -156,5 +156,5 @@ def _found(error: BaseException) -> str:
 
 
 def _one_line(text: str) -> str:
-    line = " ".join(_COLOURS.sub("", text).split())
+    line = visible(" ".join(_COLOURS.sub("", text).split()))
     return line if len(line) <= _MAX_LENGTH else f"{line[:_MAX_LENGTH]} …"

@@ -16,6 +16,7 @@ from ray_jobs.merge_searcher import BudgetError, budget_of, concurrent_trials, w
 from ray_jobs.resources import task_options
 from ray_jobs.run import Run
 from ray_jobs.trial_log import BASE, MeasurementLog, TrialLog
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.layout import demo_weights
 from safetydpo.config.search import SearchConfig
 from safetydpo.prompts.sets import Prompt
@@ -71,7 +72,7 @@ def choose_finalist(
     return {
         "trial": chosen[winner]["trial"],
         "candidate": chosen[winner]["candidate"],
-        "metrics": json.loads(chosen[winner]["metrics"]),
+        "metrics": parse_json(chosen[winner]["metrics"]),
         "fresh": {
             "metrics": {name: found[winner][name].value for name in RATES},
             "base": {name: rates[name] for name in RATES},
@@ -93,7 +94,7 @@ def choose_finalist(
 def _best_rows(log: TrialLog, *, base: Mapping[str, float], search: SearchConfig) -> list[dict[str, Any]]:
     """Return the rows of the best candidates, each candidate once."""
     rows = [row for row in log.rows() if row["status"] == OK]
-    ranked = best_indices([judge_metrics(json.loads(row["metrics"]), base=base, search=search) for row in rows])
+    ranked = best_indices([judge_metrics(parse_json(row["metrics"]), base=base, search=search) for row in rows])
     unique: dict[str, dict[str, Any]] = {}
     for index in ranked:
         unique.setdefault(rows[index]["candidate_hash"], rows[index])
@@ -139,7 +140,7 @@ def summarise(
 def _judged(measurements: MeasurementLog, candidate_hash: str, rung: int) -> dict[str, Any]:
     row = measurements.find(candidate_hash, rung)
     assert row is not None
-    judged: dict[str, Any] = json.loads(row["metrics"])
+    judged: dict[str, Any] = parse_json(row["metrics"])
     return judged
 
 

@@ -96,15 +96,15 @@ def judge_run(run: str, policy: Any, *, json_file: str | None, junit_file: str |
 def print_result(result: GateResult, *, source: str) -> None:
     """Print one line per threshold and the answer."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from ray_jobs.terminal import TextConsole
     from safetydpo.evaluation.gate_output import describe_failures, describe_threshold
 
-    console = Console(highlight=False, markup=False)
+    console = TextConsole(highlight=False, markup=False)
     if not sys.stdout.isatty():
-        console = Console(width=WIDTH_OF_A_LOG, highlight=False, markup=False)
+        console = TextConsole(width=WIDTH_OF_A_LOG, highlight=False, markup=False)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     table.add_column("threshold", no_wrap=True)
     for heading in ("found", "bound", "n"):

@@ -27,9 +27,9 @@ def import_pairs(
         UsageError: if something stands at `out`, a file is not there, or nothing says the rows' categories.
         SafetyDPOError: if a file cannot be read, or too many rows have a fault.
     """
-    from rich.console import Console
     from rich.progress import Progress
 
+    from ray_jobs.terminal import TextConsole
     from safetydpo.pairs.preference_store import write_preferences
     from safetydpo.pairs.preferences import count_rows, has_categories
 
@@ -40,7 +40,7 @@ def import_pairs(
     num_rows = sum(count_rows(location) for location in locations)
     silent = next((str(file) for file in locations if not has_categories(file)), None)
     find = _category_finder(category, categories_from, concept, silent=silent)
-    console = Console(highlight=False, soft_wrap=True)
+    console = TextConsole(highlight=False, soft_wrap=True)
     with Progress(console=console, transient=True, disable=not sys.stdout.isatty()) as progress:
         task = progress.add_task("rows", total=num_rows)
         record = write_preferences(

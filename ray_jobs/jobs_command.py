@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safetydpo.errors import SafetyDPOError, UsageError
+from safetydpo.errors import SafetyDPOError, UsageError, visible
 
 if TYPE_CHECKING:
     from ray_jobs.jobs import Jobs
@@ -86,9 +86,9 @@ def status(
     if not found:
         print("no job was sent to this cluster")
     for each in found:
-        print(_line(each, now=time.time()))
+        print(visible(_line(each, now=time.time())))
     if job is not None and found[0].message:
-        print(_first_words(found[0].message))
+        print(visible(_first_words(found[0].message)))
 
 
 @app.command()

@@ -180,6 +180,6 @@ def convert_q16_command(
 
 
 def _console() -> Any:
-    from rich.console import Console
+    from ray_jobs.terminal import TextConsole
 
-    return Console() if sys.stdout.isatty() else Console(width=WIDTH_OF_A_LOG)
+    return TextConsole() if sys.stdout.isatty() else TextConsole(width=WIDTH_OF_A_LOG)

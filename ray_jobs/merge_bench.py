@@ -18,6 +18,7 @@ from ray_jobs.merge_tested import AuditedTest
 from ray_jobs.prompt_tables import split_prompts, spread_prompts
 from ray_jobs.run import Run
 from safetydpo.artifacts.adapters import adapter_hash
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.artifacts.storage import Location
 from safetydpo.config.merge_evidence import PromptCounts
@@ -180,5 +181,5 @@ class MergeBench:
             found = measure()
             times = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - begun}
             file.write_bytes(json.dumps({"found": found, **times}).encode())
-        stored = json.loads(file.read_bytes())
+        stored = parse_json(file.read_bytes())
         return Measurement(stored["found"], stored["seconds"], stored["cpu_seconds"])

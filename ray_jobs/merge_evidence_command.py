@@ -25,11 +25,10 @@ def run_merge_evidence(
     only_tables: bool = False,
 ) -> None:
     """List units, or measure those that are not done and write the tables, or write the tables only."""
-    from rich.console import Console
-
     from ray_jobs.merge_evidence import measure_merges
     from ray_jobs.merge_evidence_plan import plan_merges
     from ray_jobs.merge_evidence_tables import write_merge_tables
+    from ray_jobs.terminal import TextConsole
 
     identity = config.identity
     if identity.pairs.source != GENERATE or identity.experts.group_by != "concept":
@@ -39,7 +38,7 @@ def run_merge_evidence(
             f"{identity.experts.group_by!r}: use configs/merge_evidence.yaml"
         )
     # A log file has no width of its own; 80 columns would fold every line.
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(width=170, highlight=False)
+    console = TextConsole(highlight=False) if sys.stdout.isatty() else TextConsole(width=170, highlight=False)
     if only_list:
         units = plan_merges(config, part=part, seed=seed, method=method, count=count)
         for unit in units:

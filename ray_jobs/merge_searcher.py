@@ -21,6 +21,7 @@ from ray_jobs.run import Run, run_id
 from ray_jobs.run_context import current, enter
 from ray_jobs.state_folder import ray_state_folder
 from ray_jobs.trial_log import MeasurementLog, TrialLog, best_trial
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.config.rungs import HeldOutRung
 from safetydpo.config.schema import ExecutionConfig
 from safetydpo.config.search import SearchConfig
@@ -80,7 +81,7 @@ def value_at(
 
 def values_of(metrics: str, *, base: Mapping[str, float], search: SearchConfig) -> tuple[float, ...]:
     """Return what a sampler of several objectives is told of logged metrics (JSON)."""
-    return objective_values(json.loads(metrics), base=base, unrecognisable_weight=search.unrecognisable_weight)
+    return objective_values(parse_json(metrics), base=base, unrecognisable_weight=search.unrecognisable_weight)
 
 
 class MergeSearcher(Searcher):  # type: ignore[misc]  # ray ships no types

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ray_jobs.report_sources import COSTED_STAGES
 from ray_jobs.run import Run
 from ray_jobs.stage_use import device_of
+from safetydpo.artifacts.json_text import parse_object
 from safetydpo.artifacts.layout import IDENTITY_FILE, stage_folder
 from safetydpo.artifacts.records import Record, read_pointers, read_record
 from safetydpo.artifacts.storage import Location, open_location
@@ -63,7 +63,7 @@ def _identity_of(former: Location) -> dict[str, Any]:
 
 def _read_json(file: Location) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(file.read_bytes())
+        content = parse_object(file.read_bytes())
     except ValueError as error:
         raise SafetyDPOError(f"expected JSON at {file}, found: {error}; delete it or name another run") from error
     return content

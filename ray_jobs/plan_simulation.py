@@ -8,9 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 import psutil
-import yaml
 
 from safetydpo.config.load import parse_settings
+from safetydpo.config.safe_yaml import YamlError, parse_yaml
 from safetydpo.config.schema import Config
 from safetydpo.errors import UsageError
 from safetydpo.planning.choose_workers import (
@@ -45,7 +45,10 @@ def parse_simulation(settings: Sequence[str]) -> SimulationSettings:
     content = {}
     for setting in settings:
         name, _, text = setting.partition("=")
-        content[name] = yaml.safe_load(text)
+        try:
+            content[name] = parse_yaml(text)
+        except YamlError as error:
+            raise UsageError(f"expected a value for {name} with --simulate, found: {error}") from error
     if "nodes" not in content:
         raise UsageError(
             "expected nodes=NUMBER with --simulate, found none: say what to simulate, for example "

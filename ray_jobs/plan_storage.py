@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from ray_jobs.evaluate import outcomes_pool
@@ -10,6 +9,7 @@ from ray_jobs.expert_files import record_files
 from ray_jobs.generate_pairs import latent_pool
 from ray_jobs.places import image_pool
 from ray_jobs.plan_work import Found, expert_steps
+from safetydpo.artifacts.json_text import parse_object
 from safetydpo.artifacts.layout import ADAPTER_FILE, RECORD_FILE
 from safetydpo.artifacts.pool_index import DATA_FOLDER
 from safetydpo.artifacts.storage import Location
@@ -54,7 +54,7 @@ def mean_row_bytes(pool: Location) -> float | None:
     for batch in pool.list():
         if not (batch / RECORD_FILE).is_file():
             continue
-        rows = json.loads((batch / RECORD_FILE).read_bytes()).get("rows", 0)
+        rows = parse_object((batch / RECORD_FILE).read_bytes()).get("rows", 0)
         if rows:
             return sum(file.size_bytes() for file in (batch / DATA_FOLDER).walk()) / float(rows)
     return None

@@ -29,6 +29,7 @@ from ray_jobs.progress import progress_bar
 from ray_jobs.resources import NETWORK_PASSES_PER_WORKER, workers_for
 from ray_jobs.run_context import current, enter
 from ray_jobs.salvage import BATCH_PREFIX, CHECKPOINT_FOLDER, salvage_open_batches
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.layout import RECORD_FILE
 from safetydpo.artifacts.leases import LeaseTaken, hold_lease, live_holder
 from safetydpo.artifacts.manifest import verify_rows
@@ -220,7 +221,7 @@ def _count_failures(pool: Location) -> Counter[str]:
     """Return how often each row failed in closed batches."""
     records = [folder / RECORD_FILE for folder in pool.list()]
     return Counter(
-        row_id for file in records if file.is_file() for row_id in json.loads(file.read_bytes()).get("failed_units", [])
+        row_id for file in records if file.is_file() for row_id in parse_json(file.read_bytes()).get("failed_units", [])
     )
 
 

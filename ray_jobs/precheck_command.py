@@ -6,13 +6,13 @@ what is wrong.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 
 from ray_jobs.cluster import connect, disconnect
 from ray_jobs.failures import run_guarded, split_debug
 from ray_jobs.precheck import check_cluster, describe
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.config.load import load_config
 from safetydpo.config.schema import Config
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     """Check the cluster that this job runs on; return the exit code."""
     rest, debug = split_debug(arguments)
     given = [argument for argument in rest if argument.startswith(VERSIONS)]
-    expected = json.loads(given[0].removeprefix(VERSIONS)) if given else None
+    expected = parse_json(given[0].removeprefix(VERSIONS)) if given else None
     rest = [argument for argument in rest if argument not in given]
 
     def work() -> None:

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ray_jobs.resources import own_nodes
+from safetydpo.config.safe_yaml import YamlError, parse_yaml
 from safetydpo.config.schema import ExecutionConfig
 from safetydpo.errors import UsageError
 
@@ -124,7 +123,7 @@ def room_of_file(path: Path, nodes: tuple[Mapping[str, float], ...]) -> Room:
     if not path.is_file():
         return Room(nodes)
     try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content: Any = parse_yaml(path.read_text(encoding="utf-8"))
         head, most = content["head_node_type"], float(content["max_workers"])
         resources = {
             name: {str(key): float(value) for key, value in (kind.get("resources") or {}).items()}
@@ -134,7 +133,7 @@ def room_of_file(path: Path, nodes: tuple[Mapping[str, float], ...]) -> Room:
             name: float(kind.get("max_workers", 0 if name == head else most))
             for name, kind in content["available_node_types"].items()
         }
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, UnicodeDecodeError, YamlError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(
             f"expected the cluster file that `ray up` left at {path}, found: {' '.join(str(error).split())[:200]}; "
             "run `ray up` again, or remove it"

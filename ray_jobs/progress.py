@@ -11,14 +11,14 @@ from functools import lru_cache
 from typing import Any
 
 import ray
-from rich.console import Console
 from rich.progress import Progress
 
 from ray_jobs.bar_columns import bar_columns
 from ray_jobs.metrics import set_gauge
 from ray_jobs.run_progress import told_progress
+from ray_jobs.terminal import TextConsole
 
-console = Console(stderr=True)
+console = TextConsole(stderr=True)
 POLL_SECONDS = 0.5
 
 

@@ -214,8 +214,8 @@ def _one_of(option: str, value: str | None, allowed: tuple[str, ...]) -> Any:
 
 
 def _console() -> Any:
-    from rich.console import Console
+    from ray_jobs.terminal import TextConsole
 
     # A log file has no width of its own.
-    console = Console(highlight=False, markup=False)
-    return console if sys.stdout.isatty() else Console(width=WIDTH_OF_A_LOG, highlight=False, markup=False)
+    console = TextConsole(highlight=False, markup=False)
+    return console if sys.stdout.isatty() else TextConsole(width=WIDTH_OF_A_LOG, highlight=False, markup=False)

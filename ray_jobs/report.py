@@ -18,6 +18,7 @@ from ray_jobs.report_sources import describe_setup, read_costs, read_curves, rea
 from ray_jobs.run import Run, package_versions
 from ray_jobs.stored_outcomes import write_picture_outcomes
 from safetydpo.artifacts.evaluation_schemas import CONCEPT_RATES, METRIC_ROWS
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.layout import (
     concept_rates_file,
     merged_adapter_file,
@@ -196,7 +197,7 @@ def _entry(*, redacted: bool) -> str:
 
 
 def _read_inputs(run: Run) -> dict[str, Any]:
-    return json.loads(report_record(run.run_dir).read_bytes())
+    return parse_json(report_record(run.run_dir).read_bytes())
 
 
 def _close(run: Run, inputs: str, *, redacted: bool) -> None:

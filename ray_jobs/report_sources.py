@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 
 from ray_jobs.expert_files import record_files, record_folder
 from ray_jobs.run import Run
 from ray_jobs.stage_use import price_of_config, stage_cost, stage_utilisation
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.layout import stage_folder
 from safetydpo.artifacts.records import Record, read_pointers, read_record
 from safetydpo.artifacts.schemas import TRIALS
@@ -27,7 +27,7 @@ def read_trials(run: Run, search: Record) -> SearchTrials:
     rows = read_table(record_folder(run, search) / "trials", TRIALS).to_pylist()
     base: Mapping[str, float] = search.details["base"]
     measured = [
-        (row, json.loads(row["metrics"]), json.loads(row["candidate"])) for row in rows if row["status"] == "ok"
+        (row, parse_json(row["metrics"]), parse_json(row["candidate"])) for row in rows if row["status"] == "ok"
     ]
     points = [
         (
@@ -65,7 +65,7 @@ def read_curves(run: Run, experts: Mapping[str, Record]) -> list[TrainingCurve]:
     curves = []
     for name, record in experts.items():
         text = (record_files(run, record) / "training.jsonl").read_bytes().decode()
-        steps = [json.loads(line) for line in text.splitlines()]
+        steps = [parse_json(line) for line in text.splitlines()]
         curves.append(
             TrainingCurve(
                 expert=name,

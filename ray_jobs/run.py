@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.layout import scratch_folder
 from safetydpo.artifacts.records import (
     ArtifactKey,
@@ -112,14 +113,14 @@ class Run:
     def costs(self) -> dict[str, dict[str, float | None]]:
         """Return what each stage used so far; empty for runs of versions that did not measure it."""
         location = self.run_dir / "cost.json"
-        return json.loads(location.read_bytes()) if location.is_file() else {}
+        return parse_json(location.read_bytes()) if location.is_file() else {}
 
     def seconds(self) -> dict[str, float]:
         """Return the wall time of each stage so far."""
         location = self.run_dir / "timing.json"
         if not location.is_file():
             return {}
-        return {str(stage): float(value) for stage, value in json.loads(location.read_bytes()).items()}
+        return {str(stage): float(value) for stage, value in parse_json(location.read_bytes()).items()}
 
 
 def run_id(config: Config) -> str:

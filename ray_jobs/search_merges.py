@@ -29,6 +29,7 @@ from ray_jobs.search_files import BASE_FILE, BASE_RUNGS_FILE
 from ray_jobs.search_space import search_space, shared_weights
 from ray_jobs.search_summary import describe_choice, describe_ladder, write_progress
 from ray_jobs.trial_log import MeasurementLog, TrialLog
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.records import ArtifactKey, Record
 from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.artifacts.storage import Location
@@ -279,7 +280,7 @@ def base_rates(
     if missing:
         task = _measure_base.options(**task_options(run.config.execution))
         for rung, result in ray.get(task.remote(dict(evaluator), missing)).items():
-            found[rung] = json.loads(result["metrics"])
+            found[rung] = parse_json(result["metrics"])
             measurements.add(None, rung, result)
         (folder / BASE_FILE).write_bytes(json.dumps(found[len(ladder)], sort_keys=True).encode())
         rungs = {str(rung): rates for rung, rates in found.items() if rung < len(ladder)}
@@ -291,9 +292,9 @@ def base_rates(
 def _read_base(folder: Location, num_rungs: int) -> dict[int, dict[str, float]]:
     found: dict[int, dict[str, float]] = {}
     if (folder / BASE_RUNGS_FILE).is_file():
-        found = {int(rung): rates for rung, rates in json.loads((folder / BASE_RUNGS_FILE).read_bytes()).items()}
+        found = {int(rung): rates for rung, rates in parse_json((folder / BASE_RUNGS_FILE).read_bytes()).items()}
     if (folder / BASE_FILE).is_file():
-        found[num_rungs] = json.loads((folder / BASE_FILE).read_bytes())
+        found[num_rungs] = parse_json((folder / BASE_FILE).read_bytes())
     return found
 
 
@@ -330,7 +331,7 @@ def choose(log: TrialLog, base: Mapping[str, float], search: SearchConfig) -> Ma
             f"expected at most {MAX_FAILED_TRIALS:.0%} failed trials, found {len(failed)} of {len(rows)}, the first "
             f"one for {failed[0]['error']!r}: mend the cause and run the same command again, which tries them again"
         )
-    objectives = [judge_metrics(json.loads(row["metrics"]), base=base, search=search) for row in rows]
+    objectives = [judge_metrics(parse_json(row["metrics"]), base=base, search=search) for row in rows]
     best = best_index(objectives)
     if best is None:
         raise SafetyDPOError(f"expected at least one measured candidate of {len(rows)}, found none: {rows[0]['error']}")
@@ -340,7 +341,7 @@ def choose(log: TrialLog, base: Mapping[str, float], search: SearchConfig) -> Ma
         "details": {
             "trial": rows[best]["trial"],
             "candidate": rows[best]["candidate"],
-            "metrics": json.loads(rows[best]["metrics"]),
+            "metrics": parse_json(rows[best]["metrics"]),
             "base": dict(base),
             "feasible": objectives[best].feasible,
         },

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any
 from ray_jobs.run import Run, with_absolute_paths
 from ray_jobs.search_files import BASE_FILE, PROGRESS_FILE
 from ray_jobs.trial_log import MeasurementLog, TrialLog, best_trial
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.layout import RECORD_FILE
 from safetydpo.artifacts.records import read_pointers
 from safetydpo.artifacts.storage import Location
@@ -30,12 +30,13 @@ def watch_search(config: Config, *, once: bool | None = None) -> None:
     Raises:
         SafetyDPOError: if this run has begun no search.
     """
-    from rich.console import Console
     from rich.live import Live
+
+    from ray_jobs.terminal import TextConsole
 
     run = Run(with_absolute_paths(config))
     folder = find_search(run)
-    console = Console()
+    console = TextConsole()
     if not sys.stdout.isatty() if once is None else once:
         console.print(search_table(run, folder))
         return
@@ -55,7 +56,7 @@ def find_search(run: Run) -> Location:
     begun: list[tuple[float, str]] = []
     for file in stage.walk() if stage.is_folder() else ():
         if file.name == PROGRESS_FILE:
-            content = json.loads(file.read_bytes())
+            content = parse_json(file.read_bytes())
             if content["run_dir"] == run.run_dir.path:
                 begun.append((content["started_at"], file.parent.name))
     if begun:
@@ -92,7 +93,7 @@ def read_search(run: Run, folder: Location) -> SearchState:
     log, measurements = TrialLog(folder / "trials"), MeasurementLog(folder / "measurements")
     known: dict[str, Any] = {}
     if (folder / PROGRESS_FILE).is_file():
-        known = json.loads((folder / PROGRESS_FILE).read_bytes())
+        known = parse_json((folder / PROGRESS_FILE).read_bytes())
     rows = log.rows()
     progress = progress_of(
         ended=len(rows),
@@ -142,7 +143,7 @@ def _counts(counts: Mapping[str, int]) -> str:
 def _best(rows: list[dict[str, Any]], folder: Location, search: SearchConfig) -> dict[str, Any] | None:
     if not (folder / BASE_FILE).is_file():
         return None
-    return best_trial(rows, base=json.loads((folder / BASE_FILE).read_bytes()), search=search)
+    return best_trial(rows, base=parse_json((folder / BASE_FILE).read_bytes()), search=search)
 
 
 def _told_best(best: Mapping[str, Any] | None) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from safetydpo.artifacts.attempts import is_alive, machine
+from safetydpo.artifacts.json_text import parse_json
 
 PREFIX = "safetydpo-ray-"
 OWNER_FILE = "owner.json"
@@ -42,7 +43,7 @@ def remove_open_folders() -> None:
 def _sweep() -> None:
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         try:
-            owner = json.loads((folder / OWNER_FILE).read_text())
+            owner = parse_json((folder / OWNER_FILE).read_text())
             is_left = owner["machine"] == machine() and not is_alive(owner["pid"], owner["started"])
         except (OSError, ValueError, KeyError, TypeError):
             # Just being made, or another user's.

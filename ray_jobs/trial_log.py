@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.schemas import MEASUREMENTS, TRIALS
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import read_table, table_from_rows, write_table
@@ -92,7 +92,7 @@ class TrialLog:
                 row["trial"],
                 Candidate.from_json(row["candidate"]),
                 row["objective"],
-                stopped_at=json.loads(row["metrics"])["stopped_at"] if row["status"] == STOPPED else None,
+                stopped_at=parse_json(row["metrics"])["stopped_at"] if row["status"] == STOPPED else None,
             )
             for row in self.rows()
         ]
@@ -160,7 +160,7 @@ def best_trial(
     `base` are the base's rates.
     """
     measured = [row for row in rows if row["status"] == OK]
-    objectives = [judge_metrics(json.loads(row["metrics"]), base=base, search=search) for row in measured]
+    objectives = [judge_metrics(parse_json(row["metrics"]), base=base, search=search) for row in measured]
     best = best_index(objectives)
     if best is None:
         return None

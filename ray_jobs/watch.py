@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from ray_jobs.run import Run
 from ray_jobs.run_progress import read_progress
 from ray_jobs.search_watch import SearchState, find_search, read_search
 from safetydpo.artifacts.attempts import FAILED_FOLDER, newest_owner
+from safetydpo.artifacts.json_text import JsonError, parse_object
 from safetydpo.artifacts.layout import IDENTITY_FILE, RECORD_FILE, report_record
 from safetydpo.artifacts.records import read_pointers, read_record
 from safetydpo.artifacts.storage import Location, open_location
@@ -228,8 +228,10 @@ def _sum(parts: Sequence[float | None]) -> float | None:
 
 
 def _read_json(file: Location) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(file.read_bytes()) if file.is_file() else {}
-    return found
+    try:
+        return parse_object(file.read_bytes()) if file.is_file() else {}
+    except JsonError as error:
+        raise SafetyDPOError(f"expected JSON at {file}, found: {error}; delete it, it is written again") from error
 
 
 def run_folder(place: str, settings: Sequence[str] = ()) -> Location:

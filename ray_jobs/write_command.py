@@ -191,12 +191,12 @@ class _Bar:
     """Kept pairs of all that are wanted, with rate and time left, and what they have cost so far."""
 
     def __init__(self, *, total: int) -> None:
-        from rich.console import Console
         from rich.progress import Progress as Bars
 
         from ray_jobs.bar_columns import bar_columns
+        from ray_jobs.terminal import TextConsole
 
-        console = Console(stderr=True)
+        console = TextConsole(stderr=True)
         self._bars = Bars(*bar_columns(), console=console, disable=not console.is_terminal)
         self._task = self._bars.add_task("pairs", total=total)
 
@@ -213,10 +213,11 @@ class _Bar:
 
 
 def _print_record(record: Record, *, out: str) -> None:
-    from rich.console import Console
     from rich.markup import escape
 
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(width=120, highlight=False)
+    from ray_jobs.terminal import TextConsole
+
+    console = TextConsole(highlight=False) if sys.stdout.isatty() else TextConsole(width=120, highlight=False)
     counts, details = record.counts, record.details
     console.print(
         f"{counts['pairs']} pairs and {counts['held_out_pairs']} held-out pairs, {counts['concepts']} concepts: "

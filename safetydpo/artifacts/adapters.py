@@ -11,20 +11,21 @@ Axis legend: `rank` LoRA components, `d_in d_out` features of the linear layer.
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.schemas import canonical_json
 from safetydpo.artifacts.storage import Location
-from safetydpo.artifacts.weights import LENGTH_BYTES, read_header
+from safetydpo.artifacts.tensor_files import BrokenTensors, parse_tensor_header, parse_tensors
+from safetydpo.artifacts.weights import read_header
 from safetydpo.errors import SafetyDPOError
 
 AdapterKind = Literal["expert", "merged", "all_single", "comparator"]
@@ -156,14 +157,13 @@ def parse_safetensors(data: bytes, *, source: str) -> tuple[dict[str, Tensor], d
         SafetyDPOError: if the file is truncated or damaged.
     """
     try:
-        tensors = load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
+        tensors, header = parse_tensors(data), parse_tensor_header(data)
+    except BrokenTensors as error:
         raise SafetyDPOError(
             f"expected a safetensors file at {source}, found {len(data):,} bytes that do not parse ({error}): "
             "make or copy the file again"
         ) from error
-    length = int.from_bytes(data[:LENGTH_BYTES], "little")
-    return tensors, json.loads(data[LENGTH_BYTES : LENGTH_BYTES + length])
+    return tensors, header
 
 
 def adapter_from_bytes(data: bytes, *, source: str) -> tuple[dict[str, LoraLayer], AdapterMetadata]:
@@ -291,20 +291,53 @@ def parse_metadata(file_header: Mapping[str, Any], *, source: str) -> tuple[Adap
     if text is None:
         return AdapterMetadata(), {}
     try:
-        header = json.loads(text)
-        ranks = {str(name): int(rank) for name, rank in header.pop("ranks", {}).items()}
+        header = parse_json(text)
+        ranks = _parse_ranks(header.pop("ranks", {}))
         signature = header.pop("signature")
         if signature is not None:
             signature = LoraSignature(
-                rank=signature["rank"], alpha=signature["alpha"], targets=tuple(signature["targets"])
+                rank=signature["rank"], alpha=signature["alpha"], targets=_texts(signature["targets"])
             )
-        categories = tuple(header.pop("categories"))
+        categories = _texts(header.pop("categories"))
         metadata = AdapterMetadata(**header, signature=signature, categories=categories)
+        _check_types(metadata)
         if metadata.kind not in get_args(AdapterKind):
             raise ValueError(f"unknown kind {metadata.kind!r}")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise SafetyDPOError(
             f"expected adapter metadata written by safetydpo in {source}, found something else ({error}): "
             "make the file again with this version"
         ) from error
     return metadata, ranks
+
+
+def _parse_ranks(found: Mapping[str, Any]) -> dict[str, int]:
+    ranks = {str(name): int(rank) for name, rank in found.items()}
+    if any(rank < 1 for rank in ranks.values()):
+        raise ValueError("a rank below 1")
+    return ranks
+
+
+def _texts(found: Any) -> tuple[str, ...]:
+    if not isinstance(found, list | tuple) or not all(isinstance(text, str) for text in found):
+        raise TypeError("a list that is none of texts")
+    return tuple(found)
+
+
+def _check_types(metadata: AdapterMetadata) -> None:
+    for name, value in asdict(metadata).items():
+        if not isinstance(value, _TYPES.get(name, str)):
+            raise TypeError(f"{name} of another type")
+    if metadata.signature is not None:
+        rank, alpha = metadata.signature.rank, metadata.signature.alpha
+        if not (isinstance(rank, int) and isinstance(alpha, int | float) and rank >= 1 and math.isfinite(alpha)):
+            raise ValueError("a signature without a rank and an alpha")
+
+
+_TYPES: Mapping[str, Any] = {
+    "init_seed": int | None,
+    "signature": dict | None,
+    "categories": tuple,
+    "recipe": dict,
+    "source": dict,
+}

@@ -23,7 +23,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -31,6 +31,7 @@ from typing import Any, Literal
 
 import psutil
 
+from safetydpo.artifacts.json_text import JsonError, parse_object
 from safetydpo.artifacts.layout import RECORD_FILE, attempt_folder
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError
@@ -40,6 +41,8 @@ FAILED_FOLDER = "failed"
 OLD_FAILED_FILE = "failed.json"
 """One for all runs, of an earlier version."""
 RENEW_SECONDS = 20.0
+MAX_PID, MAX_TIME = 2**31, 2**40
+"""Beyond them a number in a lease is damage."""
 STALE_SECONDS = 300.0
 """Well above a renewal that waits for its store (about 100 s) on top of the interval."""
 Ending = Literal["failed", "released", "lost"]
@@ -185,7 +188,7 @@ def end_attempts_of(folder: Location, lane: str, how: Ending, reason: str) -> No
     """End the newest attempt if it belongs to a lane that is known to be gone."""
     numbers = _numbers(folder)
     if numbers and not lease_file(folder, f"{numbers[-1]}.end").is_file():
-        lease = _read(lease_file(folder, str(numbers[-1])))
+        lease = read_ledger(lease_file(folder, str(numbers[-1])))
         if lease["lane"] == lane:
             end_attempt(folder, numbers[-1], how, reason)
 
@@ -198,7 +201,7 @@ def give_up(folder: Location, *, run: str, reason: str) -> None:
 def read_failure(folder: Location, *, run: str) -> str | None:
     """Return why this run gave up on the artifact, None if it did not."""
     location = _failure_file(folder, run)
-    return str(_read(location)["reason"]) if location.is_file() else None
+    return str(read_ledger(location)["reason"]) if location.is_file() else None
 
 
 def _failure_file(folder: Location, run: str) -> Location:
@@ -257,7 +260,7 @@ def newest_owner(folder: Location) -> tuple[int, dict[str, Any] | None]:
         try:
             if not newest or not _is_held(folder, newest, lane=""):
                 return newest, None
-            return newest, _read(lease_file(folder, str(newest)))
+            return newest, read_ledger(lease_file(folder, str(newest)))
         except SafetyDPOError:
             # Its owner let go of it, or a later one cleared it away, between the listing and the reading.
             if _numbers(folder) == numbers:
@@ -285,24 +288,24 @@ def _numbers(folder: Location) -> list[int]:
 def _is_held(folder: Location, number: int, lane: str) -> bool:
     if lease_file(folder, f"{number}.end").is_file():
         return False
-    lease = _read(lease_file(folder, str(number)))
+    lease = read_ledger(lease_file(folder, str(number)))
     if lease["lane"] == lane:
         return False
     if lease["host"] == machine() and not is_alive(lease["pid"], lease["started"]):
         return False
     heartbeat = lease_file(folder, f"{number}.alive")
-    renewed = _read(heartbeat)["renewed"] if heartbeat.is_file() else lease["renewed"]
+    renewed = read_ledger(heartbeat)["renewed"] if heartbeat.is_file() else lease["renewed"]
     return bool(time.time() - renewed <= STALE_SECONDS)
 
 
 def _failure_of(folder: Location, number: int, run: str) -> str | None:
     """Return why an attempt of this run failed; None if it did not, or is another run's."""
-    if _read(lease_file(folder, str(number)))["run"] != run:
+    if read_ledger(lease_file(folder, str(number)))["run"] != run:
         return None
     end = lease_file(folder, f"{number}.end")
     if not end.is_file():
         return "its worker ended without a word (killed, or out of memory)"
-    ending = _read(end)
+    ending = read_ledger(end)
     return str(ending["reason"]) if ending["how"] == "failed" else None
 
 
@@ -310,12 +313,50 @@ def _encode(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content, sort_keys=True).encode() + b"\n"
 
 
-def _read(location: Location) -> dict[str, Any]:
+def read_ledger(location: Location) -> dict[str, Any]:
+    """Return one small file of the ledger: a lease, a heartbeat, an end or a failure.
+
+    Raises:
+        SafetyDPOError: if it is damaged.
+    """
     try:
-        content: dict[str, Any] = json.loads(location.read_bytes())
+        content = parse_object(location.read_bytes())
+        wrong = [name for name, is_good in _FIELDS.items() if name in content and not is_good(content[name])]
+        missing = [name for name in _fields_of(location) if name not in content]
+        if wrong or missing:
+            raise JsonError(f"no {(wrong or missing)[0]!r}, or another kind of it")
     except ValueError as error:
         raise SafetyDPOError(
             f"expected JSON of the ledger at {location}, found: {error}; delete that file, then run the same command "
             "again"
         ) from error
     return content
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value < MAX_TIME
+
+
+def _is_pid(value: Any) -> bool:
+    return isinstance(value, int) and 0 < value < MAX_PID
+
+
+_FIELDS: Mapping[str, Callable[[Any], bool]] = {
+    "pid": _is_pid,
+    "started": _is_time,
+    "renewed": _is_time,
+    **dict.fromkeys(("host", "token", "run", "lane", "how", "reason"), _is_text),
+}
+
+
+def _fields_of(location: Location) -> tuple[str, ...]:
+    """Return what the readers of a file of the ledger ask for; a failure's holds its reason."""
+    if location.parent.name != LEASE_FOLDER:
+        return ("reason",)
+    if location.name.endswith(".alive"):
+        return ("renewed",)
+    return ("how",) if location.name.endswith(".end") else ("pid", "started", "host", "token", "run", "lane", "renewed")

@@ -7,12 +7,12 @@ when the journal is opened again.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.schemas import canonical_json
 from safetydpo.errors import SafetyDPOError, UsageError
 
@@ -93,7 +93,7 @@ class Journal:
 
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise SafetyDPOError(
                 f"expected JSON in line {number} of {self._path}, found: {error}; remove that line, which asks its "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -40,10 +41,11 @@ def latent_deviations(table: pa.Table) -> dict[str, np.ndarray[Any, Any]]:
 
 def _array(row: dict[str, Any], column: str) -> np.ndarray[Any, Any]:
     shape = [row[axis] for axis in SHAPE]
-    values = np.frombuffer(row[column], dtype=np.float16)
-    if values.size != np.prod(shape):
+    size = len(row[column])
+    # In Python's whole numbers: numpy's product of damaged sizes would wrap around.
+    if min(shape) < 1 or size != 2 * math.prod(shape):
         raise SafetyDPOError(
-            f"expected {column} of shape {shape} for picture {row['image_id']}, found {values.size} numbers: "
+            f"expected {column} of shape {shape} for picture {row['image_id']}, found {size / 2:g} numbers: "
             "delete that batch of the pool and make the pairs again"
         )
-    return values.reshape(shape)
+    return np.frombuffer(row[column], dtype=np.float16).reshape(shape)

@@ -6,7 +6,6 @@ place, from a local disk or an object store, and nothing is kept.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,12 +17,11 @@ from torch import Tensor
 
 from safetydpo.artifacts.adapters import (
     DOWN_SUFFIX,
-    METADATA_KEY,
     UP_SUFFIX,
     AdapterMetadata,
     Denoiser,
     LoraLayer,
-    read_adapter_metadata,
+    parse_metadata,
 )
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.weights import LENGTH_BYTES, read_header
@@ -58,7 +56,7 @@ class LazyTensors(Mapping[str, Tensor]):
         header = read_header(location, remedy=REMEDY)
         with location.open_random_access() as file:
             self._start = LENGTH_BYTES + int.from_bytes(file.read(LENGTH_BYTES), "little")
-        self.header_metadata: dict[str, str] = header.pop("__metadata__", {})
+        self.header_metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         # Hundreds of files of the same names: each is kept once, and only what is needed to read.
         self._entries = {sys.intern(name): _Entry.of(entry) for name, entry in header.items()}
 
@@ -107,10 +105,10 @@ class LazyLayers(Mapping[str, LoraLayer]):
             SafetyDPOError: if the file is missing, cut short, or has other keys than those of one denoiser's LoRA.
         """
         self._tensors = LazyTensors(location)
-        text = self._tensors.header_metadata.get(METADATA_KEY)
-        self._ranks: dict[str, int] = json.loads(text).get("ranks", {}) if text else {}
         denoiser: Denoiser = "transformer" if next(iter(self._tensors), "").startswith("transformer.") else "unet"
-        self.metadata: AdapterMetadata = replace(read_adapter_metadata(location), denoiser=denoiser)
+        header = {"__metadata__": self._tensors.header_metadata}
+        metadata, self._ranks = parse_metadata(header, source=str(location))
+        self.metadata: AdapterMetadata = replace(metadata, denoiser=denoiser)
         self._prefix = f"{denoiser}."
         self._names = self._check_names(location)
 

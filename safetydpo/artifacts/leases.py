@@ -30,6 +30,7 @@ from safetydpo.artifacts.attempts import (
     forget_before,
     lease_file,
     newest_owner,
+    read_ledger,
     take_lease,
     this_process,
 )
@@ -107,7 +108,7 @@ def _take(folder: Location, owner: Owner, newest: int) -> Attempt | None:
         return None
     file = lease_file(folder, str(newest + 1))
     file.write_bytes(json.dumps({**asdict(owner), "renewed": time.time()}).encode())
-    is_ours = json.loads(file.read_bytes())["token"] == owner.token
+    is_ours = read_ledger(file)["token"] == owner.token
     return Attempt(folder, newest + 1, owner) if is_ours else None
 
 
@@ -119,7 +120,7 @@ def _warn(said: str) -> None:
 def _release(attempt: Attempt) -> None:
     """Take the lease away, unless this owner was given up for dead and a later one has done so."""
     file = lease_file(attempt.folder, str(attempt.number))
-    if file.is_file() and json.loads(file.read_bytes())["token"] == attempt.owner.token:
+    if file.is_file() and read_ledger(file)["token"] == attempt.owner.token:
         # The lease first: who reads in between looks again when its number is gone.
         file.delete()
         lease_file(attempt.folder, f"{attempt.number}.alive").delete()

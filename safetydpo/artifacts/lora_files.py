@@ -6,7 +6,7 @@ files; what a file says of scales is kept beside.
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,9 +23,10 @@ from safetydpo.artifacts.adapters import (
     parse_metadata,
     parse_safetensors,
 )
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.kohya_names import from_kohya_name
 from safetydpo.artifacts.storage import Location
-from safetydpo.errors import SafetyDPOError, UsageError
+from safetydpo.errors import SafetyDPOError, UsageError, shown
 
 LoraFormat = Literal["safetydpo", "diffusers", "peft", "kohya"]
 PEFT_PREFIX = "base_model.model."
@@ -47,6 +48,11 @@ _SUFFIXES = {
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 ALPHA_DTYPES = {**_DTYPES, torch.float64: "float64", torch.int64: "int64", torch.int32: "int32"}
 """Types that programs write an alpha in; some write the rank itself, a whole number."""
+
+
+MAX_PATTERN, MAX_MODULE, MAX_REPETITIONS = 300, 500, 4
+_REPETITIONS = re.compile(r"[*+?{|]")
+_REPEATED_GROUP = re.compile(r"\)[*+?{]|\*.*\*.*\*|\+.*\+.*\+|\\[1-9]|\(\?P=")
 
 
 @dataclass(frozen=True)
@@ -219,7 +225,7 @@ def _stated_alphas(form: LoraFormat, header: Mapping[str, str], peft_config: byt
     if text is None:
         return lambda _: None
     try:
-        settings = json.loads(text)
+        settings = parse_json(text)
         if any(value for key, value in settings.items() if key.rpartition(".")[2] in ("use_rslora", "use_dora")):
             raise SafetyDPOError(
                 f"expected plain LoRA in the settings of {source}, found use_rslora or use_dora: "
@@ -228,7 +234,7 @@ def _stated_alphas(form: LoraFormat, header: Mapping[str, str], peft_config: byt
         if form == "peft":
             return _peft_alphas({"": settings})
         return _peft_alphas({network: _below(settings, network) for network in NETWORKS})
-    except (ValueError, TypeError, AttributeError, re.error) as error:
+    except (ValueError, TypeError, AttributeError, re.error, OverflowError) as error:
         raise SafetyDPOError(
             f"expected LoRA settings as JSON with the file {source}, found something else ({error}): save it again"
         ) from error
@@ -239,17 +245,41 @@ def _below(settings: Mapping[str, Any], network: str) -> dict[str, Any]:
 
 
 def _peft_alphas(by_network: Mapping[str, Mapping[str, Any]]) -> Any:
+    stated = {network: _stated(settings) for network, settings in by_network.items()}
+
     def alpha(key: str) -> float | None:
-        network, _, module = key.partition(".") if "" not in by_network else ("", "", key.removeprefix(PEFT_PREFIX))
-        settings = by_network.get(network, {})
+        network, _, module = key.partition(".") if "" not in stated else ("", "", key.removeprefix(PEFT_PREFIX))
+        patterns, default = stated.get(network, ((), None))
         # PEFT takes the first pattern, a regular expression, that is the module's name or its end.
-        for pattern, value in (settings.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return float(value)
-        stated = settings.get("lora_alpha")
-        return None if stated is None else float(stated)
+        return next((value for pattern, value in patterns if pattern.match(module[:MAX_MODULE])), default)
 
     return alpha
+
+
+def _stated(settings: Mapping[str, Any]) -> tuple[list[tuple[re.Pattern[str], float]], float | None]:
+    """Return the alphas of settings: by pattern of the module's name, and of all other modules.
+
+    Raises:
+        ValueError, TypeError, AttributeError, re.error: if they are none.
+    """
+    patterns = [(_pattern(text), _number(value)) for text, value in (settings.get("alpha_pattern") or {}).items()]
+    default = settings.get("lora_alpha")
+    return patterns, None if default is None else _number(default)
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    # A stranger's regular expression, such as (a+)+$, can take longer than the universe: few repetitions, none of a
+    # group. Names of modules need none.
+    if len(text) > MAX_PATTERN or _REPEATED_GROUP.search(text) or len(_REPETITIONS.findall(text)) > MAX_REPETITIONS:
+        raise ValueError(f"the pattern {shown(text)}, which repeats too much to be tried")
+    return re.compile(rf"(.*\.)?({text})$")
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number) or number == 0:
+        raise ValueError(f"an alpha of {number}, not a finite one other than 0")
+    return number
 
 
 def _layer(

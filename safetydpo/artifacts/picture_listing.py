@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from safetydpo.artifacts.parquet_files import BrokenParquet, open_parquet, read_checked, reading_parquet
 from safetydpo.artifacts.pool_index import DATA_FOLDER, FILE_COLUMN, READERS, read_index
 from safetydpo.artifacts.schemas import IMAGES, OUTCOMES, STORED_PICTURES, sha256_of
 from safetydpo.artifacts.storage import Location
@@ -132,7 +133,7 @@ def _rows_of(root: Location, name: str) -> Iterator[StoredPicture]:
     more = [column for column in ("prompt", "category", "status", "error") if column in names]
     columns = [image, *more] if row_id is None else [image, row_id, *more]
     for group in range(file.num_row_groups):
-        for place, row in enumerate(file.read_row_group(group, columns=columns).to_pylist()):
+        for place, row in enumerate(_rows_of_group(root / name, file, group, columns)):
             yield StoredPicture(
                 name=str(row[row_id]) if row_id is not None else f"{name}:{group}:{place}",
                 file=name,
@@ -157,10 +158,18 @@ def _first(names: Sequence[str], wanted: Sequence[str]) -> str | None:
 
 def _open(file: Location) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(file.open_random_access())
-    except (pa.ArrowException, OSError) as error:
-        told = " ".join(str(error).split())[:120]
-        raise SafetyDPOError(f"expected a complete Parquet file at {file}, found another ({told})") from error
+        return open_parquet(file.open_random_access())
+    except BrokenParquet as error:
+        raise SafetyDPOError(f"expected a complete Parquet file at {file}, found another ({error})") from error
+
+
+def _rows_of_group(file: Location, opened: pq.ParquetFile, group: int, columns: Sequence[str]) -> list[dict[str, Any]]:
+    try:
+        with reading_parquet():
+            rows: list[dict[str, Any]] = read_checked(opened, columns, group=group).to_pylist()
+    except BrokenParquet as error:
+        raise SafetyDPOError(f"expected a complete Parquet file at {file}, found another ({error})") from error
+    return rows
 
 
 def manifest_of(pictures: Sequence[StoredPicture]) -> pa.Table:
@@ -199,6 +208,7 @@ class PictureReader:
         if self._place != (file, row_group):
             table = _open(self._root / file)
             image = _first(table.schema_arrow.names, IMAGE_COLUMNS)
-            self._images = table.read_row_group(row_group, columns=[image]).column(0).to_pylist()
+            rows = _rows_of_group(self._root / file, table, row_group, [str(image)])
+            self._images = [row[str(image)] for row in rows]
             self._place = (file, row_group)
         return self._images[row] or b""

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from safetydpo.artifacts.json_text import parse_json, parse_object
 from safetydpo.artifacts.layout import IDENTITY_FILE, POINTERS_FILE, RECORD_FILE, attempt_folder, stage_folder
 from safetydpo.artifacts.leases import hold_lease
 from safetydpo.artifacts.schemas import canonical_json, sha256_of
@@ -88,13 +89,15 @@ def read_record(folder: Location) -> Record | None:
     if not location.is_file():
         return None
     try:
-        content = json.loads(location.read_bytes())
+        content = parse_object(location.read_bytes())
         content["failed_units"] = tuple(content["failed_units"])
-        return Record(**content)
+        record = Record(**content)
+        _check_types(record)
     except (ValueError, TypeError, KeyError) as error:
         raise SafetyDPOError(
             f"expected a record at {location}, found: {error}; delete that folder and run its stage again"
         ) from error
+    return record
 
 
 def find_closed(store: Location, key: ArtifactKey) -> Record | None:
@@ -143,7 +146,7 @@ def read_pointers(run_dir: Location) -> dict[str, dict[str, str]]:
         return {}
     try:
         content = parse_settled(location)
-        return {str(name): dict(pointer) for name, pointer in content["artifacts"].items()}
+        return {str(name): _pointer(pointer) for name, pointer in content["artifacts"].items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise SafetyDPOError(
             f"expected pointers to artifacts at {location}, found: {error!r}; delete it and run again"
@@ -160,7 +163,7 @@ def parse_settled(location: Location) -> Any:
     while True:
         content = location.read_bytes()
         try:
-            return json.loads(content)
+            return parse_json(content)
         except ValueError:
             if content == before:
                 raise
@@ -212,12 +215,14 @@ def check_run_identity(run_dir: Location, config: Mapping[str, Any]) -> None:
         location.write_bytes(json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
         return
     try:
-        before = json.loads(location.read_bytes())
+        before = parse_object(location.read_bytes())
+        # Refuses numbers that are not finite.
+        known = canonical_json(before)
     except ValueError as error:
         raise SafetyDPOError(
             f"expected the run's config as JSON at {location}, found: {error}; delete that file and run again"
         ) from error
-    if canonical_json(before) == canonical_json(config):
+    if known == canonical_json(config):
         return
     changed = sorted(_differences(before, config))
     raise UsageError(
@@ -237,3 +242,32 @@ def _differences(before: Any, after: Any, prefix: str = "identity") -> list[str]
             found += _differences(before.get(key, _ABSENT), after.get(key, _ABSENT), f"{prefix}.{key}")
         return found
     return [] if canonical_json(before) == canonical_json(after) else [f"{prefix} ({before!r} -> {after!r})"]
+
+
+_TEXTS = ("stage", "name", "hash", "fingerprint", "started_at")
+_GROUPS = ("identity", "inputs", "counts", "details", "versions")
+
+
+def _check_types(record: Record) -> None:
+    """Refuse a field of another type than its own: whoever reads a record relies on them."""
+    fields: dict[str, Any] = {**dict.fromkeys(_TEXTS, str), **dict.fromkeys(_GROUPS, dict)}
+    fields |= {"recipe_version": int, "seconds": int | float}
+    values: dict[str, Any] = {"inputs": str, "versions": str, "counts": int | float}
+    wrong = [name for name, kind in fields.items() if not isinstance(getattr(record, name), kind)]
+    if not wrong:
+        wrong = [name for name, kind in values.items() if not _all(getattr(record, name).values(), kind)]
+    if not _all(record.failed_units, str):
+        wrong.append("failed_units")
+    if wrong:
+        raise TypeError(f"{wrong[0]} of another type")
+
+
+def _all(values: Iterable[Any], kind: Any) -> bool:
+    return all(isinstance(value, kind) for value in values)
+
+
+def _pointer(found: Any) -> dict[str, str]:
+    pointer = {name: found[name] for name in ("stage", "folder", "hash")}
+    if not _all(pointer.values(), str):
+        raise TypeError("a pointer that is no text")
+    return pointer

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from safetydpo.artifacts.layout import RECORD_FILE
+from safetydpo.artifacts.parquet_files import open_parquet, read_checked
 from safetydpo.artifacts.schemas import ADDED_LATER
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError
@@ -93,7 +94,7 @@ def read_chosen(
     present = read_table(location, schema, columns=[id_column]).column(id_column)
     chosen = pc.is_in(present, value_set=ids).to_pylist()
     with location.open_random_access() as stream:
-        file = pq.ParquetFile(stream)
+        file = open_parquet(stream)
         start = 0
         for number in range(file.num_row_groups):
             count = file.metadata.row_group(number).num_rows
@@ -115,13 +116,13 @@ def _read_file(source: Location, wanted: pa.Schema, *, whole: bool) -> pa.Table:
 def _parse(source: Location, stream: pa.NativeFile, wanted: pa.Schema, *, size: int) -> pa.Table:
     try:
         # Neighbouring columns come in one request to an object store, not in one each.
-        file = pq.ParquetFile(stream, pre_buffer=True)
+        file = open_parquet(stream, pre_buffer=True)
         present = [name for name in wanted.names if name in file.schema_arrow.names]
         missing = [field for field in wanted if field.name not in present]
         for field in missing:
             if field.metadata is None or not ADDED_LATER.items() <= field.metadata.items():
                 raise SafetyDPOError(f"expected columns {wanted.names} in {source}, found no {field.name!r}")
-        table = file.read(columns=present)
+        table = read_checked(file, present)
         for field in missing:
             table = table.append_column(field, pa.nulls(table.num_rows, field.type))
         return table.select(wanted.names).cast(wanted)

@@ -22,6 +22,7 @@ from safetydpo.artifacts.adapters import (
     read_adapter,
     write_adapter,
 )
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.layout import ADAPTER_FILE, INTERVENTION_FILE
 from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.artifacts.storage import Location
@@ -148,7 +149,7 @@ def read_intervention(folder: Location) -> Intervention:
     """
     location = folder / INTERVENTION_FILE
     try:
-        content = json.loads(location.read_bytes())
+        content = parse_json(location.read_bytes())
         if content["schema"] != 1:
             raise ValueError(f"schema {content['schema']!r}")
         guiding = _parse_guiding(content["guiding"])

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from safetydpo.config.gate import GatePolicy
+from safetydpo.config.safe_yaml import YamlError, parse_yaml
 from safetydpo.config.schema import Config
-from safetydpo.errors import UsageError
+from safetydpo.errors import UsageError, shown
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -81,7 +81,7 @@ def _explain(error: ValidationError, group: type[BaseModel]) -> str:
     if first["type"] == "extra_forbidden":
         meant = _similar(where, group)
         return (
-            f"expected known keys only, found {where!r}; "
+            f"expected known keys only, found {shown(where)}; "
             + (f"did you mean {meant}? " if meant else "correct or remove it; ")
             + f"known here: {', '.join(_known_keys(first['loc'], group))}"
         )
@@ -96,7 +96,7 @@ def _explain(error: ValidationError, group: type[BaseModel]) -> str:
         # A rule about several fields names them itself.
         return f"{message}; correct one of them in the file or by its key.path=VALUE"
     # A rule of ours says itself what it found.
-    found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
+    found = "" if first["type"] == "value_error" else f", found {shown(first['input'])}"
     if group is not Config:
         return f"{where}: {message}{found}; correct it"
     # An override sets a whole list, not one item of it.
@@ -126,19 +126,6 @@ def identity_of(config: Config) -> dict[str, Any]:
     return config.identity.model_dump(mode="json")
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Safe YAML in which a key may stand once only: the last one would win without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} twice in one group", node.value[index][0].start_mark
-                )
-        return super().construct_mapping(node, deep=deep)
-
-
 def read_yaml(path: Path, *, what: str, hint: str) -> dict[str, Any]:
     """Return the mapping in a file of safe YAML in which every key stands once; `what` and `hint` are for errors.
 
@@ -152,9 +139,9 @@ def read_yaml(path: Path, *, what: str, hint: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"expected a readable UTF-8 {what.removeprefix('a ')} at {path}, found: {error}") from error
     try:
-        content = _UniqueKeys(text).get_single_data()
-    except yaml.YAMLError as error:
-        raise UsageError(f"expected YAML in {path}, found: {' '.join(str(error).split())}") from error
+        content = parse_yaml(text)
+    except YamlError as error:
+        raise UsageError(f"expected YAML in {path}, found: {error}") from error
     if not isinstance(content, dict):
         raise UsageError(f"expected a mapping of settings in {path}, found {type(content).__name__}")
     return content
@@ -163,18 +150,20 @@ def read_yaml(path: Path, *, what: str, hint: str) -> dict[str, Any]:
 def _apply_override(content: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise UsageError(f"expected key.path=value, found {override!r}, for example identity.dpo.steps=200")
+        raise UsageError(f"expected key.path=value, found {shown(override)}, for example identity.dpo.steps=200")
     parts = _SHORT_PATHS.get(key, key).split(".")
     node = content
     for part in parts[:-1]:
         child = node.setdefault(part, {})
         if not isinstance(child, dict):
-            raise UsageError(f"expected a path of settings, found {override!r}: {part!r} is a value, not a group")
+            raise UsageError(
+                f"expected a path of settings, found {shown(override)}: {shown(part)} is a value, not a group"
+            )
         node = child
     try:
-        node[parts[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"expected a YAML value in {override!r}, found: {' '.join(str(error).split())}") from error
+        node[parts[-1]] = parse_yaml(text)
+    except YamlError as error:
+        raise UsageError(f"expected a YAML value in {shown(override)}, found: {error}") from error
 
 
 def _known_keys(location: tuple[int | str, ...], group: type[BaseModel]) -> list[str]:

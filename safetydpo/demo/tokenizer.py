@@ -9,6 +9,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
+from safetydpo.artifacts.json_text import parse_json
+
 START_TOKEN = "<|startoftext|>"
 END_TOKEN = "<|endoftext|>"
 WORD_END = "</w>"
@@ -32,7 +34,7 @@ def train_merges(captions: Iterable[str], *, num_merges: int = NUM_MERGES) -> li
         show_progress=False,
     )
     tokenizer.train_from_iterator(captions, trainer)
-    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    merges = parse_json(tokenizer.to_str())["model"]["merges"]
     return [(left, right) for left, right in merges[:num_merges]]
 
 

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.layout import demo_weights
 from safetydpo.seeding import derive_torch
 
@@ -126,7 +127,7 @@ def load_checkpoint(
     optimizer.load_state_dict(saved)
     if average is not None:
         average.values = _below(tensors, "average/")
-    return int(json.loads((folder / "checkpoint.json").read_text())["step"])
+    return int(parse_json((folder / "checkpoint.json").read_text())["step"])
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -154,7 +155,7 @@ def save_half(module: Any, folder: Path) -> None:
 def record_measurement(part: str, values: Mapping[str, Any], *, weights: Path | None = None) -> None:
     """Write a part's measured quality into `measured.json`, leaving the other parts as they are."""
     path = (weights or demo_weights()) / MEASURED_FILE
-    measured = json.loads(path.read_text()) if path.is_file() else {}
+    measured = parse_json(path.read_text()) if path.is_file() else {}
     measured[part] = dict(values)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(measured, indent=2, sort_keys=True) + "\n")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetydpo.artifacts.json_text import JsonError, parse_json
 from safetydpo.artifacts.storage import open_location
 from safetydpo.artifacts.weights import read_header
 from safetydpo.diffusion.original_layout import require_plain
@@ -103,13 +104,13 @@ def read_json(path: Path) -> dict[str, Any]:
         SafetyDPOError: if the file is missing or holds no JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SafetyDPOError(
             f"expected a model folder in diffusers format, found no {path.name} in {path.parent}: "
             "save the model with save_pretrained(folder)"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, JsonError) as error:
         raise SafetyDPOError(f"expected JSON in {path}, found {error}: fetch or save the model again") from None
     if not isinstance(value, dict):
         raise SafetyDPOError(

@@ -5,15 +5,15 @@ Axis legend: `height width` picture axes.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from safetydpo.artifacts.picture_limits import BrokenPicture, PictureTooLarge, opened_picture
 from safetydpo.errors import SafetyDPOError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -62,15 +62,13 @@ def fit_picture(data: bytes, *, height: int, width: int) -> UInt8[np.ndarray, "h
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise SafetyDPOError(
-                    f"expected a picture of at most {MAX_PIXELS:,} pixels, found {image.width} x {image.height}: "
-                    "take its row out"
-                )
-            image.load()
+        with opened_picture(data, formats=FORMATS, max_pixels=MAX_PIXELS) as image:
             yield image
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except PictureTooLarge as error:
+        raise SafetyDPOError(
+            f"expected a picture of at most {MAX_PIXELS:,} pixels, found {error.size}: take its row out"
+        ) from None
+    except BrokenPicture as error:
         raise SafetyDPOError(
             f"expected a complete JPEG, PNG or WebP, found {len(data)} bytes that do not decode ({error}): take its "
             "row out, or fetch the file again"

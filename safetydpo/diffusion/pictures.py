@@ -10,9 +10,10 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from safetydpo.artifacts.picture_limits import BrokenPicture, opened_picture
 from safetydpo.errors import SafetyDPOError
 
 PictureFormat = Literal["png", "webp"]
@@ -39,11 +40,10 @@ def decode_picture(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
         SafetyDPOError: if the bytes are no complete one in red, green, blue.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=["PNG", "WEBP"]) as image:
-            image.load()
+        with opened_picture(data, formats=("PNG", "WEBP")) as image:
             mode = image.mode
             pixels = np.array(image)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except BrokenPicture as error:
         raise SafetyDPOError(
             f"expected a complete PNG or WebP, found {len(data)} bytes that do not decode ({error}): render the "
             "picture again"

@@ -7,6 +7,7 @@ do the networks that the file has none of (`original_layout`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +17,9 @@ from diffusers.loaders.single_file_utils import (
     create_diffusers_clip_model_from_ldm,
     create_diffusers_t5_model_from_checkpoint,
 )
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 from transformers import T5EncoderModel
 
+from safetydpo.artifacts.tensor_files import BrokenTensors, load_tensors
 from safetydpo.diffusion.folder import ModelFiles
 from safetydpo.diffusion.loading import FolderLoader, quiet_loading
 from safetydpo.diffusion.original_layout import require_plain
@@ -38,8 +37,8 @@ class SingleFileLoader(FolderLoader):
         """
         super().__init__(files, index, dtype=dtype)
         try:
-            self._tensors: dict[str, Tensor] = load_file(str(files.single_file))
-        except (OSError, SafetensorError) as error:
+            self._tensors = load_tensors(Path(str(files.single_file)))
+        except BrokenTensors as error:
             raise SafetyDPOError(
                 f"expected readable safetensors weights at {files.single_file}, found {error}: fetch the file again"
             ) from error

@@ -10,18 +10,18 @@ draws of a step follow from its number.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
+from safetydpo.artifacts.json_text import parse_object
 from safetydpo.artifacts.schemas import canonical_json
+from safetydpo.artifacts.tensor_files import parse_tensor_header, parse_tensors
 from safetydpo.config.training import LoraConfig, TrainingConfig
 from safetydpo.dpo.engine import EngineState
 from safetydpo.dpo.loss_scale import LossScale
@@ -122,10 +122,10 @@ def decode_checkpoint(data: bytes, *, expected: TrainingIdentity, where: str) ->
             data or setting; the message names the first field that differs.
     """
     try:
-        tensors = load(data)
-        training = json.loads(_read_metadata(data)["training"])
+        tensors = parse_tensors(data)
+        training = parse_object(parse_tensor_header(data)["__metadata__"]["training"])
         version = training["format_version"]
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise SafetyDPOError(
             f"expected a training checkpoint at {where}, found {len(data):,} bytes that are cut off or something else "
             f"({type(error).__name__}): delete the file to start this expert anew"
@@ -137,15 +137,23 @@ def decode_checkpoint(data: bytes, *, expected: TrainingIdentity, where: str) ->
             f"expected a checkpoint of format {FORMAT_VERSION} at {where}, found format {version}: "
             "delete the file to start this expert anew"
         )
-    _check_identity(training["identity"], asdict(expected), where)
-
-    engine = _engine_state(tensors, training)
-    if tensors["history"].shape[0] != engine.step:
+    _check_identity(training.get("identity"), asdict(expected), where)
+    try:
+        engine = _engine_state(tensors, training)
+        history, spike_steps = tensors["history"], int(training["spike_steps"])
+        if history.dim() != 2 or history.dtype is not torch.float64:
+            raise ValueError("a history of another form")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SafetyDPOError(
+            f"expected the state of a training in the checkpoint at {where}, found something else ({error!r}): "
+            "delete the file to start this expert anew"
+        ) from error
+    if history.shape[0] != engine.step:
         raise SafetyDPOError(
             f"expected a history of {engine.step} steps in the checkpoint at {where}, found "
-            f"{tensors['history'].shape[0]}: delete the file to start this expert anew"
+            f"{history.shape[0]}: delete the file to start this expert anew"
         )
-    return TrainingState(engine, training["spike_steps"], tensors["history"], _group(tensors, "watched/"))
+    return TrainingState(engine, spike_steps, history, _group(tensors, "watched/"))
 
 
 def _group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -168,15 +176,7 @@ def _engine_state(tensors: dict[str, Tensor], training: dict[str, Any]) -> Engin
     )
 
 
-def _read_metadata(data: bytes) -> dict[str, str]:
-    # The library reads metadata from paths only; checkpoints may come from an object store. The header is a
-    # little-endian uint64 length and that many bytes of JSON, and `load` has just verified it.
-    length = int.from_bytes(data[:8], "little")
-    metadata: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
-    return metadata
-
-
-def _check_identity(found: dict[str, Any], expected: dict[str, Any], where: str) -> None:
+def _check_identity(found: Any, expected: dict[str, Any], where: str) -> None:
     flat_found, flat_expected = _flatten(found), _flatten(expected)
     for field in sorted(flat_expected.keys() | flat_found.keys()):
         before, now = flat_found.get(field, "nothing"), flat_expected.get(field, "nothing")

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.errors import SafetyDPOError
 from safetydpo.evaluation.counts import RowCounts, compare_rates, parse_counts, pool_counts, pooled_metrics
@@ -102,7 +103,7 @@ def parse_unit(text: str, *, source: str) -> Unit:
     """
     again = "delete that file and measure its unit again"
     try:
-        document = json.loads(text)
+        document = parse_json(text)
         version = document["schema_version"]
         if version != SCHEMA_VERSION:
             raise SafetyDPOError(
@@ -125,7 +126,7 @@ def parse_unit(text: str, *, source: str) -> Unit:
             failed_images=tuple(document["failed_images"]),
             experts=dict(document.get("experts", {})),
         )
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise SafetyDPOError(f"expected the record of a measured unit in {source}, found {error!r}: {again}") from error
     _check_unit(unit, source)
     return unit

@@ -8,11 +8,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from safetydpo.artifacts.csv_cells import text_cell
 from safetydpo.artifacts.evaluation_schemas import METRIC_ROWS
 from safetydpo.evaluation.summary import Summary, SummaryRow
 
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
-"""What a spreadsheet takes for the beginning of a formula, at the beginning of a text."""
 _TRACKED_NAME = re.compile(r"[^\w./ -]")
 
 
@@ -46,7 +45,7 @@ def metrics_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer = csv.writer(sink, lineterminator="\r\n")
     writer.writerow(METRIC_ROWS.names)
     for row in rows:
-        writer.writerow([_cell(row[name]) for name in METRIC_ROWS.names])
+        writer.writerow([text_cell(row[name]) for name in METRIC_ROWS.names])
     return sink.getvalue()
 
 
@@ -58,8 +57,3 @@ def tracked_metrics(row: SummaryRow) -> dict[str, float]:
         named[key] = float(metric["value"])
         named[f"{key}_low"], named[f"{key}_high"] = float(metric["low"]), float(metric["high"])
     return named
-
-
-def _cell(value: object) -> object:
-    # A quote mark before the text is how spreadsheets themselves write a text that looks like a formula.
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.errors import SafetyDPOError
 from safetydpo.evaluation.counts import RowCounts, parse_counts
 from safetydpo.evaluation.merge_curve import CurvePoint, Tally, Tuning, price_of, retention_of, share
@@ -154,7 +155,7 @@ def parse_merge_unit(text: str, *, source: str) -> MergeUnit:
     """
     again = "delete that file and measure its unit again"
     try:
-        document = json.loads(text)
+        document = parse_json(text)
         version = document["schema_version"]
         if version != SCHEMA_VERSION:
             raise SafetyDPOError(
@@ -180,7 +181,7 @@ def parse_merge_unit(text: str, *, source: str) -> MergeUnit:
             tested=parse_tally(document["tested"], source=source),
             counts=parse_counts(document["counts"], source=source),
         )
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise SafetyDPOError(
             f"expected the record of a measured merge in {source}, found {error!r}: {again}"
         ) from error

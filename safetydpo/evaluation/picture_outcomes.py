@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from safetydpo.artifacts.evaluation_schemas import PICTURE_OUTCOMES
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import read_table, table_from_rows
 from safetydpo.errors import SafetyDPOError
@@ -155,9 +156,9 @@ def _read_about(location: Location) -> tuple[tuple[JudgeIdentity, ...], int]:
     with location.open_random_access() as stream:
         metadata: Mapping[bytes, bytes] = pq.read_schema(stream).metadata or {}
     try:
-        about: dict[str, Any] = json.loads(metadata[_ABOUT])
+        about: dict[str, Any] = parse_json(metadata[_ABOUT])
         return tuple(sorted(JudgeIdentity(**judge) for judge in about["judges"])), int(about["run_seed"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise SafetyDPOError(
             f"expected the judges of the pictures in the metadata of {location}, found {error!r}: make the report of "
             "that run again"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from safetydpo.artifacts.picture_limits import BrokenPicture, opened_picture
 from safetydpo.evaluation.report_records import SheetPicture
 
 LONGEST_SIDE = 256
@@ -41,12 +42,11 @@ def show_picture(picture: SheetPicture) -> ShownPicture | None:
     if picture.png is None:
         return None
     try:
-        with Image.open(io.BytesIO(picture.png)) as image:
-            image.load()
+        with opened_picture(picture.png) as image:
             whole = _data_uri(image, picture.png)
             return ShownPicture(_veil(image), whole) if picture.unsafe else ShownPicture(whole)
-    # What Pillow raises depends on where a file is broken; a picture that cannot be read is shown as failed.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except BrokenPicture:
+        # Shown as failed.
         return None
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, NotRequired, TypedDict, cast
 
 import jsonschema
 
+from safetydpo.artifacts.json_text import JsonError, parse_json
 from safetydpo.errors import SafetyDPOError
 
 SCHEMA_VERSION = 1
@@ -101,7 +102,7 @@ def check_summary(document: Any) -> Summary:
     Raises:
         SafetyDPOError: naming the first field that does not fit.
     """
-    schema = json.loads(files("safetydpo.evaluation").joinpath("summary.schema.json").read_text("utf-8"))
+    schema = parse_json(files("safetydpo.evaluation").joinpath("summary.schema.json").read_text("utf-8"))
     errors = jsonschema.Draft202012Validator(schema).iter_errors(document)
     first = min(errors, key=lambda error: [str(part) for part in error.absolute_path], default=None)
     if first is not None:
@@ -138,11 +139,9 @@ def parse_summary(text: str) -> Summary:
         SafetyDPOError: if it is no JSON or does not fit the schema.
     """
     try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise SafetyDPOError(
-            f"expected summary.json to be JSON, found {error.msg} at line {error.lineno}: evaluate the run again"
-        ) from error
+        document = parse_json(text)
+    except JsonError as error:
+        raise SafetyDPOError(f"expected summary.json to be JSON, found {error}: evaluate the run again") from error
     return check_summary(document)
 
 

@@ -5,7 +5,6 @@ Axis legend: `n` pictures or captions, `h w` picture axes, `d` embedding.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.errors import SafetyDPOError
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -53,7 +53,7 @@ class ClipScorer:
         with no_progress_bar():
             model = CLIPModel.from_pretrained(str(folder), dtype=torch.float32)
         self._model = model.eval().requires_grad_(False)
-        prepared = json.loads((folder / PREPROCESSOR_FILE).read_text(encoding="utf-8"))
+        prepared = parse_json((folder / PREPROCESSOR_FILE).read_text(encoding="utf-8"))
         mean, std = (torch.tensor(prepared[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
         # (x / 255 - mean) / std = x / (255 std) - mean / std.
         self._divisor, self._offset = 255 * std, mean / std

@@ -5,7 +5,6 @@ Axis legend: `n` pictures, `h w` picture axes, `side` the network's input, `d` e
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPConfig, CLIPVisionModelWithProjection
 
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.judges.clip import PREPROCESSOR_FILE, no_progress_bar
 from safetydpo.judges.protocol import Pictures, chunks
 
@@ -40,7 +40,7 @@ class ClipVision:
         self.width = int(model.config.projection_dim)
         self._side = int(model.config.image_size)
         self._device = device
-        document = json.loads((folder / PREPROCESSOR_FILE).read_text(encoding="utf-8"))
+        document = parse_json((folder / PREPROCESSOR_FILE).read_text(encoding="utf-8"))
         self._mean, self._std = (torch.tensor(document[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
 
     @torch.no_grad()

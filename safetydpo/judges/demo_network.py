@@ -9,18 +9,17 @@ Axis legend: n = pictures, h = w = 32 pixels, k = concepts and `unrecognisable` 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from safetydpo.artifacts.json_text import parse_object
+from safetydpo.artifacts.tensor_files import load_tensors
 from safetydpo.errors import SafetyDPOError
 
 MODEL_FILE = "model.safetensors"
@@ -185,20 +184,28 @@ class DemoJudge:
     """
 
     def __init__(self, folder: Path, network_class: type[SelectNetwork] | type[AuditNetwork]) -> None:
-        document = _read_labels(folder)
-        self.name: str = document["name"]
-        self.version: str = document["version"]
-        self.labels = JudgeLabels(
-            concepts=tuple(document["concepts"]),
-            unsafe=tuple(bool(value) for value in document["unsafe"]),
-            backgrounds=tuple(document["backgrounds"]),
-        )
+        _check_files(folder)
+        try:
+            document = parse_object((folder / LABELS_FILE).read_bytes())
+            self.name: str = str(document["name"])
+            self.version: str = str(document["version"])
+            self.labels = JudgeLabels(
+                concepts=tuple(map(str, document["concepts"])),
+                unsafe=tuple(bool(value) for value in document["unsafe"]),
+                backgrounds=tuple(map(str, document["backgrounds"])),
+            )
+            weights = load_tensors(folder / MODEL_FILE)
+            self.network = network_class(
+                num_concepts=len(self.labels.concepts), num_backgrounds=len(self.labels.backgrounds)
+            )
+            self.network.load_state_dict({name: value.float() for name, value in weights.items()})
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            # RuntimeError: tensors of other names or shapes than the network's.
+            raise SafetyDPOError(
+                f"expected the labels and weights of a demo judge in {folder}, found others "
+                f"({' '.join(str(error).split())[:200]}): reinstall the package with its weights"
+            ) from error
         self.weights_sha256 = hashlib.sha256((folder / MODEL_FILE).read_bytes()).hexdigest()
-        self.network = network_class(
-            num_concepts=len(self.labels.concepts), num_backgrounds=len(self.labels.backgrounds)
-        )
-        weights = load_file(str(folder / MODEL_FILE))
-        self.network.load_state_dict({name: value.float() for name, value in weights.items()})
         self.network.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -226,12 +233,10 @@ class DemoJudge:
         return summarise_logits(torch.cat(concept), torch.cat(background), self.labels.unsafe)
 
 
-def _read_labels(folder: Path) -> Mapping[str, Any]:
+def _check_files(folder: Path) -> None:
     for file in (LABELS_FILE, MODEL_FILE):
         if not (folder / file).is_file():
             raise SafetyDPOError(
                 f"expected a demo judge in {folder}, found no {file}. "
                 f"Run `python -m safetydpo.demo.build {folder.name}`, or reinstall the package with its weights."
             )
-    document: Mapping[str, Any] = json.loads((folder / LABELS_FILE).read_text(encoding="utf-8"))
-    return document

@@ -11,10 +11,9 @@ from typing import Protocol
 
 import torch
 from jaxtyping import Float, UInt8
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor, nn
 
+from safetydpo.artifacts.tensor_files import BrokenTensors, parse_tensors
 from safetydpo.errors import SafetyDPOError
 from safetydpo.judges.clip import ClipScorer
 from safetydpo.judges.inception import NUM_FEATURES, load_inception, prepare_pixels
@@ -111,8 +110,8 @@ def read_weights(file: Path, *, what: str, where: str) -> tuple[dict[str, Tensor
         raise SafetyDPOError(f"expected the weights of {what} at {file}, found none: {where}")
     data = file.read_bytes()
     try:
-        tensors = load(data)
-    except SafetensorError as error:
+        tensors = parse_tensors(data)
+    except BrokenTensors as error:
         raise SafetyDPOError(
             f"expected the weights of {what} as safetensors at {file}, found {error}: convert them once, where "
             "they come from, with safetensors.torch.save_file"

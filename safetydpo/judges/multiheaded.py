@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from safetydpo.artifacts.tensor_files import BrokenTensors, load_tensors
 from safetydpo.config.judges import JudgesConfig
 from safetydpo.errors import SafetyDPOError
 from safetydpo.judges.protocol import HIGHER_IS_UNSAFE, Pictures, Verdicts, unsafe_only
@@ -69,8 +68,8 @@ def load_heads(file: Path, *, width: int) -> nn.ModuleDict:
         SafetyDPOError: naming the first tensor that is missing, unknown or of another shape.
     """
     try:
-        tensors: Mapping[str, Tensor] = load_file(str(file))
-    except (SafetensorError, OSError) as error:
+        tensors: Mapping[str, Tensor] = load_tensors(file)
+    except BrokenTensors as error:
         raise SafetyDPOError(
             f"expected a safetensors file of five heads at {file}, found another ({error}): see docs/judges.md"
         ) from None

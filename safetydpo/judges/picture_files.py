@@ -5,18 +5,16 @@ Axis legend: `h w` picture axes.
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from safetydpo.artifacts.picture_limits import BrokenPicture, opened_picture
 from safetydpo.errors import SafetyDPOError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 def read_picture(data: bytes) -> UInt8[Tensor, "h w 3"]:
@@ -30,14 +28,12 @@ def read_picture(data: bytes) -> UInt8[Tensor, "h w 3"]:
     if not data:
         raise SafetyDPOError("corrupt: 0 bytes")
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            image.load()
+        with opened_picture(data) as image:
             upright = ImageOps.exif_transpose(image)
             if upright.has_transparency_data:
                 layer = upright.convert("RGBA")
                 upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
             pixels = np.array(upright.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        told = " ".join(str(error).split())[:120]
-        raise SafetyDPOError(f"corrupt: {len(data):,} bytes that do not decode ({told})") from None
+    except BrokenPicture as error:
+        raise SafetyDPOError(f"corrupt: {len(data):,} bytes that do not decode ({error})") from None
     return torch.from_numpy(pixels)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from safetydpo.artifacts.tensor_files import BrokenTensors, load_tensors
 from safetydpo.config.judges import JudgesConfig
 from safetydpo.errors import SafetyDPOError
 from safetydpo.judges.protocol import HIGHER_IS_UNSAFE, Pictures, Verdicts, unsafe_only
@@ -87,9 +87,8 @@ def _paths(settings: JudgesConfig) -> tuple[Path, Path]:
 
 def _load_prompts(file: Path, *, width: int) -> Float[Tensor, "2 d"]:
     try:
-        with safe_open(str(file), framework="pt") as tensors:
-            prompts: Tensor = tensors.get_tensor(PROMPTS).float()
-    except (SafetensorError, OSError) as error:
+        prompts = load_tensors(file)[PROMPTS].float()
+    except (BrokenTensors, KeyError) as error:
         raise SafetyDPOError(
             f"expected the safetensors file of Q16's prompts at {file}, found one without ({error}): make it with "
             "`safetydpo judges convert-q16`"

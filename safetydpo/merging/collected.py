@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.lazy_tensors import LazyTensors
 from safetydpo.artifacts.schemas import canonical_json
 from safetydpo.artifacts.storage import Location
+from safetydpo.artifacts.tensor_files import parse_tensor_header, parse_tensors
 from safetydpo.errors import SafetyDPOError
 
 
@@ -31,10 +31,9 @@ def collected_from_bytes(data: bytes, *, kind: str, what: str, source: str, base
         SafetyDPOError: if the file is truncated, is of another kind, or was collected on another base model.
     """
     try:
-        tensors: dict[str, Tensor] = load(data)
-        length = int.from_bytes(data[:8], "little")
-        found = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][kind])["base_fingerprint"]
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        tensors = parse_tensors(data)
+        found = parse_json(parse_tensor_header(data)["__metadata__"][kind])["base_fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
         raise SafetyDPOError(
             f"expected {what} at {source}, found {len(data):,} bytes that are none ({error}): collect them again"
         ) from error
@@ -50,7 +49,7 @@ def open_collected(location: Location, *, kind: str, what: str, base_fingerprint
     """
     tensors = LazyTensors(location)
     try:
-        found = json.loads(tensors.header_metadata[kind])["base_fingerprint"]
+        found = parse_json(tensors.header_metadata[kind])["base_fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
         raise SafetyDPOError(
             f"expected {what} at {location}, found other tensors ({error}): collect them again"

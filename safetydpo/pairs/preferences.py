@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from safetydpo.artifacts.parquet_files import BrokenParquet, open_parquet, reading_parquet
 from safetydpo.artifacts.schemas import make_preference_id
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError, UsageError
@@ -142,7 +143,8 @@ def _bytes_of(value: object) -> bytes:
 
 def _categories_of(row: Mapping[str, Any]) -> tuple[str, ...]:
     value = row.get("categories") or row.get("category") or ()
-    names = value.split(",") if isinstance(value, str) else [str(name) for name in value]
+    listed = value if isinstance(value, list | tuple) else [value]
+    names = value.split(",") if isinstance(value, str) else [str(name) for name in listed]
     return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
 
 
@@ -161,13 +163,14 @@ def _opened(location: Location) -> Iterator[pq.ParquetFile]:
         stream.seek(0)
         try:
             # Not read ahead: a row group of pictures may be larger than the memory.
-            file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=READ_BYTES)
+            file = open_parquet(stream, pre_buffer=False, buffer_size=READ_BYTES)
             _check_columns(file.schema_arrow, location)
-            yield file
-        except (pa.ArrowException, OSError) as error:
+            with reading_parquet():
+                yield file
+        except BrokenParquet as error:
             raise SafetyDPOError(
                 f"expected a complete Parquet file at {location}, found {location.size_bytes():,} bytes that do not "
-                f"parse ({' '.join(str(error).split())[:120]}): fetch it again"
+                f"parse ({error}): fetch it again"
             ) from error
 
 

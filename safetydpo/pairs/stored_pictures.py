@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from safetydpo.artifacts.parquet_files import BrokenParquet, open_parquet, reading_parquet
 from safetydpo.artifacts.pool_index import FILE_COLUMN, good_rows, read_index
 from safetydpo.artifacts.schemas import IMAGES
 from safetydpo.artifacts.storage import Location
@@ -99,13 +100,14 @@ class PictureIndex:
 def _opened(location: Location) -> Iterator[pq.ParquetFile]:
     with location.open_random_access() as source:
         try:
-            file = pq.ParquetFile(source)
+            file = open_parquet(source)
             missing = [name for name in _COLUMNS if name not in file.schema_arrow.names]
             if missing:
-                raise pa.ArrowInvalid(f"no column {missing[0]!r} of {IMAGES.names}")
-            yield file
-        except (pa.ArrowException, OSError) as error:
+                raise BrokenParquet(f"no column {missing[0]!r} of {IMAGES.names}")
+            with reading_parquet():
+                yield file
+        except BrokenParquet as error:
             raise SafetyDPOError(
-                f"expected a complete Parquet file of pictures at {location}, found: {' '.join(str(error).split())}: "
+                f"expected a complete Parquet file of pictures at {location}, found: {error}: "
                 "delete its batch folder and run `safetydpo pairs` again"
             ) from error

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 
-import yaml
-
 from safetydpo.artifacts.schemas import sha256_of
-from safetydpo.errors import SafetyDPOError, UsageError
+from safetydpo.config.safe_yaml import YamlError, parse_yaml
+from safetydpo.errors import SafetyDPOError, UsageError, shown
 from safetydpo.pairs.writers import Reply, WriteRequest
 
 
@@ -48,10 +47,10 @@ def read_templates(path: Path) -> tuple[TemplatePair, ...]:
         UsageError: naming the first entry that is something else.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(f"expected templates at {path}, found nothing: correct the path") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, YamlError) as error:
         raise UsageError(f"expected templates as YAML in {path}, found: {' '.join(str(error).split())}") from error
     if not isinstance(content, list) or not content:
         raise UsageError(f"expected a list of templates in {path}, found {type(content).__name__}: see docs")
@@ -60,7 +59,7 @@ def read_templates(path: Path) -> tuple[TemplatePair, ...]:
 
 def _template(item: object, where: str) -> TemplatePair:
     if not isinstance(item, dict) or set(item) != {"unsafe", "safe"}:
-        raise UsageError(f"{where}: expected the two keys unsafe and safe, found {item!r}: correct it")
+        raise UsageError(f"{where}: expected the two keys unsafe and safe, found {shown(item)}: correct it")
     for side, name in (("unsafe", "concept"), ("safe", "counterpart")):
         try:
             fields = [field for _, field, _, _ in Formatter().parse(str(item[side])) if field is not None]
@@ -69,7 +68,7 @@ def _template(item: object, where: str) -> TemplatePair:
                 f"{where}: expected a template as {side}, found: {error}; double braces that are meant"
             ) from error
         if fields != [name]:
-            raise UsageError(f"{where}: expected {{{name}}} once in {side}, found {item[side]!r}: correct it")
+            raise UsageError(f"{where}: expected {{{name}}} once in {side}, found {shown(item[side])}: correct it")
     return TemplatePair(str(item["unsafe"]), str(item["safe"]))
 
 

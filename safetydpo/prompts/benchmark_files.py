@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.prompts.benchmark_entries import BenchmarkCopy, BenchmarkEntry, find_entry, list_entries
@@ -154,7 +154,7 @@ def check_recorded(file: BenchmarkFile, table: Location, *, accept_other_bytes: 
     if not place.is_file():
         return
     try:
-        before: Mapping[str, Any] = json.loads(place.read_bytes())
+        before: Mapping[str, Any] = parse_json(place.read_bytes())
         known = (str(before["benchmark"]), str(before["sha256"]))
     except (ValueError, KeyError, TypeError) as error:
         raise SafetyDPOError(

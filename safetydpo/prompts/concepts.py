@@ -16,6 +16,7 @@ import yaml
 
 from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.config.fields import CATEGORIES
+from safetydpo.config.safe_yaml import YamlError, compose_yaml
 from safetydpo.errors import UsageError
 from safetydpo.prompts.aliases import normalise_category
 from safetydpo.prompts.duplicates import normalise
@@ -171,9 +172,9 @@ def _check_header(header: Sequence[str], path: Path) -> None:
 
 def _yaml_rows(text: str, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise UsageError(f"expected YAML in {path}, found: {' '.join(str(error).split())}") from error
+        root = compose_yaml(text)
+    except YamlError as error:
+        raise UsageError(f"expected YAML in {path}, found: {error}") from error
     if root is None:
         return
     top = _mapping(root, path, what="a mapping with `concepts`")

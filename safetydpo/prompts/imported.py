@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from safetydpo.artifacts.layout import (
     MEMBERSHIPS_FILE,
@@ -15,9 +14,11 @@ from safetydpo.artifacts.layout import (
     PROMPTS_FILE,
     WRITTEN_PROMPTS_FILE,
 )
+from safetydpo.artifacts.parquet_files import BrokenParquet, open_parquet
 from safetydpo.artifacts.schemas import IMPORTED_PROMPTS
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import read_table
+from safetydpo.errors import SafetyDPOError, shown
 from safetydpo.prompts.sets import Prompt, PromptPair
 
 OTHER_WRITTEN_TABLES = (PROMPT_PAIRS_FILE, MEMBERSHIPS_FILE, PROMPT_REJECTS_FILE)
@@ -64,13 +65,17 @@ def _has_columns(location: Location) -> bool:
         if bytes(stream.read(4)) != b"PAR1":
             return False
         try:
-            return bool(pq.read_schema(stream).names == IMPORTED_PROMPTS.names)
-        except (pa.ArrowException, OSError):
+            return bool(open_parquet(stream).schema_arrow.names == IMPORTED_PROMPTS.names)
+        except BrokenParquet:
             return False
 
 
 def read_pairs(location: Location) -> list[PromptPair]:
-    """Return the pairs of the training split, in file order; a pair of two categories, or in two rows, is one pair."""
+    """Return the pairs of the training split, in file order; a pair of two categories, or in two rows, is one pair.
+
+    Raises:
+        SafetyDPOError: if a file is truncated, or a pair has one side only.
+    """
     texts: dict[str, dict[str, str]] = {}
     members: dict[str, dict[str, None]] = {}
     first: dict[str, Mapping[str, Any]] = {}
@@ -80,6 +85,11 @@ def read_pairs(location: Location) -> list[PromptPair]:
             first.setdefault(row["pair_id"], row)
             named = members.setdefault(row["pair_id"], {})
             named.update({row["category"]: None} if row["category"] else {})
+    alone = next((pair_id for pair_id, sides in texts.items() if not {"safe", "unsafe"} <= set(sides)), None)
+    if alone is not None:
+        raise SafetyDPOError(
+            f"expected an unsafe and a safe text of pair {shown(alone)} in {location}, found one: import its file again"
+        )
     return [
         PromptPair(
             unsafe_text=texts[pair_id]["unsafe"],

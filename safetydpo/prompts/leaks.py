@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from safetydpo.artifacts.csv_cells import text_cell
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import UsageError
 from safetydpo.prompts.duplicates import NEAR, find_near, normalised_key
@@ -122,6 +123,14 @@ def leaks_as_csv(reports: Iterable[tuple[str, LeakReport]]) -> bytes:
         for leak in report.leaks:
             shown = " ".join(map(str, leak.rows))
             writer.writerow(
-                [leak.likeness, f"{leak.jaccard:.3f}", shown, leak.text, name, leak.other_row, leak.other_text]
+                [
+                    leak.likeness,
+                    f"{leak.jaccard:.3f}",
+                    shown,
+                    text_cell(leak.text),
+                    text_cell(name),
+                    leak.other_row,
+                    text_cell(leak.other_text),
+                ]
             )
     return text.getvalue().encode()

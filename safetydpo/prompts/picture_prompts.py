@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from safetydpo.artifacts.json_text import parse_json
+from safetydpo.artifacts.parquet_files import open_parquet, read_checked, reading_parquet
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError, UsageError
 
@@ -67,14 +67,15 @@ def _rows(file: Location) -> Iterator[Mapping[str, object]]:
         elif ending == "jsonl":
             for line in data.decode("utf-8").splitlines():
                 if line.strip():
-                    row = json.loads(line)
+                    row = parse_json(line)
                     if not isinstance(row, dict):
                         raise ValueError("a line that is no object")
                     yield row
         elif ending == "parquet":
-            yield from pq.read_table(pa.BufferReader(data)).to_pylist()
+            with reading_parquet():
+                yield from read_checked(open_parquet(pa.BufferReader(data))).to_pylist()
         else:
             raise UsageError(f"expected a .csv, .jsonl or .parquet file for --prompts, found {file.name!r}")
-    except (ValueError, csv.Error, pa.ArrowException) as error:
+    except (ValueError, csv.Error) as error:
         told = " ".join(str(error).split())[:150]
         raise SafetyDPOError(f"expected a readable table in {file} (--prompts), found: {told}") from error

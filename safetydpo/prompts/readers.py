@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from safetydpo.artifacts.json_text import JsonError, JsonTooDeep, parse_json
+from safetydpo.artifacts.parquet_files import BrokenParquet, open_parquet, read_checked, reading_parquet
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.prompts.formats import FORMATS
@@ -208,13 +208,13 @@ def _read_json_lines(text: str, location: Location, sha256: str) -> RawTable | N
         if not content.strip():
             continue
         try:
-            value = json.loads(content, parse_constant=_refuse_constant)
-        except RecursionError as error:
+            value = parse_json(content, constant=_refuse_constant)
+        except JsonTooDeep as error:
             raise SafetyDPOError(
                 f"expected one JSON object per line in {location}, found one nested too deeply to read in line {line}: "
                 "take that line out"
             ) from error
-        except ValueError as error:
+        except JsonError as error:
             # Only the first line says what kind of file it is; an array over several lines opens on one of its own.
             if not rows and content.strip() != "[" and not content.lstrip().startswith("{"):
                 return None
@@ -271,14 +271,15 @@ def _read_parquet(location: Location, sha256: str) -> RawTable:
     """Read the columns that formats know, of pictures their path only: no bytes of a picture are decoded or kept."""
     with location.open_random_access() as stream:
         try:
-            file = pq.ParquetFile(stream)
+            file = open_parquet(stream)
             schema = file.schema_arrow
             wanted = [path for name in schema.names for path in _readable(schema.field(name))]
-            rows = file.read(columns=wanted).to_pylist()
-        except (pa.ArrowException, ValueError, OSError) as error:
+            with reading_parquet():
+                rows = read_checked(file, wanted).to_pylist()
+        except BrokenParquet as error:
             raise SafetyDPOError(
                 f"expected a complete Parquet file at {location}, found {location.size_bytes():,} bytes that do not "
-                f"parse ({' '.join(str(error).split())[:120]}): fetch it again"
+                f"parse ({error}): fetch it again"
             ) from error
     return RawTable(
         str(location), sha256, "parquet", tuple(schema.names), [(i, _flat(row)) for i, row in enumerate(rows, start=1)]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.config.search import SearchConfig
 from safetydpo.errors import SafetyDPOError, UsageError
 
@@ -71,7 +72,7 @@ class Candidate:
             SafetyDPOError: if the text is no candidate.
         """
         try:
-            value = json.loads(text)
+            value = parse_json(text)
             density = value[DENSITY]
             rank = value.get(RANK)
             return cls(

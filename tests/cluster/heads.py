@@ -28,6 +28,11 @@ class Head:
 
     address: str
     environment: dict[str, str]
+    place: Path
+    """Ray's own folder, with the logs of its sessions."""
+    gcs_port: int
+    agent_port: int
+    client_port: int
 
     def safetydpo(self, *arguments: str, seconds: float = 240, **changes: str) -> subprocess.CompletedProcess[str]:
         """Run `safetydpo ARGUMENTS --address …` to its end, from the checkout."""
@@ -75,7 +80,7 @@ def head_with_token(
     head = subprocess.Popen(
         start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    found = Head(f"http://127.0.0.1:{dashboard}", environment)
+    found = Head(f"http://127.0.0.1:{dashboard}", environment, Path(place), port, agent, client)
 
     def answers() -> bool:
         listed = [RAY, "job", "list", "--address", found.address]

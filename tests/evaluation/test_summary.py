@@ -67,5 +67,5 @@ def test_disordered_or_endless_intervals_are_refused(summary: Any, ends: dict[st
 
 
 def test_broken_json_is_refused() -> None:
-    with pytest.raises(SafetyDPOError, match="expected summary.json to be JSON, found .* at line 1"):
+    with pytest.raises(SafetyDPOError, match="expected summary.json to be JSON, found .*: line 1"):
         parse_summary('{"rows": [')
