@@ -30,7 +30,7 @@ class CostMeter:
         Args:
             execution: Whether its workers are processes of this machine; those of a cluster cannot be seen from here.
         """
-        self._is_local = runs_on_local_ray(execution)
+        self._is_local, self._max_gpus = runs_on_local_ray(execution), execution.max_gpus
         self._before: dict[ProcessKey, float] = {}
         self._latest: dict[ProcessKey, float] = {}
         self._started = self._stopped = 0.0
@@ -57,7 +57,7 @@ class CostMeter:
             self._latest.update(cpu_times())
         self._stopped = time.time()
         if ray.is_initialized():
-            self._gpus = float(ray.cluster_resources().get("GPU", 0.0))
+            self._gpus = gpus_held(float(ray.cluster_resources().get("GPU", 0.0)), self._max_gpus)
 
     def cost(self) -> dict[str, float | None]:
         """Return `cpu_seconds` and `gpu_seconds`; None = not measured."""
@@ -68,6 +68,11 @@ class CostMeter:
     def _look_on(self) -> None:
         while not self._leave.wait(LOOK_EVERY_SECONDS):
             self._latest.update(cpu_times())
+
+
+def gpus_held(there: float, max_gpus: float | None) -> float:
+    """Return for how many GPUs of a cluster a run answers: for all, or for its cap where others use the rest."""
+    return there if max_gpus is None else min(there, max_gpus)
 
 
 def cpu_times() -> dict[ProcessKey, float]:

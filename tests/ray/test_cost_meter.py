@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_jobs.cost_meter import CostMeter, cpu_times, runs_on_local_ray
+from ray_jobs.cost_meter import CostMeter, cpu_times, gpus_held, runs_on_local_ray
 from ray_jobs.run import Run, add_known
 from safetydpo.config.schema import Config, ExecutionConfig
 
@@ -85,3 +85,8 @@ def test_costs_of_a_stage_add_up_until_a_part_is_unknown(tmp_path: Path) -> None
         "train": {"cpu_seconds": 1.0, "gpu_seconds": 2.0},
     }
     assert add_known(None, 1.0) is None
+
+
+@pytest.mark.parametrize(("cap", "held"), [(None, 8.0), (2.0, 2.0), (16.0, 8.0)], ids=["none", "below", "above"])
+def test_a_run_answers_for_its_cap_of_a_shared_cluster(cap: float | None, held: float) -> None:
+    assert gpus_held(8.0, cap) == held
