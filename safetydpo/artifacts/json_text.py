@@ -60,21 +60,19 @@ def parse_object(text: str | bytes | bytearray) -> dict[str, Any]:
 
 def _check(value: Any) -> None:
     """Walk a document level by level, without calls within calls."""
-    level: list[Any] = [value]
-    for _ in range(MAX_DEPTH + 1):
+    level, depth = [value], 0
+    while level:
         for item in level:
             if isinstance(item, str):
                 _check_text(item)
-        level = [inner for item in level for inner in _inside(item)]
-        if not level:
-            return
-    raise JsonTooDeep("JSON that is nested too deeply")
+        groups = [item for item in level if isinstance(item, dict | list)]
+        if groups and depth == MAX_DEPTH:
+            raise JsonTooDeep("JSON that is nested too deeply")
+        level, depth = [inner for group in groups for inner in _inside(group)], depth + 1
 
 
-def _inside(item: Any) -> Iterable[Any]:
-    if isinstance(item, dict):
-        return (*item.keys(), *item.values())
-    return item if isinstance(item, list | tuple) else ()
+def _inside(group: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return (*group.keys(), *group.values()) if isinstance(group, dict) else group
 
 
 def _check_text(text: str) -> None:
