@@ -33,7 +33,12 @@ def what_is_missing() -> str | None:
     if os.geteuid():
         return "needs root"
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-    return f"needs {', '.join(missing)} (apt.txt)" if missing else None
+    if missing:
+        return f"needs {', '.join(missing)} (apt.txt)"
+    # A container may be root and yet not be let.
+    inside = ["unshare", "-m", "-n", "-p", "-f", "--mount-proc", "ip", "link", "add", "probe", "type", "bridge"]
+    tried = subprocess.run(inside, capture_output=True, text=True, check=False)
+    return f"needs namespaces of its own: {tried.stderr.strip()}" if tried.returncode else None
 
 
 def ip(*arguments: str) -> None:

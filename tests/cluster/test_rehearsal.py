@@ -5,18 +5,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from safetydpo.artifacts.storage import Location, open_location
+from tests.cluster.faults import busiest, cut_for, kill_one, reach
 from tests.cluster.heads import Head, head_with_token
-from tests.cluster.hosts import BRIDGE, Host, what_is_missing
+from tests.cluster.hosts import BRIDGE, what_is_missing
 from tests.cluster.rehearsal import Rehearsal, closed_artifacts, pool_rows, rehearsal, store_of
 from tests.ray.smoke_place import PATIENCE, Place, wait_for
 from tests.s3_server import BUCKET
@@ -35,7 +34,6 @@ CHANGES = (
     "identity.dpo.checkpoint_every=1",
     "execution.num_workers=2",
 )
-GONE_SECONDS = 20
 S3_GONE_SECONDS = 60
 
 
@@ -69,50 +67,6 @@ def cluster(bystander: Head, undisturbed: Location) -> Iterator[Rehearsal]:
     assert left.returncode != 0
     assert not [*Path("/var/tmp").glob("safetydpo-hosts-*"), *Path("/var/tmp").glob("safetydpo-s3-*")]
     assert not list(Path("/run/netns").glob("sdpo-*"))
-
-
-def reach(process: subprocess.Popen[str], store: Location, pattern: str, *, seconds: float = 400) -> None:
-    """Wait until a file whose path holds all words of the pattern stands in the store."""
-    folder, *words = pattern.split()
-
-    def is_there() -> bool:
-        with contextlib.suppress(OSError):
-            return any(all(word in file.path for word in words) for file in (store / folder).walk())
-        return False
-
-    assert wait_for(lambda: is_there() or process.poll() is not None, seconds=seconds), f"no {pattern} in time"
-    assert process.poll() is None, process.communicate()[0][-4000:]
-
-
-def kill_one(hosts: list[Host], *words: str) -> str:
-    """SIGKILL the busiest process whose command line holds one of the words; return its line."""
-    found = [process for host in hosts for process in host.find(*words)]
-    assert found, words
-    victim = max(found, key=lambda process: process.cpu_times().user)
-    line = " ".join(victim.cmdline())
-    victim.kill()
-    return line
-
-
-def cut_for(host: Host, cluster: Rehearsal) -> None:
-    """Cut a host off the network, give it back, and see it alive again."""
-    host.cut()
-    time.sleep(GONE_SECONDS)
-    host.join()
-    assert wait_for(lambda: cluster.alive() == 3, seconds=120), f"{cluster.alive()} nodes"
-
-
-def busiest(hosts: list[Host], *words: str) -> Host:
-    """Return the host on which such a process has worked most."""
-
-    def work(host: Host) -> float:
-        total = 0.0
-        for process in host.find(*words):
-            with contextlib.suppress(psutil.Error):
-                total += process.cpu_times().user
-        return total
-
-    return max(hosts, key=work)
 
 
 def test_one_job_survives_every_fault(cluster: Rehearsal, undisturbed: Location) -> None:
