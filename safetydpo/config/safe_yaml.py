@@ -10,6 +10,8 @@ MAX_CHARACTERS = 16_000_000
 MAX_NODES = 1_000_000
 """Values of a document with each alias counted as what it stands for: nine lines of aliases can stand for a billion."""
 
+MERGE_TAG = "tag:yaml.org,2002:merge"
+
 
 class YamlError(ValueError):
     """A text that is no YAML, or none that is read; its message is one line."""
@@ -18,10 +20,22 @@ class YamlError(ValueError):
 class _UniqueKeys(yaml.SafeLoader):
     """Safe YAML in which a key may stand once only: the last one would win without a word."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._flattened: set[int] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put what `<<` names into a group; it may repeat a key of the group, which then wins."""
+        if id(node) not in self._flattened:
+            # Before anything is put in. Groups that others name are flattened with those, before their own turn.
+            self._flattened.add(id(node))
+            self._check_keys(node)
+        super().flatten_mapping(node)
+
+    def _check_keys(self, node: yaml.MappingNode) -> None:
         seen: set[Any] = set()
-        for key, (written, _) in zip(keys, node.value, strict=True):
+        for written, _ in node.value:
+            key = written.value if written.tag == MERGE_TAG else self.construct_object(written, deep=True)
             try:
                 is_new = key not in seen
                 seen.add(key)
@@ -32,7 +46,6 @@ class _UniqueKeys(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} twice in one group", written.start_mark
                 )
-        return super().construct_mapping(node, deep=deep)
 
 
 def parse_yaml(text: str) -> Any:

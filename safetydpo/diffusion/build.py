@@ -315,10 +315,9 @@ def _fetch(name: str, *, setting: str, patterns: Sequence[str], revision: str | 
         raise UsageError(f"expected {setting} to be {known}, found {name!r}, which does not exist: correct the path")
     revision = pinned or revision
     is_local = _STAYS_LOCAL.get()
+    only_here: dict[str, Any] = {"local_files_only": True} if is_local else {}
     try:
-        return Path(
-            snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns), local_files_only=is_local)
-        )
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns), **only_here))
     except LocalEntryNotFoundError as error:
         if is_local:
             raise ModelNotHereError(

@@ -16,9 +16,16 @@ def test_it_reads_what_the_safe_loader_reads():
     assert compose_yaml("") is None
 
 
+def test_a_group_may_take_in_others_and_say_otherwise():
+    text = "a: &a {x: 1, y: 2}\nb:\n  <<: *a\n  y: 3\n"
+    assert parse_yaml(text) == yaml.safe_load(text)
+    assert parse_yaml(text)["b"] == {"x": 1, "y": 3}
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [
+        ("a: {<<: {x: 1, x: 2}}", "the key 'x' twice in one group"),
         ("a: 1\na: 2\n", "the key 'a' twice in one group"),
         ("{[a]: 1}", "unhashable key"),
         ("a: 1\n---\nb: 2\n", "2 documents, not one"),
