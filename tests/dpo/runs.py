@@ -64,10 +64,15 @@ def same(one: dict[str, LoraLayer], other: dict[str, LoraLayer]) -> bool:
     )
 
 
-def largest_difference(one: dict[str, LoraLayer], other: dict[str, LoraLayer]) -> float:
+def differences(one: dict[str, LoraLayer], other: dict[str, LoraLayer]) -> Tensor:
+    """How far each component of each layer is from the other's."""
     assert one.keys() == other.keys()
     pairs = [(one[n].down, other[n].down) for n in one] + [(one[n].up, other[n].up) for n in one]
-    return max(float((a - b).abs().max()) for a, b in pairs)
+    return torch.cat([(a - b).abs().flatten() for a, b in pairs])
+
+
+def largest_difference(one: dict[str, LoraLayer], other: dict[str, LoraLayer]) -> float:
+    return float(differences(one, other).max())
 
 
 def disturb(engine: Engine, *, calls: set[int]) -> None:

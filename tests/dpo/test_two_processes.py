@@ -12,7 +12,7 @@ from safetydpo.artifacts.storage import open_location
 from safetydpo.config.training import DpoConfig, LoraConfig
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
 from safetydpo.dpo.batch import PreferenceData
-from tests.dpo.runs import largest_difference, train
+from tests.dpo.runs import differences, largest_difference, train
 from tests.dpo.two_processes import launch
 
 Make = Callable[..., PreferenceData]
@@ -97,4 +97,8 @@ def test_two_processes_average_parts_and_keep_a_mean(
     launch(tiny_folder, place, stop_after=1, settings={**changes, **parts})
     rest = train(backbone, make_data(), config, lora, checkpoint=open_location(str(place)))
     assert rest.resumed_at == 1
-    assert largest_difference(one, rest.layers) < 1e-6
+    # Adam divides a gradient by its own size, so that rounding moves a component whose gradient is about its epsilon,
+    # 1e-8, by a visible part of a step: on one kind of processor one in three thousand, by 2.5e-6 of 2e-3.
+    apart = differences(one, rest.layers)
+    assert apart.max() < 1e-2 * config.learning_rate
+    assert apart.quantile(0.999) < 5e-7
