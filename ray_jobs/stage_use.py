@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ray_jobs.expert_files import record_folder
+from ray_jobs.resources import most_workers
 from ray_jobs.run import Run
 from ray_jobs.trial_log import MeasurementLog
 from safetydpo.artifacts.records import Record
@@ -18,10 +19,11 @@ def device_of(run: Run) -> Device:
 
 
 def num_devices(run: Run) -> float:
-    """Return how many devices `execution` asks for, for one stage at a time."""
+    """Return how many devices `execution` asks for, for one stage at a time, within its `max_gpus`."""
     execution = run.config.execution
-    each = execution.gpus_per_worker if device_of(run) == "gpu" else execution.cpus_per_worker
-    return execution.num_workers * each
+    if device_of(run) == "cpu":
+        return execution.num_workers * execution.cpus_per_worker
+    return most_workers(execution) * execution.gpus_per_worker
 
 
 def stage_utilisation(run: Run, stage: str, records: Iterable[Record]) -> float | None:

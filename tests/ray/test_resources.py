@@ -7,6 +7,7 @@ import pytest
 
 from ray_jobs.resources import at_most, for_stage, most_workers, own_nodes, task_options, workers_for
 from ray_jobs.run import Run, run_id
+from ray_jobs.stage_use import num_devices
 from safetydpo.config.schema import Config, ExecutionConfig
 
 
@@ -70,3 +71,14 @@ def test_runs_of_one_name_are_two_if_user_or_folders_differ(monkeypatch: pytest.
     others.append(named("ann", store="s3://s", run_dir="runs/x"))
     assert len({mine, *others}) == 4
     assert all(name.startswith("same-") and len(name) == len("same-") + 8 for name in (mine, *others))
+
+
+def test_devices_that_a_plan_counts_on_are_within_the_cap():
+    """Six workers on half a GPU each are three GPUs, or two if no more may be reserved; or six CPUs."""
+
+    def devices(**settings: Any) -> float:
+        return num_devices(Run(Config(execution=ExecutionConfig(num_workers=6, **settings))))
+
+    assert devices(gpus_per_worker=0.5) == 3
+    assert devices(gpus_per_worker=0.5, max_gpus=2.2) == 2
+    assert devices() == 6
