@@ -55,7 +55,8 @@ def progress_bar(label: str, *, total: int, done: int = 0, beside: Mapping[str, 
     which has no bar.
     """
     context = ray.get_runtime_context()
-    board = _board(f"{context.namespace}-progress-{context.get_job_id()}")
+    # The node tells one local Ray of this process from the next: the first job of each has the same number.
+    board = _board(f"{context.namespace}-progress-{context.get_job_id()}-{context.get_node_id()}")
     told = _Told({label: (total, done), **{other: (count, 0) for other, count in (beside or {}).items()}})
     for each in told.labels:
         board.reset.remote(each)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,8 @@ import pyarrow.fs as pafs
 from safetydpo.artifacts.exclusive_create import NoExclusiveCreation, create_object
 from safetydpo.artifacts.object_store import PatientS3, check_reachable, one_line, open_s3, s3_remedy
 from safetydpo.errors import SafetyDPOError, UsageError
+
+CREATION_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,13 @@ class Location:
         )
 
     def _create_local(self, data: bytes) -> bool:
+        for _ in range(CREATION_TRIES - 1):
+            # Another command may take the folder away in between, as one does that finds nothing left to be made in it.
+            with suppress(FileNotFoundError):
+                return self._link_new(data)
+        return self._link_new(data)
+
+    def _link_new(self, data: bytes) -> bool:
         target = Path(self.path)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}.tmp"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -29,6 +30,23 @@ def test_only_the_first_creation_succeeds(place: Location) -> None:
     assert not file.create_exclusively(b"yours")
     assert file.read_bytes() == b"mine"
     assert [child.name for child in (place / "folder").list()] == ["file"]
+
+
+def test_a_folder_that_another_command_takes_away_meanwhile_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = os.link
+
+    def without_folder(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "link", link)
+        shutil.rmtree(tmp_path / "batch")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", without_folder)
+    file = open_location(str(tmp_path)) / "batch" / "lease" / "attempt-1"
+    assert file.create_exclusively(b"mine")
+    assert file.read_bytes() == b"mine"
+    assert [child.name for child in file.parent.list()] == ["attempt-1"]
 
 
 def test_of_two_processes_each_object_has_one_creator(place: Location) -> None:
