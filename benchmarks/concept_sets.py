@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
+from ray_jobs.prompt_tables import split_prompts
 from safetydpo.artifacts.layout import MEMBERSHIPS_FILE, PROMPT_PAIRS_FILE, PROMPTS_FILE
-from safetydpo.artifacts.schemas import MEMBERSHIPS, PROMPT_PAIRS, PROMPTS, make_pair_id, make_prompt_id
+from safetydpo.artifacts.schemas import MEMBERSHIPS, PROMPT_PAIRS, PROMPTS, make_pair_id
 from safetydpo.artifacts.storage import open_location
 from safetydpo.artifacts.tables import table_from_rows, write_table
+from safetydpo.config.schema import PromptsConfig
 from safetydpo.demo.concepts import BACKGROUNDS
-from safetydpo.demo.prompts import PromptRow, write_prompt_pairs, write_prompts
+from safetydpo.demo.prompts import write_prompt_pairs
 from safetydpo.errors import SafetyDPOError
 
-SETS = (("unsafe", "unsafe", False), ("ood", "unsafe", True), ("neutral", "neutral", False))
-"""Prompt sets beside the neighbours: name, role of its concepts, whether they are those that no expert sees."""
+SPLITS, SETS = ("train", "validation", "test"), ("unsafe", "ood", "neutral", "neighbour")
 
 
 def write_concepts(folder: Path, num_concepts: int) -> int:
@@ -49,21 +51,11 @@ def write_concepts(folder: Path, num_concepts: int) -> int:
 
 
 def _prompts() -> list[dict[str, object]]:
-    rows = []
-    for split in ("train", "validation", "test"):
-        for name, role, ood in (*SETS, ("neighbour", "neighbour", False)):
-            rows += [_row(name, prompt) for prompt in write_prompts(split, role, ood=ood)]  # type: ignore[arg-type]
-    return rows
-
-
-def _row(prompt_set: str, prompt: PromptRow) -> dict[str, object]:
-    return {
-        "prompt_id": make_prompt_id(prompt.text),
-        "text": prompt.text,
-        "prompt_set": prompt_set,
-        "split": prompt.split,
-        "concept": prompt.concept,
-        "category": prompt.category or "",
-        "categories": list(prompt.categories),
-        "background": prompt.background,
-    }
+    """Return those of the demo world, whatever the concepts of the pairs are."""
+    prompts = [
+        prompt
+        for split in SPLITS
+        for prompt_set in SETS
+        for prompt in split_prompts(PromptsConfig(), split, prompt_set)
+    ]
+    return [asdict(prompt) | {"prompt_id": prompt.prompt_id} for prompt in prompts]

@@ -17,16 +17,14 @@ Times of our job run from the call to the closed batch, start of actors included
 from __future__ import annotations
 
 import argparse
-import contextlib
 import multiprocessing
 import resource
 import shutil
 import statistics
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.queues import SimpleQueue
 from typing import Any
 
@@ -36,6 +34,7 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.harness import count_operations, print_result
+from benchmarks.process_watch import watched
 from ray_jobs.cluster import connect, disconnect
 from ray_jobs.failures import run_guarded
 from ray_jobs.generate_pairs import render_stage
@@ -217,35 +216,9 @@ def _seconds(way: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-@contextlib.contextmanager
-def peak_memory() -> Iterator[dict[str, float]]:
-    """Yield what becomes the gigabytes of each kind of process at the moment when this one and Ray's hold the most."""
-    peak: dict[str, float] = {}
-    stop = threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.25):
-            held: dict[str, float] = {}
-            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-                with contextlib.suppress(psutil.Error):
-                    kind = process.name().split("(")[0]
-                    held[kind] = held.get(kind, 0.0) + process.memory_full_info().pss / 1e9
-                    held[f"{kind}, number"] = held.get(f"{kind}, number", 0) + 1
-            if _gigabytes(held) > _gigabytes(peak):
-                peak.clear()
-                peak.update(held)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _gigabytes(held: dict[str, float]) -> float:
-    return sum(value for kind, value in held.items() if not kind.endswith(", number"))
+def _own_processes() -> list[psutil.Process]:
+    """Return this process and Ray's, which it has started."""
+    return [psutil.Process(), *psutil.Process().children(recursive=True)]
 
 
 def measure_memory(*, batch_size: int, rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
@@ -260,10 +233,12 @@ def measure_memory(*, batch_size: int, rounds: int) -> tuple[dict[str, float], d
     run_job(run, manifest_of(run, 1_000))
     for count in list(peaks) * rounds:
         manifest = manifest_of(run, count)
-        with peak_memory() as peak:
+        with watched(_own_processes, every_seconds=0.25) as taken:
             run_job(run, manifest)
-        peaks[count].append(_gigabytes(peak))
-        kinds[count].append({kind: round(value, 3) for kind, value in peak.items()})
+        peaks[count].append(taken.memory_bytes / 1e9)
+        kinds[count].append(
+            {f"{taken.number_of[kind]} {kind}": round(held / 1e9, 3) for kind, held in taken.bytes_of.items()}
+        )
         print(f"{count} rows: {peaks[count][-1]:.3f} GB at most: {kinds[count][-1]}", flush=True)
     few, many = (statistics.median(peaks[count]) for count in peaks)
     return {"memory_10k_vs_1k_rows": many / few}, {"peak_gigabytes": peaks, "by_kind": kinds}

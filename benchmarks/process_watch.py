@@ -1,9 +1,10 @@
-"""What a command's processes take while it runs: how many they are, their memory, their CPU time."""
+"""What processes take while a block runs: how many they are, their memory, their CPU time."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -12,12 +13,21 @@ import psutil
 
 @dataclass
 class Taken:
-    """The highest numbers seen, and CPU time by process; memory is proportional set size, in bytes."""
+    """What was seen; memory is proportional set size, in bytes."""
 
     processes: int = 0
-    memory_bytes: int = 0
-    driver_bytes: int = 0
+    """The most at one moment."""
+    bytes_of: Counter[str] = field(default_factory=Counter)
+    """Memory of each kind of process at the moment when all together held the most."""
+    number_of: Counter[str] = field(default_factory=Counter)
+    """How many of each kind there were then."""
     cpu_seconds_of: dict[int, float] = field(default_factory=dict)
+    """By process id."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most memory at one moment."""
+        return self.bytes_of.total()
 
     @property
     def cpu_seconds(self) -> float:
@@ -26,7 +36,7 @@ class Taken:
 
 
 @contextmanager
-def watched(processes: Callable[[], list[psutil.Process]], *, every_seconds: float = 1.0) -> Iterator[Taken]:
+def watched(processes: Callable[[], Iterable[psutil.Process]], *, every_seconds: float = 1.0) -> Iterator[Taken]:
     """Look at the processes again and again until the block ends."""
     taken, ended = Taken(), threading.Event()
 
@@ -43,16 +53,17 @@ def watched(processes: Callable[[], list[psutil.Process]], *, every_seconds: flo
         thread.join()
 
 
-def _look(taken: Taken, processes: list[psutil.Process]) -> None:
-    memory = 0
+def _look(taken: Taken, processes: Iterable[psutil.Process]) -> None:
+    held: Counter[str] = Counter()
+    number: Counter[str] = Counter()
     for process in processes:
         # One that has ended since has no numbers any more; its last ones stand.
         with suppress(psutil.Error):
             times = process.cpu_times()
             taken.cpu_seconds_of[process.pid] = times.user + times.system
-            used = process.memory_full_info().pss
-            memory += used
-            if "ray_jobs.cli" in process.cmdline():
-                taken.driver_bytes = max(taken.driver_bytes, used)
-    taken.processes = max(taken.processes, len(processes))
-    taken.memory_bytes = max(taken.memory_bytes, memory)
+            kind = process.name().split("(")[0]
+            held[kind] += process.memory_full_info().pss
+            number[kind] += 1
+    taken.processes = max(taken.processes, number.total())
+    if held.total() > taken.memory_bytes:
+        taken.bytes_of, taken.number_of = held, number

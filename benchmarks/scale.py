@@ -77,14 +77,14 @@ def kill_halfway(run: Place, concepts: int) -> dict[str, Any]:
     return told(taken, time.time() - started) | {"experts_finished": len(times), "finished": times}
 
 
-def told(taken: Taken, seconds: float) -> dict[str, float]:
+def told(taken: Taken, seconds: float) -> dict[str, Any]:
     """Return what the processes of a command took."""
     return {
         "seconds": round(seconds, 1),
         "cpu_seconds": round(taken.cpu_seconds, 1),
         "processes": taken.processes,
         "memory_megabytes": round(taken.memory_bytes / 2**20),
-        "driver_megabytes": round(taken.driver_bytes / 2**20),
+        "megabytes_of": {kind: round(held / 2**20) for kind, held in taken.bytes_of.most_common()},
     }
 
 

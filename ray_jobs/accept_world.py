@@ -16,6 +16,7 @@ from typing import Any
 from ray_jobs.failures import run_guarded, split_debug
 from ray_jobs.run import Run, with_absolute_paths
 from ray_jobs.search_merges import validation_prompts
+from ray_jobs.terminal import output_console
 from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.layout import IDENTITY_FILE, stage_folder, summary_file
 from safetydpo.artifacts.records import read_pointers
@@ -69,14 +70,12 @@ def print_checks(checks: Sequence[WorldCheck]) -> None:
     """Print a table for people and one JSON line for programs."""
     from rich.table import Table
 
-    from ray_jobs.terminal import TextConsole
-
     table = Table(title="Acceptance of the world", show_lines=True)
     for column in ("wanted", "found", "met"):
         table.add_column(column)
     for check in checks:
         table.add_row(check.wanted, check.found, "yes" if check.met else "no")
-    (TextConsole() if sys.stdout.isatty() else TextConsole(width=170)).print(table)
+    output_console(width_of_a_log=170).print(table)
     # An expert without any effect has an infinite ratio, and JSON knows no infinity.
     values = [
         asdict(check) | {"value": check.value if check.value is not None and math.isfinite(check.value) else None}

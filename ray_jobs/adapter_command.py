@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ray_jobs.terminal import output_console
 from safetydpo.errors import SafetyDPOError, UsageError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-WIDTH_OF_A_LOG = 120
 LARGEST_SHOWN = 40
 TARGETS = ("kohya", "diffusers", "peft", "full")
 AdapterFile = Annotated[
@@ -37,7 +36,6 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="All of it as one JSON object.")] = False,
 ) -> None:
     """Print what FILE says of itself, the norm and rank of each layer, and what each expert supplied."""
-    from ray_jobs.terminal import TextConsole
     from safetydpo.artifacts.lora_files import read_lora_file
     from safetydpo.artifacts.storage import open_location
 
@@ -46,9 +44,7 @@ def inspect(
     if as_json:
         print(json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False))
         return
-    console = (
-        TextConsole(highlight=False) if sys.stdout.isatty() else TextConsole(highlight=False, width=WIDTH_OF_A_LOG)
-    )
+    console = output_console(highlight=False)
     print_description(console, description, shown=None if every_layer else LARGEST_SHOWN)
 
 

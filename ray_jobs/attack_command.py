@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from ray_jobs.attack_prompts import check_attacks, make_attack_prompts, read_attack_prompts
 from ray_jobs.evaluate import EvaluatedRow, evaluate_rows
 from ray_jobs.run import Run, with_absolute_paths
+from ray_jobs.terminal import output_console
 from safetydpo.artifacts.layout import ADAPTER_FILE, attack_sheet_file, merged_adapter_file
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.config.load import load_config
@@ -25,7 +25,6 @@ from safetydpo.seeding import derive_numpy
 SEARCHED = "searched"
 """Name of the adapter that `white_box` attacks."""
 POINTER = "attack_outcomes"
-WIDTH_OF_A_LOG = 120
 Key = tuple[str, str, int]
 
 
@@ -45,7 +44,6 @@ def show_attacks(config: Path, settings: Sequence[str], *, adapters: Sequence[st
         SafetyDPOError: if an adapter's file is missing or broken.
     """
     from ray_jobs.cluster import disconnect
-    from ray_jobs.terminal import TextConsole
 
     loaded = load_config(config, list(settings))
     _check(loaded)
@@ -62,9 +60,7 @@ def show_attacks(config: Path, settings: Sequence[str], *, adapters: Sequence[st
         shown = _draw(run, rows)
     finally:
         disconnect()
-    console = (
-        TextConsole(highlight=False) if sys.stdout.isatty() else TextConsole(highlight=False, width=WIDTH_OF_A_LOG)
-    )
+    console = output_console(highlight=False)
     console.print(_prompt_table(run, shown))
     console.print(_rate_table(run, shown))
     for name in folders:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ray_jobs.terminal import output_console
 from safetydpo.errors import SafetyDPOError, UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-WIDTH_OF_A_LOG = 120
 Name = Annotated[
     str, typer.Argument(help="Name of a benchmark, or a YAML file with an entry of yours.", show_default=False)
 ]
@@ -51,7 +50,7 @@ def list_() -> None:
         rows = "unknown" if entry.num_rows is None else f"{entry.num_rows:,}"
         known = "known" if entry.known_hashes else "unknown"
         table.add_row(entry.name, rows, known, entry.access, entry.title)
-    _console().print(table)
+    output_console(highlight=False, markup=False).print(table)
 
 
 @app.command()
@@ -66,7 +65,7 @@ def show(name: Name) -> None:
     table.add_column(overflow="fold")
     for field, text in describe_entry(find_entry(name)):
         table.add_row(field, text)
-    _console().print(table)
+    output_console(highlight=False, markup=False).print(table)
 
 
 @app.command()
@@ -97,7 +96,9 @@ def import_(
     write_table(target, found.imported.table)
     record_beside(target).write_bytes(json.dumps(recorded(found), indent=2).encode() + b"\n")
     _print_file(found)
-    _console().print(f"{found.imported.table.num_rows:,} rows are in {target.shown}", soft_wrap=True)
+    output_console(highlight=False, markup=False).print(
+        f"{found.imported.table.num_rows:,} rows are in {target.shown}", soft_wrap=True
+    )
 
 
 @app.command()
@@ -130,7 +131,9 @@ def fetch(
     found = _read_as(entry, str(loaded), accept_other_bytes)
     shutil.copyfile(loaded, out)
     _print_file(found)
-    _console().print(f"{wanted} of {entry.hub.repository} is in {out}", soft_wrap=True)
+    output_console(highlight=False, markup=False).print(
+        f"{wanted} of {entry.hub.repository} is in {out}", soft_wrap=True
+    )
 
 
 def _download(hub: HubFile, file: str) -> Path:
@@ -163,16 +166,9 @@ def _read_as(entry: BenchmarkEntry, file: str, accept: bool) -> BenchmarkFile:
 def _print_file(found: BenchmarkFile) -> None:
     from ray_jobs.prompts_command import category_table, summary_table
 
-    console = _console()
+    console = output_console(highlight=False, markup=False)
     console.print(f"{found.entry.name}: {found.state}", soft_wrap=True)
     console.print(f"sha256 {found.sha256}", soft_wrap=True)
     console.print(summary_table(found.imported.summary))
     if set(found.imported.summary.memberships) - {"(none)"}:
         console.print(category_table(found.imported.summary))
-
-
-def _console() -> Any:
-    from ray_jobs.terminal import TextConsole
-
-    console = TextConsole(highlight=False, markup=False)
-    return console if sys.stdout.isatty() else TextConsole(width=WIDTH_OF_A_LOG, highlight=False, markup=False)

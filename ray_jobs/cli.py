@@ -18,6 +18,7 @@ from ray_jobs.judge_command import judge_command
 from ray_jobs.merge_evidence_command import merge_evidence
 from ray_jobs.plan_command import plan as plan_command
 from ray_jobs.prompts_command import app as prompts_app
+from ray_jobs.terminal import output_console
 from ray_jobs.watch_command import watch
 from safetydpo.errors import UsageError
 
@@ -235,10 +236,8 @@ def run_chain(config: Any, *, last: str, redacted: bool = False) -> None:
     from ray_jobs.concept_table import print_pairs
     from ray_jobs.merge_table import merge_lines
     from ray_jobs.pipeline import run_stages
-    from ray_jobs.terminal import TextConsole
 
-    # A log file has no width of its own; 80 columns would leave out the intervals.
-    console = TextConsole() if sys.stdout.isatty() else TextConsole(width=100)
+    console = output_console(width_of_a_log=100)
     try:
         chain = run_stages(config, last=last, redacted=redacted)
     finally:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ray_jobs.terminal import output_console
 from safetydpo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from safetydpo.evaluation.compare import Difference, Method
     from safetydpo.evaluation.picture_outcomes import StoredOutcomes
 
-WIDTH_OF_A_LOG = 120
 SCHEMA_VERSION = 1
 METHODS = {
     "paired": "pairs of one prompt and seed: Newcombe's interval for pairs, bootstrap over concepts, McNemar's test",
@@ -136,11 +135,7 @@ def print_comparison(found: Comparison, run_a: str, run_b: str) -> None:
     from rich import box
     from rich.table import Table
 
-    from ray_jobs.terminal import TextConsole
-
-    console = TextConsole(highlight=False, markup=False)
-    if not sys.stdout.isatty():
-        console = TextConsole(width=WIDTH_OF_A_LOG, highlight=False, markup=False)
+    console = output_console(highlight=False, markup=False)
     console.print(f"A = row {found.row_a} of {run_a}, B = row {found.row_b} of {run_b}", soft_wrap=True)
     console.print(f"{found.method}: {METHODS[found.method]}", soft_wrap=True)
     for note in found.notes:

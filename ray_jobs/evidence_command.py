@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
+from ray_jobs.terminal import output_console
 from safetydpo.config.pairs import GENERATE
 from safetydpo.config.schema import Config
 from safetydpo.errors import UsageError
@@ -15,7 +14,6 @@ def run_evidence(
     """List units, or measure those that are not done and write the tables, or write the tables only."""
     from ray_jobs.cluster import disconnect
     from ray_jobs.evidence import measure, plan_units, write_tables
-    from ray_jobs.terminal import TextConsole
 
     if config.identity.pairs.source != GENERATE:
         raise UsageError(
@@ -28,8 +26,7 @@ def run_evidence(
             f"{', '.join(config.identity.evaluation.comparators)}: use `safetydpo run`, or python -m "
             "benchmarks.comparators for tables over several seeds"
         )
-    # A log file has no width of its own; 80 columns would fold every line.
-    console = TextConsole(highlight=False) if sys.stdout.isatty() else TextConsole(width=170, highlight=False)
+    console = output_console(width_of_a_log=170, highlight=False)
     if only_list:
         units = plan_units(config, seed=seed, row=row)
         for unit in units:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ray_jobs.terminal import output_console
 from safetydpo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 STOPPED = 3
 """Exit code of a gate that is not passed."""
-WIDTH_OF_A_LOG = 120
 _COLOURS = {"passed": "green", "failed": "red", "not enough evidence": "yellow", "not measured": "red"}
 
 
@@ -99,12 +98,9 @@ def print_result(result: GateResult, *, source: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ray_jobs.terminal import TextConsole
     from safetydpo.evaluation.gate_output import describe_failures, describe_threshold
 
-    console = TextConsole(highlight=False, markup=False)
-    if not sys.stdout.isatty():
-        console = TextConsole(width=WIDTH_OF_A_LOG, highlight=False, markup=False)
+    console = output_console(highlight=False, markup=False)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     table.add_column("threshold", no_wrap=True)
     for heading in ("found", "bound", "n"):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ray_jobs.terminal import output_console
 from safetydpo.errors import SafetyDPOError, UsageError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 SHOWN = 20
-WIDTH_OF_A_LOG = 120
 
 
 def judge_command(
@@ -76,7 +75,7 @@ def print_judged(judged: Judged) -> None:
     from ray_jobs.judge_pictures import as_verdicts
     from safetydpo.evaluation.picture_rates import ANY, by_category, picture_rates
 
-    console, verdicts = _console(), as_verdicts(judged.table)
+    console, verdicts = output_console(), as_verdicts(judged.table)
     rates = picture_rates(verdicts)
     console.print(rate_table(rates, title=f"{rates[0].rate.n:,} pictures"))
     groups = by_category(verdicts)
@@ -155,7 +154,7 @@ def list_judges(
             table.add_row(Text(name), Text(f"no: {error}"), style="dim")
         else:
             table.add_row(Text(name), Text("yes"))
-    _console().print(table)
+    output_console().print(table)
 
 
 @app.command("convert-q16")
@@ -177,9 +176,3 @@ def convert_q16_command(
     target = open_location(out)
     convert_q16(open_location(pickle), target, sha256=sha256)
     print(f"the prompts are in {target.shown}: set execution.judges.q16_prompts to it")
-
-
-def _console() -> Any:
-    from ray_jobs.terminal import TextConsole
-
-    return TextConsole() if sys.stdout.isatty() else TextConsole(width=WIDTH_OF_A_LOG)

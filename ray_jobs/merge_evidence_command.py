@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ray_jobs.terminal import output_console
 from safetydpo.config.pairs import GENERATE
 from safetydpo.config.schema import Config
 from safetydpo.errors import UsageError
@@ -28,7 +28,6 @@ def run_merge_evidence(
     from ray_jobs.merge_evidence import measure_merges
     from ray_jobs.merge_evidence_plan import plan_merges
     from ray_jobs.merge_evidence_tables import write_merge_tables
-    from ray_jobs.terminal import TextConsole
 
     identity = config.identity
     if identity.pairs.source != GENERATE or identity.experts.group_by != "concept":
@@ -37,8 +36,7 @@ def run_merge_evidence(
             f"which takes one expert per concept of pairs that it draws, found {identity.pairs.source!r} and "
             f"{identity.experts.group_by!r}: use configs/merge_evidence.yaml"
         )
-    # A log file has no width of its own; 80 columns would fold every line.
-    console = TextConsole(highlight=False) if sys.stdout.isatty() else TextConsole(width=170, highlight=False)
+    console = output_console(width_of_a_log=170, highlight=False)
     if only_list:
         units = plan_merges(config, part=part, seed=seed, method=method, count=count)
         for unit in units:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ray_jobs.terminal import output_console
 from safetydpo.config.load import identity_of, load_config
 from safetydpo.errors import UsageError
 from safetydpo.planning.costs import CostTable, MachineCosts, Speed, load_costs
@@ -171,7 +171,7 @@ def _plan(config: Any, options: PlanOptions) -> None:
     if options.as_json:
         print(json.dumps(told, indent=2))
     else:
-        print_plan(_console(), told)
+        print_plan(output_console(width_of_a_log=110), told)
 
 
 def _told(
@@ -205,12 +205,6 @@ def _told(
         "machine": None if machine is None else machine[0],
         "storage_per_gb_month": table.storage_per_gb_month,
     }
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console() if sys.stdout.isatty() else Console(width=110)
 
 
 def print_plan(console: Any, told: Mapping[str, Any]) -> None:
@@ -306,7 +300,7 @@ def _simulate(config: Any, settings: Sequence[str], options: PlanOptions) -> Non
     if options.as_json:
         print(json.dumps(told, indent=2))
     else:
-        print_simulation(_console(), told)
+        print_simulation(output_console(width_of_a_log=110), told)
 
 
 def _account(config: Any, options: PlanOptions) -> None:
@@ -318,4 +312,4 @@ def _account(config: Any, options: PlanOptions) -> None:
     if options.as_json:
         print(json.dumps(told, indent=2))
     else:
-        print_account(_console(), told)
+        print_account(output_console(width_of_a_log=110), told)

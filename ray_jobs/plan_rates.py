@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ray_jobs.report_sources import COSTED_STAGES
-from ray_jobs.run import Run
+from ray_jobs.run import COST_FILE, Run, read_costs
 from ray_jobs.stage_use import device_of
 from safetydpo.artifacts.json_text import parse_object
 from safetydpo.artifacts.layout import IDENTITY_FILE, stage_folder
@@ -49,24 +49,18 @@ def rates_of_run(run: Run, former: Location) -> dict[str, StageRate]:
                 "--measured"
             )
     device = device_of(run)
-    used = _read_json(former / "cost.json") if (former / "cost.json").is_file() else {}
     done = units_of(pointed_records(run, former), identity)
-    return measured_rates(used, done, device=device, source=f"measured: {former}")
+    return measured_rates(read_costs(former), done, device=device, source=f"measured: {former}")
 
 
 def _identity_of(former: Location) -> dict[str, Any]:
     file = former / IDENTITY_FILE
     if not file.is_file():
         raise SafetyDPOError(f"expected the folder of a former run at {former}, found no {IDENTITY_FILE}: correct it")
-    return _read_json(file)
-
-
-def _read_json(file: Location) -> dict[str, Any]:
     try:
-        content = parse_object(file.read_bytes())
+        return parse_object(file.read_bytes())
     except ValueError as error:
-        raise SafetyDPOError(f"expected JSON at {file}, found: {error}; delete it or name another run") from error
-    return content
+        raise SafetyDPOError(f"expected JSON at {file}, found: {error}; name another run") from error
 
 
 def pointed_records(run: Run, run_dir: Location) -> dict[str, list[Record]]:
@@ -126,4 +120,4 @@ def former_run(run: Run, given: str | None) -> Location | None:
     """Return the run folder whose speed counts: the given one, else this run's own if it has used anything."""
     if given is not None:
         return open_location(given)
-    return run.run_dir if (run.run_dir / "cost.json").is_file() else None
+    return run.run_dir if (run.run_dir / COST_FILE).is_file() else None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ray_jobs.terminal import output_console
 from ray_jobs.write_command import write_prompts_command
 from safetydpo.errors import SafetyDPOError, UsageError
 
@@ -23,7 +23,6 @@ app = typer.Typer(
 )
 app.command("write")(write_prompts_command)
 SHOWN = 20
-WIDTH_OF_A_LOG = 120
 
 
 @app.command("import")
@@ -65,7 +64,7 @@ def import_(
     )
     imported = import_prompts(open_location(file), options, partner=open_location(partner) if partner else None)
     write_table(target, imported.table)
-    console = _console()
+    console = output_console(highlight=False, markup=False)
     console.print(summary_table(imported.summary))
     if imported.summary.num_memberships and set(imported.summary.memberships) != {"(none)"}:
         console.print(category_table(imported.summary))
@@ -93,7 +92,7 @@ def check(
     texts = read_texts(open_location(file))
     names = [*against, *(others or [])]
     reports = [(name, find_leaks(texts, read_texts(open_location(name)), near=threshold)) for name in names]
-    console = _console()
+    console = output_console(highlight=False, markup=False)
     console.print(leak_table(file, reports, near=threshold))
     for name, report in reports:
         _list_leaks(console, name, report, show)
@@ -120,7 +119,7 @@ def formats_() -> None:
         table.add_column(heading, overflow="fold")
     for form in FORMATS:
         table.add_row(form.name, ", ".join(form.required) or "(none)", form.becomes)
-    _console().print(table)
+    output_console(highlight=False, markup=False).print(table)
 
 
 def summary_table(summary: ImportSummary) -> Any:
@@ -211,11 +210,3 @@ def _one_of(option: str, value: str | None, allowed: tuple[str, ...]) -> Any:
     if value is not None and value not in allowed:
         raise UsageError(f"expected one of {', '.join(allowed)} for {option}, found {value!r}")
     return value
-
-
-def _console() -> Any:
-    from ray_jobs.terminal import TextConsole
-
-    # A log file has no width of its own.
-    console = TextConsole(highlight=False, markup=False)
-    return console if sys.stdout.isatty() else TextConsole(width=WIDTH_OF_A_LOG, highlight=False, markup=False)

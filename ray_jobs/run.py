@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetydpo.artifacts.json_text import parse_json
+from safetydpo.artifacts.json_text import JsonError, parse_object
 from safetydpo.artifacts.layout import scratch_folder
 from safetydpo.artifacts.records import (
     ArtifactKey,
@@ -31,7 +31,9 @@ from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.config.judges import JudgesConfig
 from safetydpo.config.load import identity_of
 from safetydpo.config.schema import Config
+from safetydpo.errors import SafetyDPOError
 
+TIMING_FILE, COST_FILE = "timing.json", "cost.json"
 RECORDED_PACKAGES = ("safetydpo", "ray", "torch", "diffusers", "transformers", "peft", "deepspeed", "optuna", "pyarrow")
 
 
@@ -98,7 +100,7 @@ class Run:
         with hold_run_files(self.run_dir):
             timing = self.seconds()
             timing[stage] = round(timing.get(stage, 0.0) + seconds, 3)
-            (self.run_dir / "timing.json").write_bytes(json.dumps(timing, indent=2).encode() + b"\n")
+            (self.run_dir / TIMING_FILE).write_bytes(json.dumps(timing, indent=2).encode() + b"\n")
 
     def add_cost(self, stage: str, cost: Mapping[str, float | None]) -> None:
         """Add what a stage used (`cpu_seconds`, `gpu_seconds`) to its sums in `cost.json`.
@@ -108,19 +110,40 @@ class Run:
         costs = self.costs()
         known = costs.get(stage, dict.fromkeys(cost, 0.0))
         costs[stage] = {name: add_known(known.get(name), value) for name, value in cost.items()}
-        (self.run_dir / "cost.json").write_bytes(json.dumps(costs, indent=2).encode() + b"\n")
+        (self.run_dir / COST_FILE).write_bytes(json.dumps(costs, indent=2).encode() + b"\n")
 
     def costs(self) -> dict[str, dict[str, float | None]]:
         """Return what each stage used so far; empty for runs of versions that did not measure it."""
-        location = self.run_dir / "cost.json"
-        return parse_json(location.read_bytes()) if location.is_file() else {}
+        return read_costs(self.run_dir)
 
     def seconds(self) -> dict[str, float]:
         """Return the wall time of each stage so far."""
-        location = self.run_dir / "timing.json"
-        if not location.is_file():
-            return {}
-        return {str(stage): float(value) for stage, value in parse_json(location.read_bytes()).items()}
+        return read_seconds(self.run_dir)
+
+
+def read_seconds(run_dir: Location) -> dict[str, float]:
+    """Return the wall time of each stage of the run in a folder; empty if none has ended.
+
+    Raises:
+        SafetyDPOError: if the file is damaged.
+    """
+    return {stage: float(value) for stage, value in _read_times(run_dir / TIMING_FILE).items()}
+
+
+def read_costs(run_dir: Location) -> dict[str, dict[str, float | None]]:
+    """Return what each stage of the run in a folder used; empty if nothing was measured.
+
+    Raises:
+        SafetyDPOError: if the file is damaged.
+    """
+    return _read_times(run_dir / COST_FILE)
+
+
+def _read_times(file: Location) -> dict[str, Any]:
+    try:
+        return parse_object(file.read_bytes()) if file.is_file() else {}
+    except JsonError as error:
+        raise SafetyDPOError(f"expected JSON at {file}, found: {error}; delete it, it counts anew") from error
 
 
 def run_id(config: Config) -> str:

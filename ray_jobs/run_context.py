@@ -70,7 +70,7 @@ class PlaceFilter(logging.Filter):
         return True
 
 
-class _OurHandler(logging.StreamHandler):  # type: ignore[type-arg]
+class _OurHandler(logging.StreamHandler[Any]):
     """Writes to what stderr is at the time; its class says that the set-up was done."""
 
     def __init__(self) -> None:

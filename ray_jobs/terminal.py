@@ -7,6 +7,7 @@ characters are written out, and of rich's tags only those that this project uses
 from __future__ import annotations
 
 import re
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -16,6 +17,8 @@ from rich.text import Text
 
 from safetydpo.errors import visible
 
+WIDTH_OF_A_LOG = 120
+"""Columns where nobody says how many there are: rich would take 80, which fold most tables."""
 _TAG = re.compile(r"(\\*)\[(?!/?(?:bold|dim|green|red|yellow)\])(?=[a-z#/@])")
 
 
@@ -31,6 +34,11 @@ class TextConsole(Console):
                 return super().render_str(_only_our_tags(shown), markup=True, **options)
         # No markup, or a tag of ours that somebody else wrote, closed before it is opened.
         return super().render_str(shown, markup=False, **options)
+
+
+def output_console(*, width_of_a_log: int = WIDTH_OF_A_LOG, **options: Any) -> TextConsole:
+    """Return the console of a command's results; a file or a pipe has no width of its own and gets `width_of_a_log`."""
+    return TextConsole(**options) if sys.stdout.isatty() else TextConsole(width=width_of_a_log, **options)
 
 
 def _only_our_tags(text: str) -> str:

@@ -11,11 +11,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ray_jobs.run import Run
+from ray_jobs.run import Run, read_costs, read_seconds
 from ray_jobs.run_progress import read_progress
 from ray_jobs.search_watch import SearchState, find_search, read_search
 from safetydpo.artifacts.attempts import FAILED_FOLDER, newest_owner
-from safetydpo.artifacts.json_text import JsonError, parse_object
 from safetydpo.artifacts.layout import IDENTITY_FILE, RECORD_FILE, report_record
 from safetydpo.artifacts.records import read_pointers, read_record
 from safetydpo.artifacts.storage import Location, open_location
@@ -120,7 +119,7 @@ class RunReader:
         newest = max(told.values(), key=lambda content: content["updated"], default={})
         run = self._run_of(newest)
         pointers = read_pointers(self._run_dir)
-        seconds = _read_json(self._run_dir / "timing.json")
+        seconds = read_seconds(self._run_dir)
         search = _search_of(run)
         return RunState(
             run=newest.get("run", self._run_dir.name),
@@ -131,7 +130,7 @@ class RunReader:
             pairs=_pairs_of(run, pointers),
             experts=self._experts(run, told.get("train")),
             search=search,
-            spend=_spend_of(run, seconds, _read_json(self._run_dir / "cost.json")),
+            spend=_spend_of(run, seconds, read_costs(self._run_dir)),
         )
 
     def _run_of(self, content: Mapping[str, Any]) -> Run | None:
@@ -227,13 +226,6 @@ def _sum(parts: Sequence[float | None]) -> float | None:
     return sum(known) if len(known) == len(parts) else None
 
 
-def _read_json(file: Location) -> dict[str, Any]:
-    try:
-        return parse_object(file.read_bytes()) if file.is_file() else {}
-    except JsonError as error:
-        raise SafetyDPOError(f"expected JSON at {file}, found: {error}; delete it, it is written again") from error
-
-
 def run_folder(place: str, settings: Sequence[str] = ()) -> Location:
     """Return the run folder that `place` is, or that of the config file `place`.
 
@@ -245,6 +237,5 @@ def run_folder(place: str, settings: Sequence[str] = ()) -> Location:
     from safetydpo.config.load import load_config
 
     if "://" not in place and Path(place).is_file():
-        config = load_config(place, settings)
-        return open_location(config.execution.run_dir.replace("{name}", config.name))
+        return Run(load_config(place, settings)).run_dir
     return open_location(place)

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ray_jobs.terminal import output_console
+from safetydpo.errors import visible
+
 if TYPE_CHECKING:
     from ray_jobs.watch import RunState, StageState, WorkState
 
@@ -37,7 +40,7 @@ def watch(
     if as_json:
         print(json.dumps(asdict(reader.read()), indent=2, sort_keys=True))
     elif once or not sys.stdout.isatty():
-        _console().print(run_view(reader.read()))
+        output_console(width_of_a_log=110).print(run_view(reader.read()))
     else:
         _live(reader, pause=POLL_SECONDS["local" if folder.is_local else "remote"])
 
@@ -46,18 +49,11 @@ def _live(reader: Any, *, pause: float) -> None:
     from rich.live import Live
 
     state = reader.read()
-    with Live(run_view(state), console=_console(), auto_refresh=False) as live:
+    with Live(run_view(state), console=output_console(width_of_a_log=110), auto_refresh=False) as live:
         while not state.is_over:
             time.sleep(pause)
             state = reader.read()
             live.update(run_view(state), refresh=True)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    # A log file has no width of its own.
-    return Console() if sys.stdout.isatty() else Console(width=110)
 
 
 def run_view(state: RunState) -> Any:
@@ -78,7 +74,7 @@ def run_view(state: RunState) -> Any:
     facts = Table(box=None, padding=(0, 1), show_header=False, show_edge=False)
     for name, value in fact_lines(state):
         facts.add_row(name, value)
-    return Group(Text(f"run {state.run_id or state.run} in {state.run_dir}", overflow="fold"), table, facts)
+    return Group(Text(visible(f"run {state.run_id or state.run} in {state.run_dir}"), overflow="fold"), table, facts)
 
 
 def _stage_rows(stage: StageState) -> list[tuple[str, ...]]:

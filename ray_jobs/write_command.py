@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ray_jobs.terminal import output_console
 from safetydpo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -215,9 +215,7 @@ class _Bar:
 def _print_record(record: Record, *, out: str) -> None:
     from rich.markup import escape
 
-    from ray_jobs.terminal import TextConsole
-
-    console = TextConsole(highlight=False) if sys.stdout.isatty() else TextConsole(width=120, highlight=False)
+    console = output_console(highlight=False)
     counts, details = record.counts, record.details
     console.print(
         f"{counts['pairs']} pairs and {counts['held_out_pairs']} held-out pairs, {counts['concepts']} concepts: "

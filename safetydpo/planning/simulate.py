@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count, islice
 
 from safetydpo.artifacts.attempts import Standing, is_out_of_attempts
@@ -323,7 +324,7 @@ class _Simulation:
                 lane.is_gone = True
                 if lane.held is not None:
                     self._keep_checkpoint(lane, lane.held)
-                self._after(self.faults.detection_seconds, lambda lane=lane: self._lose(lane))  # type: ignore[misc]
+                self._after(self.faults.detection_seconds, partial(self._lose, lane))
         self._after(self.faults.replacement_seconds, self._join)
 
     def _lose(self, lane: _Lane) -> None:

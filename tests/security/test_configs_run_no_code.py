@@ -83,9 +83,9 @@ def test_nothing_is_interpolated(text: str, monkeypatch: pytest.MonkeyPatch, tmp
     assert config_of_settings([f"run_dir='{folder}'"]).execution.run_dir == folder
 
 
-def _texts(model: object, prefix: str = "") -> Iterator[str]:
-    for name, value in dict(model).items():  # type: ignore[call-overload]
-        if hasattr(type(value), "model_fields"):
+def _texts(model: BaseModel, prefix: str = "") -> Iterator[str]:
+    for name, value in model:
+        if isinstance(value, BaseModel):
             yield from _texts(value, f"{prefix}{name}.")
         elif isinstance(value, str) or value is None:
             yield f"{prefix}{name}"
