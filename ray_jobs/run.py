@@ -12,9 +12,11 @@ from datetime import UTC, datetime
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from safetydpo.artifacts.json_text import JsonError, parse_object
+from pydantic import Field, TypeAdapter
+
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.layout import scratch_folder
 from safetydpo.artifacts.records import (
     ArtifactKey,
@@ -33,6 +35,7 @@ from safetydpo.config.load import identity_of
 from safetydpo.config.schema import Config
 from safetydpo.errors import SafetyDPOError
 
+Seconds = Annotated[float, Field(ge=0, le=2**53)]
 TIMING_FILE, COST_FILE = "timing.json", "cost.json"
 RECORDED_PACKAGES = ("safetydpo", "ray", "torch", "diffusers", "transformers", "peft", "deepspeed", "optuna", "pyarrow")
 
@@ -127,7 +130,7 @@ def read_seconds(run_dir: Location) -> dict[str, float]:
     Raises:
         SafetyDPOError: if the file is damaged.
     """
-    return {stage: float(value) for stage, value in _read_times(run_dir / TIMING_FILE).items()}
+    return _read_times(run_dir / TIMING_FILE, dict[str, Seconds])
 
 
 def read_costs(run_dir: Location) -> dict[str, dict[str, float | None]]:
@@ -136,14 +139,18 @@ def read_costs(run_dir: Location) -> dict[str, dict[str, float | None]]:
     Raises:
         SafetyDPOError: if the file is damaged.
     """
-    return _read_times(run_dir / COST_FILE)
+    return _read_times(run_dir / COST_FILE, dict[str, dict[str, Seconds | None]])
 
 
-def _read_times(file: Location) -> dict[str, Any]:
+def _read_times(file: Location, form: Any) -> Any:
+    if not file.is_file():
+        return {}
     try:
-        return parse_object(file.read_bytes()) if file.is_file() else {}
-    except JsonError as error:
-        raise SafetyDPOError(f"expected JSON at {file}, found: {error}; delete it, it counts anew") from error
+        return TypeAdapter(form).validate_python(parse_json(file.read_bytes()))
+    except ValueError as error:
+        # A pydantic error is one too, of several lines.
+        found = " ".join(str(error).split())[:300]
+        raise SafetyDPOError(f"expected JSON of times at {file}, found: {found}; delete it, it counts anew") from error
 
 
 def run_id(config: Config) -> str:

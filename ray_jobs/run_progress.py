@@ -15,9 +15,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
 
 from ray_jobs.run import Run, run_id
+from safetydpo.artifacts.attempts import MAX_TIME
 from safetydpo.artifacts.layout import progress_file
 from safetydpo.artifacts.records import parse_settled
 from safetydpo.artifacts.storage import Location
@@ -26,6 +29,9 @@ from safetydpo.errors import SafetyDPOError
 WRITE_SECONDS = {"local": 2.0, "remote": 10.0}
 """Between two writings of the object: on an object store each is a request that costs money."""
 Standing = Literal["running", "done", "stopped", "failed"]
+Moment = Annotated[float, Field(ge=0, le=MAX_TIME)]
+"""Unix time in seconds."""
+Count = Annotated[int, Field(ge=0, le=2**53)]
 logger = logging.getLogger(__name__)
 
 
@@ -34,13 +40,22 @@ class Work:
     """One kind of unit that a stage makes: pictures, steps, trials."""
 
     label: str
-    total: int
-    done: int
-    done_before: int
+    total: Count
+    done: Count
+    done_before: Count
     """Of `done`, those that were there when it began: they say nothing about its rate."""
-    began: float
-    """Unix time in seconds, as is `ended`."""
-    ended: float | None = None
+    began: Moment
+    ended: Moment | None = None
+
+
+@dataclass(frozen=True)
+class ToldExpert:
+    """One expert that was open when the training began."""
+
+    name: str
+    folder: str
+    """Below the store."""
+    steps: Count
 
 
 @dataclass
@@ -53,15 +68,14 @@ class StageProgress:
     store: str
     config: dict[str, Any]
     """Of the command, without a secret as all configs are."""
-    began: float
+    began: Moment
     host: str
     pid: int
     standing: Standing = "running"
-    updated: float = 0.0
+    updated: Moment = 0.0
     error: str = ""
     work: list[Work] = field(default_factory=list)
-    experts: list[dict[str, Any]] = field(default_factory=list)
-    """Those that were open when the stage began: name, folder below the store, steps."""
+    experts: list[ToldExpert] = field(default_factory=list)
 
 
 class ProgressFile:
@@ -95,7 +109,7 @@ class ProgressFile:
         self._is_needed = True
         self._write()
 
-    def list_experts(self, experts: list[dict[str, Any]]) -> None:
+    def list_experts(self, experts: list[ToldExpert]) -> None:
         """Tell which experts are to be trained, and where."""
         self._state.experts = experts
 
@@ -161,7 +175,8 @@ def read_progress(run_dir: Location, stage: str) -> Mapping[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        content: Mapping[str, Any] = parse_settled(file)
+        # A pydantic error is a ValueError, of several lines.
+        return asdict(TypeAdapter(StageProgress).validate_python(parse_settled(file)))
     except ValueError as error:
-        raise SafetyDPOError(f"expected progress as JSON at {file}, found: {error}; delete that file") from error
-    return content
+        found = " ".join(str(error).split())[:300]
+        raise SafetyDPOError(f"expected progress as JSON at {file}, found: {found}; delete that file") from error

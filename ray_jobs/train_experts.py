@@ -8,7 +8,6 @@ last checkpoint, from which the next attempt goes on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from ray_jobs.cluster import connect
 from ray_jobs.expert_plan import ExpertUnit, lane_units, plan_experts
@@ -19,7 +18,7 @@ from ray_jobs.reference_errors import make_reference_errors
 from ray_jobs.resources import workers_for
 from ray_jobs.run import Run, config_for_workers
 from ray_jobs.run_context import current
-from ray_jobs.run_progress import told_progress
+from ray_jobs.run_progress import ToldExpert, told_progress
 from safetydpo.artifacts.attempts import clear_attempts
 from safetydpo.artifacts.records import Record, find_closed, write_pointers
 from safetydpo.artifacts.storage import Location
@@ -111,5 +110,5 @@ def _train(run: Run, units: Sequence[ExpertUnit], pairs_folder: Location) -> dic
         return run_lanes(run, tasks, train_lane, settings, num_lanes=num_lanes)
 
 
-def _told_expert(unit: ExpertUnit) -> dict[str, Any]:
-    return {"name": unit.name, "folder": f"{unit.key.stage}/{unit.key.folder_name}", "steps": unit.dpo.steps}
+def _told_expert(unit: ExpertUnit) -> ToldExpert:
+    return ToldExpert(unit.name, f"{unit.key.stage}/{unit.key.folder_name}", unit.dpo.steps)

@@ -143,8 +143,8 @@ class RunReader:
                 f"expected a config of this version in {self._run_dir}/progress, found: {str(error).splitlines()[0]}; "
                 "watch it with the version of safetydpo that runs it"
             ) from error
-        places = {"run_dir": content["config"]["execution"]["run_dir"], "store": self._store or content["store"]}
-        return Run(config.model_copy(update={"execution": config.execution.model_copy(update=places)}))
+        place = {"store": self._store or content["store"]}
+        return Run(config.model_copy(update={"execution": config.execution.model_copy(update=place)}))
 
     def _stage(
         self, stage: str, told: Mapping[str, Any] | None, pointers: Mapping[str, Any], seconds: float | None

@@ -11,7 +11,7 @@ import pytest
 
 from ray_jobs import run_progress
 from ray_jobs.run import Run, run_id
-from ray_jobs.run_progress import ProgressFile, read_progress, telling, told_progress
+from ray_jobs.run_progress import ProgressFile, ToldExpert, read_progress, telling, told_progress
 from ray_jobs.watch import RunReader, WorkState, pace, run_folder
 from ray_jobs.watch_command import fact_lines
 from safetydpo.artifacts.attempts import give_up, take_lease, this_process
@@ -79,7 +79,7 @@ def test_every_stage_is_shown_from_its_files(run: Run):
         assert take_lease(folders[name], this_process(run="x", lane=f"smoke-1-x-{number}"), newest=0) is not None
     give_up(folders["d"], run="x", reason="no light")
     train = ProgressFile(run, "train")
-    train.list_experts([{"name": name, "folder": f"experts/{name}-123", "steps": 5} for name in names])
+    train.list_experts([ToldExpert(name, f"experts/{name}-123", 5) for name in names])
     train.begin("expert steps", total=25, done=0)
     run.add_cost("pairs", {"cpu_seconds": 3600.0, "gpu_seconds": 0.0})
     run.add_seconds("pairs", 1800.0)

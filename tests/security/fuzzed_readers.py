@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +17,12 @@ from PIL import Image
 
 from ray_jobs.cluster_file import check_cluster_file
 from ray_jobs.precheck_room import room_of_file
+from ray_jobs.run import read_costs, read_seconds
+from ray_jobs.run_progress import StageProgress, ToldExpert, Work
+from ray_jobs.terminal import TextConsole
 from ray_jobs.trial_log import TrialLog
+from ray_jobs.watch import RunReader
+from ray_jobs.watch_command import run_view
 from safetydpo.artifacts import schemas
 from safetydpo.artifacts.adapters import adapter_to_bytes, read_adapter, read_adapter_metadata
 from safetydpo.artifacts.attempts import this_process
@@ -29,7 +34,6 @@ from safetydpo.artifacts.lora_export import to_peft
 from safetydpo.artifacts.lora_files import read_lora_file
 from safetydpo.artifacts.picture_listing import PictureReader, list_pictures
 from safetydpo.artifacts.records import Record, check_run_identity, encode_record, read_pointers, read_record
-from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.artifacts.tables import read_table
 from safetydpo.baselines.intervention import Intervention, NegativePrompt, read_intervention, write_intervention
 from safetydpo.config.load import config_of_settings, load_config, load_policy
@@ -51,6 +55,7 @@ from safetydpo.pairs.preferences import read_preferences
 from safetydpo.pairs.writer_replies import parse_reply
 from safetydpo.pairs.writer_templates import read_templates
 from safetydpo.pairs.writers import Reply
+from safetydpo.planning.costs import load_costs
 from safetydpo.prompts.benchmark_entries import read_entry
 from safetydpo.prompts.concepts import ConceptEntry, read_concepts
 from safetydpo.prompts.imported import is_imported, read_pairs, read_prompts
@@ -64,29 +69,14 @@ from tests.evaluation.measured_units import make_units
 from tests.evaluation.synthetic import make_outcomes, make_png, make_summary
 from tests.evaluation.test_picture_outcomes import JUDGES
 from tests.prompts.samples import TEXTS, as_json_lines
+from tests.security.reader import Reader, at
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@dataclass(frozen=True)
-class Reader:
-    """How a file is read, under which name it lies, what valid ones are, and how their values are changed."""
-
-    name: str
-    file: str
-    read: Callable[[Path], object]
-    kind: str
-    seeds: tuple[bytes, ...]
-
-
-def at(path: Path) -> Location:
-    """Return a file as storage names it."""
-    return open_location(str(path))
-
-
 def readers() -> tuple[Reader, ...]:
     """Return all readers."""
-    return (*_texts(), *_json(), *_tables(), *_tensors(), *_pictures(), *_replies())
+    return (*_texts(), *_json(), *_tables(), *_tensors(), *_pictures(), *_replies(), *_of_runs())
 
 
 @cache
@@ -102,7 +92,7 @@ NAMES = (
     "summary", "candidate", "intervention", "model_json", "table.pairs", "table.images", "table.latents",
     "table.trials", "imported", "listing", "preferences", "outcomes", "adapter", "adapter_header", "layers",
     "lora.kohya", "lora.peft", "checkpoint", "activations", "picture", "stored_picture", "given_picture",
-    "shown_picture", "rating", "yes_no", "writer_reply",
+    "shown_picture", "rating", "yes_no", "writer_reply", "costs", "progress", "times", "used",
 )  # fmt: skip
 """The same, without making their files; a test holds one against the other."""
 
@@ -313,6 +303,28 @@ def _trials(path: Path) -> object:
 def _imported(path: Path) -> object:
     place = at(path)
     return is_imported(place) and (read_pairs(place), read_prompts(place, "train", "unsafe"))
+
+
+def _of_runs() -> Iterator[Reader]:
+    costs = (ROOT / "configs" / "cluster" / "costs.yaml").read_bytes()
+    yield Reader("costs", "x.yaml", load_costs, "yaml", (costs,))
+    work, expert = Work("pictures", 10, 4, 1, 1e9), ToldExpert("hate", "experts/hate-0", 5)
+    config = config_of_settings(["store=/nowhere/store"]).model_dump(mode="json")
+    told = StageProgress(
+        "r", "r-0", "train", "/nowhere/store", config, 1e9, "h", 1, "running", 2e9, "", [work], [expert]
+    )
+    yield Reader("progress", "progress/train.json", _watch, "json", (json.dumps(asdict(told)).encode(),))
+    times = b'{"pairs": 3.5, "train": 20}'
+    yield Reader("times", "timing.json", lambda path: read_seconds(at(path.parent)), "json", (times,))
+    used = b'{"pairs": {"cpu_seconds": 3.5, "gpu_seconds": null}}'
+    yield Reader("used", "cost.json", lambda path: read_costs(at(path.parent)), "json", (used,))
+
+
+def _watch(path: Path) -> object:
+    """As a terminal shows it, to the last line."""
+    (path.parent.parent / "identity.json").write_text("{}")
+    state = RunReader(at(path.parent.parent)).read()
+    return TextConsole(file=io.StringIO()).print(run_view(state))
 
 
 @cache

@@ -13,7 +13,7 @@ import psutil
 
 from ray_jobs.failures import explain
 from safetydpo.errors import SafetyDPOError
-from tests.security.fuzzed_readers import Reader
+from tests.security.reader import Reader
 
 SECONDS = 20
 """For one file of a few kilobytes, on a busy machine."""
