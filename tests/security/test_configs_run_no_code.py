@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from safetydpo.artifacts.layout import demo_weights
 from safetydpo.config.load import config_of_settings, load_config, load_policy
