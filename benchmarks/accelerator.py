@@ -7,7 +7,7 @@ Weights are random and bfloat16. Ways:
 - `pairs`: `diffusers` calls the family's pipeline with one prompt after another; `eager` is ours up to the pixels in
   the host's memory, `eager to files` in one thread to PNG files, `compiled` with `identity.sampler.compiled`.
 - `train`: `public`, `script`, `live` and `cached` of `benchmarks.train`; `in bfloat16` with
-  `identity.dpo.adapter_compute: base`.
+  `identity.dpo.adapter_compute: base`; `compiled` with that and `identity.dpo.compiled`.
 
 Pictures take DPM-Solver++ with 50 (SD1.5, 512 x 512) or 30 steps (SDXL, 1024 x 1024) at guidance 7.5. A training
 step has the optimizer's update and the making of its batch. Counted are the floating-point operations that run
@@ -48,7 +48,8 @@ PICTURES = {"sd15": 16, "sdxl": 8}
 PAIRS = {"sd15": 16, "sdxl": 4}
 """Pairs in a training step."""
 PAIRS_WAYS = ("diffusers", "eager", "eager to files", "compiled", "whole compiled")
-TRAIN_WAYS = (*PUBLIC_WAYS, "live", "cached", "live in bfloat16", "cached in bfloat16")
+OUR_TRAINING = ("live", "cached", "live in bfloat16", "cached in bfloat16", "live compiled", "cached compiled")
+TRAIN_WAYS = (*PUBLIC_WAYS, *OUR_TRAINING)
 
 
 def timed(call: Callable[[], object]) -> Callable[[], None]:
@@ -177,20 +178,26 @@ def measure_train(size: TrueSize, folder: Path, name: str, options: argparse.Nam
     loaded = load_backbone(base, device=options.device)
     data = encode_once(loaded, pairs)
     counted: dict[str, float] = {}
-    for way in ("live", "cached", "live in bfloat16", "cached in bfloat16"):
+    # Every way has modules of its own over the same frozen weights.
+    weights = {id(tensor): tensor for tensor in loaded.network.parameters()}
+    for way in OUR_TRAINING:
         if way not in options.ways:
             continue
+        kind, _, how = way.partition(" ")
+        if kind not in counted:
+            plain = OurTraining(
+                copy.deepcopy(loaded, dict(weights)), data, cached=kind == "cached", pairs_per_step=per_step
+            )
+            counted[kind] = count_operations(plain.step) / per_step
         training = OurTraining(
-            copy.deepcopy(loaded),
+            copy.deepcopy(loaded, dict(weights)),
             data,
-            cached=way.startswith("cached"),
+            cached=kind == "cached",
             pairs_per_step=per_step,
-            adapter_compute="base" if way.endswith("bfloat16") else "float32",
+            adapter_compute="base" if how else "float32",
+            compiled=how == "compiled",
         )
         measurement.ways[way] = timed(training.step)
-        kind = way.removesuffix(" in bfloat16")
-        if kind not in counted:
-            counted[kind] = count_operations(training.step) / per_step
         measurement.operations[way] = counted[kind]
     for way in PUBLIC_WAYS:
         # The public trainers are written for SD1.5.

@@ -15,6 +15,7 @@ from safetydpo.diffusion.adapter import initial_adapter, linear_layers
 from safetydpo.diffusion.backbone import Backbone
 from safetydpo.diffusion.targets import matches_suffix
 from safetydpo.dpo.batch import PreferenceData, PreferenceRow, StepBatch, step_batch
+from safetydpo.dpo.descent import code_of_a_step
 from safetydpo.dpo.draws import RowUse
 from safetydpo.dpo.engine import lora_signature, open_engine
 from safetydpo.dpo.loss import squared_error
@@ -85,7 +86,7 @@ class OurTraining:
         pairs_per_step: int = DPO.pairs_per_step,
         adapter_compute: str = "float32",
     ) -> None:
-        changes = {"pairs_per_step": pairs_per_step, "adapter_compute": adapter_compute}
+        changes = {"pairs_per_step": pairs_per_step, "adapter_compute": adapter_compute, "compiled": compiled}
         self.config = DPO.model_copy(update=changes | ({"reference": "cached"} if cached else {}))
         self.backbone, self.data = backbone, with_stored_errors(backbone, data, self.config) if cached else data
         self._engine = open_engine(backbone, config=self.config, lora=LORA)
@@ -102,8 +103,6 @@ class OurTraining:
         )
         if channels_last:
             backbone.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if compiled:
-            backbone.network.forward = torch.compile(backbone.network.forward)  # type: ignore[method-assign]
         self._fused: torch.optim.AdamW | None = None
         if fused:
             tensors = [tensor for _, tensor in backbone.adapter_parameters()]
@@ -124,8 +123,9 @@ class OurTraining:
 
     def step(self) -> None:
         """Take one optimizer step."""
-        loss, _ = policy_loss(self.backbone, self.batch(), config=self.config)
-        self._engine.backward(loss)
+        with code_of_a_step(self.backbone, self.config):
+            loss, _ = policy_loss(self.backbone, self.batch(), config=self.config)
+            self._engine.backward(loss)
         if self._fused is None:
             self._engine.step(learning_rate=self.config.learning_rate)
             return
@@ -137,7 +137,13 @@ class OurTraining:
 def with_stored_errors(backbone: Backbone, data: PreferenceData, config: DpoConfig) -> PreferenceData:
     """Return the data with the errors of every draw that a measurement can come to."""
     context = ErrorContext(
-        backbone.fingerprint, "float32", config.pairs_per_step, backbone.num_train_timesteps, 0, config
+        backbone.fingerprint,
+        "float32",
+        config.pairs_per_step,
+        backbone.num_train_timesteps,
+        0,
+        config,
+        LORA if config.compiled else None,
     )
     uses = [RowUse(pair, draw) for pair in range(NUM_PAIRS) for draw in range(DRAWS)]
     errors = compute_errors(backbone, data, uses, context)

@@ -163,6 +163,7 @@ def _context(run: Run, dpo: DpoConfig, backbone: Backbone | None = None) -> Erro
         num_timesteps=num_train_timesteps(identity.base) if backbone is None else backbone.num_train_timesteps,
         draw_seed=dpo.draw_seed_of(identity.seed),
         config=dpo,
+        compiled_for=identity.lora if dpo.compiled else None,
     )
 
 

@@ -66,7 +66,7 @@ class SamplerConfig(Frozen):
     """Pictures per forward pass. Part of the identity: on a CPU it changes the last bits. The last batch is padded."""
     compiled: bool = added_field(False)
     """Draw with the denoiser compiled by `torch.compile`: faster on a GPU once every worker has spent its first minutes
-    on it. Changes the last bits. Training is never compiled: policy and reference would no longer cancel exactly."""
+    on it. Changes the last bits."""
 
 
 class PromptsConfig(Frozen):

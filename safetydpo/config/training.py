@@ -96,6 +96,10 @@ class TrainingConfig(Frozen):
     adapter_compute: Literal["float32", "base"] = added_field("float32")
     """In which type a low-precision base's adapter is computed while it is trained: `float32`, or that of the `base`,
     as autocast does, which is faster on a GPU. Its weights are float32 in both. Not with `zero_stage` 3."""
+    compiled: bool = added_field(False)
+    """Train with the denoiser's blocks compiled by `torch.compile`: faster on a GPU once every worker has spent its
+    first minutes on it. Changes the last bits. Policy and reference are the same code, so that they still cancel
+    exactly. Not with `zero_stage` 3."""
     loss_scaling: Literal["auto", "none", "dynamic"] = added_field("auto")
     """`dynamic` = the loss is multiplied before the way back and gradients divided after it, by a power of two that
     halves when they overflow and doubles after 2000 steps without; `auto` = that for a float16 base, else none."""

@@ -33,6 +33,11 @@ def check_training(name: str, training: TrainingConfig, *, dtype: str) -> None:
             f"{name}.adapter_compute 'base' reads an adapter's weights itself, which {name}.zero_stage 3 shares out: "
             "use stage 1 or 2, or 'float32'"
         )
+    if training.compiled and (training.strategy, training.zero_stage) == ("deepspeed", 3):
+        raise ValueError(
+            f"{name}.compiled reads an adapter's weights itself, which {name}.zero_stage 3 shares out: use stage 1 or "
+            "2, or leave it out"
+        )
     if training.optimizer == "prodigy" and training.learning_rate < MIN_PRODIGY_RATE:
         raise ValueError(
             f"{name}.optimizer 'prodigy' finds the step size itself and takes {name}.learning_rate as a factor of it, "

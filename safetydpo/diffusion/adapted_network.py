@@ -61,6 +61,19 @@ class AdaptedNetwork:
             for block in blocks:
                 del block.forward
 
+    @contextmanager
+    def compiled_for_training(self) -> Iterator[None]:
+        """Run the blocks compiled inside this context, policy and reference by the same code (`as_reference`)."""
+        with self._slot.gated(), self.compiled():
+            yield
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Compute with the base alone inside this context; what it predicts is to be detached."""
+        # Code that is compiled for a way back differs in its last bits from code compiled without one.
+        with torch.set_grad_enabled(self._slot.is_gated), self._slot.off():
+            yield
+
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Keep few activations in passes with a gradient and compute the others again, or keep all of them."""
         # diffusers does so in each block, and only where a gradient is wanted: a reference pass stays as it is.

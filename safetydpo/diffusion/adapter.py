@@ -79,6 +79,7 @@ class AdapterSlot:
         self._signature: LoraSignature | None = None
         self._base_scaling: dict[str, float] = {}
         self._compute: Compute = "float32"
+        self._gate: float | None = None
 
     def shapes(self, suffixes: Sequence[str]) -> Iterator[tuple[str, tuple[int, int]]]:
         """Yield (name, (d_in, d_out)) of the linear layers whose name ends in one of the suffixes.
@@ -180,9 +181,46 @@ class AdapterSlot:
             for key in ("lora_A", "lora_B")
         ]
 
+    @property
+    def is_gated(self) -> bool:
+        """Whether the adapter is switched by a number (`SlotLinear.gate`) instead of by peft."""
+        return self._gate is not None
+
+    @contextmanager
+    def gated(self) -> Iterator[None]:
+        """Switch the adapter by a number inside this context, so that on and off are one and the same code."""
+        with self._gate_at(1.0):
+            yield
+
+    @contextmanager
+    def _gate_at(self, value: float) -> Iterator[None]:
+        before = self._gate
+        self._set_gates(value)
+        try:
+            yield
+        finally:
+            self._set_gates(before)
+
+    def _set_gates(self, value: float | None) -> None:
+        self._gate = value
+        # A new tensor each time: a pass that waits for its way back goes on holding the number it was made with.
+        gates: dict[torch.device, Tensor] = {}
+        for module in self._lora_modules().values():
+            if value is None:
+                module.gate = None
+                continue
+            device = module.lora_A[SLOT].weight.device
+            if device not in gates:
+                gates[device] = torch.full((), value, device=device)
+            module.gate = gates[device]
+
     @contextmanager
     def off(self) -> Iterator[None]:
         """Compute with the base alone inside this context; it may be nested, and does nothing without a slot."""
+        if self.is_gated:
+            with self._gate_at(0.0):
+                yield
+            return
         modules = [module for module in self._lora_modules().values() if not module.disable_adapters]
         # peft switches requires_grad together with the adapter and would switch it on at the end, even for an
         # adapter that its owner had frozen.

@@ -295,6 +295,17 @@ class Backbone(Protocol):
         """Run the denoiser's passes compiled inside this context: the first of each shape takes a minute or more."""
         ...
 
+    def compiled_for_training(self) -> AbstractContextManager[None]:
+        """Run the denoiser's passes compiled inside this context, those of `as_reference` by the policy's own code.
+
+        Predictions of both are then equal to the last bit while the adapter changes nothing.
+        """
+        ...
+
+    def as_reference(self) -> AbstractContextManager[None]:
+        """Predict with the base alone inside this context, as the reference of a loss; detach what comes of it."""
+        ...
+
     def compute_adapter_in(self, compute: Literal["float32", "base"]) -> None:
         """Say in which type the adapter is computed from now on: float32, or that of the base."""
         ...

@@ -27,6 +27,7 @@ from safetydpo.diffusion.backbone import (
     TargetKind,
 )
 from safetydpo.diffusion.folder import ModelFiles, check_weights, fingerprint_files, names_component, read_json
+from safetydpo.diffusion.kernels import choose_kernels
 from safetydpo.diffusion.loading import load_tokenizer, open_loader
 from safetydpo.diffusion.parts import EncoderSlot, Parts
 from safetydpo.diffusion.posterior import require_posterior
@@ -82,7 +83,7 @@ class LatentModel(AdaptedNetwork, ABC):
             SafetyDPOError: as `from_folder`.
         """
         check_weights(files)
-        _choose_kernels()
+        choose_kernels()
         index = read_json(files.folder / "model_index.json")
         loader = open_loader(files, index, dtype=dtype)
         place = torch.device(device)
@@ -371,16 +372,6 @@ class LatentModel(AdaptedNetwork, ABC):
             guidance_scale=guidance_scale,
             predict=lambda condition: self._predict_at(latents, network_time, complete(condition).expand(len(latents))),
         )
-
-
-def _choose_kernels() -> None:
-    """Ask a GPU for convolutions that give the same bits each time, and for float32 that is float32.
-
-    cuDNN's own choice is TF32, with 10 bits of mantissa, and gradients that differ from run to run. On a CPU both
-    settings mean nothing.
-    """
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False
 
 
 def require_pooled(condition: Condition) -> Float[Tensor, "batch width_pooled"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,14 @@ class Descent:
 
 Part = Callable[[], tuple[Float[Tensor, ""], Float[Tensor, " metric"]]]
 """Computes the loss of an equal share of a step's rows and its numbers: the loss first, then what is to be watched."""
+
+
+def code_of_a_step(backbone: Backbone, config: TrainingConfig) -> AbstractContextManager[None]:
+    """Return the context of `descend` that `config.compiled` asks for.
+
+    It must hold around the way back too: what activation checkpointing computes again must be what was computed.
+    """
+    return backbone.compiled_for_training() if config.compiled else nullcontext()
 
 
 def descend(

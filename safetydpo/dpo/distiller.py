@@ -15,7 +15,7 @@ from safetydpo.artifacts.storage import Location
 from safetydpo.config.training import DistillConfig, LoraConfig
 from safetydpo.diffusion.backbone import Backbone
 from safetydpo.dpo.checkpoint import TrainingState, encode_checkpoint, training_identity
-from safetydpo.dpo.descent import descend, is_checkpoint_due, load_start
+from safetydpo.dpo.descent import code_of_a_step, descend, is_checkpoint_due, load_start
 from safetydpo.dpo.distillation import METRICS, DistillationData, distillation_loss, step_uses
 from safetydpo.dpo.engine import Engine
 from safetydpo.errors import SafetyDPOError
@@ -77,7 +77,8 @@ def distill(
     for step in range(resumed_at, config.steps):
         uses = step_uses(data, step, config=config, run_seed=run_seed, rank=rank, world_size=engine.world_size)
         part = partial(distillation_loss, backbone, data, answers, uses, config=config, run_seed=run_seed)
-        done = descend(engine, [part], config=config, step=step, who="distilled adapter", advice=ADVICE)
+        with code_of_a_step(backbone, config):
+            done = descend(engine, [part], config=config, step=step, who="distilled adapter", advice=ADVICE)
         row = (step, *done.measured, done.gradient_norm, done.learning_rate)
         history.append(torch.tensor(row, dtype=torch.float64))
         if checkpoint is not None and is_checkpoint_due(step, config):

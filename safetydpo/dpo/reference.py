@@ -9,6 +9,7 @@ Axis legend: `pair` preference rows, `use` draws to be computed, `draw` draws of
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from safetydpo.artifacts.schemas import sha256_of
-from safetydpo.config.training import DpoConfig
+from safetydpo.config.training import DpoConfig, LoraConfig
 from safetydpo.diffusion.backbone import Backbone
 from safetydpo.dpo.batch import EMPTY_CAPTION, PreferenceData, PreferenceRow, pair_batch
 from safetydpo.dpo.draws import RowUse, num_uses
+from safetydpo.dpo.engine import lora_signature
 from safetydpo.dpo.pair_draws import pair_choices
 from safetydpo.dpo.step import errors_to_store
 from safetydpo.errors import SafetyDPOError
@@ -44,6 +46,8 @@ WITHOUT_EFFECT = frozenset(
         "pairs_per_forward",
         "activation_checkpointing",
         "adapter_compute",
+        # Counts through `ErrorContext.compiled_for`.
+        "compiled",
         "loss_scaling",
         "ema_decay",
         "validation",
@@ -89,13 +93,19 @@ class ErrorContext:
     num_timesteps: int
     draw_seed: int
     config: DpoConfig
+    compiled_for: LoraConfig | None = None
+    """The adapters whose compiled steps compare with these errors, which are then computed by the very code of their
+    passes; None where training is not compiled (`dpo.compiled`)."""
 
     @property
     def hash(self) -> str:
         """sha256 over all of it, without the settings that change nothing."""
         settings = self.config.model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
         numbers = [ERRORS_VERSION, self.batch_size, self.num_timesteps, self.draw_seed]
-        return sha256_of([self.base_fingerprint, self.dtype, *numbers, settings])
+        parts = [self.base_fingerprint, self.dtype, *numbers, settings]
+        if self.compiled_for is not None:
+            parts += [self.compiled_for.rank, list(self.compiled_for.layer_targets), self.config.adapter_compute]
+        return sha256_of(parts)
 
 
 def planned_draws(
@@ -128,6 +138,17 @@ def error_ids(row: PreferenceRow, num_draws: int, context: ErrorContext) -> Iter
         yield sha256_of([*common, draw_index, choices.timestep, choices.is_flipped, captions[side]])
 
 
+@contextmanager
+def _code_of_a_step(backbone: Backbone, context: ErrorContext) -> Iterator[None]:
+    if context.compiled_for is None:
+        yield
+        return
+    backbone.swap_adapter(lora_signature(context.compiled_for), {})
+    backbone.compute_adapter_in(context.config.adapter_compute)
+    with backbone.compiled_for_training():
+        yield
+
+
 def compute_errors(
     backbone: Backbone, data: PreferenceData, uses: Sequence[RowUse], context: ErrorContext
 ) -> Float[Tensor, "use side"]:
@@ -140,17 +161,18 @@ def compute_errors(
     """
     live = context.config.model_copy(update={"reference": "live"})
     found = []
-    for start in range(0, len(uses), context.batch_size):
-        part = list(uses[start : start + context.batch_size])
-        batch = pair_batch(
-            data,
-            [*part, *[part[-1]] * (context.batch_size - len(part))],
-            config=live,
-            draw_seed=context.draw_seed,
-            num_timesteps=context.num_timesteps,
-            device=backbone.device,
-        )
-        found.append(errors_to_store(backbone, batch)[: len(part)].float().cpu())
+    with _code_of_a_step(backbone, context):
+        for start in range(0, len(uses), context.batch_size):
+            part = list(uses[start : start + context.batch_size])
+            batch = pair_batch(
+                data,
+                [*part, *[part[-1]] * (context.batch_size - len(part))],
+                config=live,
+                draw_seed=context.draw_seed,
+                num_timesteps=context.num_timesteps,
+                device=backbone.device,
+            )
+            found.append(errors_to_store(backbone, batch)[: len(part)].float().cpu())
     errors = torch.cat(found) if found else torch.empty((0, 2))
     broken = (~errors.isfinite()).any(dim=1).nonzero()
     if len(broken):

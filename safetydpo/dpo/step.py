@@ -161,17 +161,18 @@ def _reference_predictions(
     backbone: Backbone, batch: StepBatch, asked: _Questions, *, first: int, config: DpoConfig
 ) -> tuple[Tensor, Tensor | None]:
     """Return the reference's predictions of all rows from `first` on, and its answers of the redirection term."""
-    with torch.no_grad(), backbone.adapter_off():
+    with backbone.as_reference():
         rows = slice(first, len(asked.noisy))
         reference = asked.noisy[rows]
         if len(reference):
             condition = asked.condition if first == 0 else asked.condition.map(lambda values: values[rows])
-            reference = backbone.predict(asked.noisy[rows], asked.timesteps[rows], condition)
+            reference = backbone.predict(asked.noisy[rows], asked.timesteps[rows], condition).detach()
         if config.redirection_weight == 0:
             return reference, None
         # In a pass of its own: in a larger batch the reference would lose its equal bits with the policy.
         unsafe = asked.unsafe
-        return reference, backbone.predict(asked.noisy[unsafe], asked.timesteps[unsafe], batch.safe_condition)
+        answer = backbone.predict(asked.noisy[unsafe], asked.timesteps[unsafe], batch.safe_condition)
+        return reference, answer.detach()
 
 
 def _later(rows: slice, first: int) -> slice:
@@ -251,6 +252,6 @@ def _preference(
 def errors_to_store(backbone: Backbone, batch: StepBatch) -> Float[Tensor, "batch side"]:
     """Return the base's unweighted errors on the safe and the unsafe picture of each pair: what may be stored."""
     asked = _questions(backbone, batch, with_noise=False)
-    with torch.no_grad(), backbone.adapter_off():
-        prediction = backbone.predict(asked.noisy, asked.timesteps, asked.condition)
+    with backbone.as_reference():
+        prediction = backbone.predict(asked.noisy, asked.timesteps, asked.condition).detach()
     return torch.stack(squared_error(prediction, asked.target).split(batch.num_pairs), dim=1)

@@ -18,7 +18,7 @@ from safetydpo.diffusion.adapter import initial_adapter
 from safetydpo.diffusion.backbone import Backbone
 from safetydpo.dpo.batch import PreferenceData, step_batch
 from safetydpo.dpo.checkpoint import TrainingIdentity, TrainingState, encode_checkpoint, training_identity
-from safetydpo.dpo.descent import descend, is_checkpoint_due, load_start
+from safetydpo.dpo.descent import code_of_a_step, descend, is_checkpoint_due, load_start
 from safetydpo.dpo.engine import Engine, lora_signature
 from safetydpo.dpo.micro_batches import micro_batches
 from safetydpo.dpo.step import METRICS, policy_loss
@@ -232,7 +232,8 @@ def _train_step(
         partial(policy_loss, backbone, part, config=config, mean_over_processes=engine.mean_over_processes)
         for part in micro_batches(batch, pairs_per_forward=config.pairs_per_forward)
     ]
-    done = descend(engine, parts, config=config, step=step, who=f"expert {expert!r}", advice=ADVICE)
+    with code_of_a_step(backbone, config):
+        done = descend(engine, parts, config=config, step=step, who=f"expert {expert!r}", advice=ADVICE)
     values = dict(zip(METRICS, done.measured, strict=True))
     return StepMetrics(step=step, gradient_norm=done.gradient_norm, learning_rate=done.learning_rate, **values)
 

@@ -42,6 +42,10 @@ from safetydpo.errors import UsageError
             {"zero_stage": 3, "adapter_compute": "base"},
             r"identity\.dpo\.adapter_compute 'base' reads an adapter's weights itself, which identity\.dpo\.zero_stage",
         ),
+        (
+            {"zero_stage": 3, "compiled": True},
+            r"identity\.dpo\.compiled .* which identity\.dpo\.zero_stage 3 shares out",
+        ),
         ({"ema_decay": 1.0}, r"identity\.dpo\.ema_decay: expected less than 1, found 1\.0"),
     ],
 )
@@ -61,6 +65,7 @@ def test_the_same_rules_hold_for_the_distillation() -> None:
         {"strategy": "ddp", "optimizer": "prodigy", "learning_rate": 1.0},
         {"strategy": "single", "optimizer": "adamw_8bit"},
         {"zero_stage": 2, "adapter_compute": "base"},
+        {"zero_stage": 1, "compiled": True},
         {"zero_stage": 3, "base_offload": "cpu", "activation_checkpointing": True, "ema_decay": 0.999},
         {"pairs_per_step": 16, "pairs_per_forward": 4, "retention_weight": 1.0, "retention_per_step": 8},
         {"pairs_per_step": 16, "pairs_per_forward": 4, "retention_per_step": 6},
@@ -80,6 +85,7 @@ def test_settings_that_came_later_are_left_out_at_their_defaults() -> None:
         "ema_decay",
         "pairs_per_forward",
         "adapter_compute",
+        "compiled",
     }
     for config in (DpoConfig(), DistillConfig()):
         assert not added & config.model_dump(mode="json").keys()

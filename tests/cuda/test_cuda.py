@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from safetydpo.artifacts.adapters import LoraLayer
 from safetydpo.artifacts.storage import open_location
@@ -26,6 +29,7 @@ from safetydpo.dpo.batch import PreferenceData, step_batch
 from safetydpo.dpo.engine import lora_signature, open_engine
 from safetydpo.dpo.step import policy_loss
 from safetydpo.dpo.trainer import TrainedExpert, train_expert
+from tests.diffusion import tiny_models
 from tests.diffusion.tiny_models import FAMILIES, SIZE, build_model
 from tests.dpo.cached import cached_config, stored
 from tests.dpo.preferences import small_config
@@ -151,6 +155,67 @@ def test_the_first_loss_is_ln_2(folder: Path, data: PreferenceData, dtype: str) 
     batch = step_batch(data, 0, config=config, run_seed=5, expert="hate", num_timesteps=backbone.num_train_timesteps)
     loss, _ = policy_loss(backbone, batch, config=config)
     assert float(loss) == pytest.approx(math.log(2), abs=1e-7)
+
+
+def gradient(backbone: Backbone, data: PreferenceData, config: DpoConfig) -> torch.Tensor:
+    engine = open_engine(backbone, config=config, lora=LORA)
+    backbone.load_adapter(fresh(backbone, config))
+    batch = step_batch(
+        data,
+        0,
+        config=config,
+        run_seed=5,
+        expert="hate",
+        num_timesteps=backbone.num_train_timesteps,
+        device=backbone.device,
+    )
+    loss, _ = policy_loss(backbone, batch, config=config)
+    torch.autograd.backward(loss)
+    found = [p.grad.double().flatten().cpu() for _, p in backbone.adapter_parameters() if p.grad is not None]
+    engine.close()
+    backbone.remove_adapter()
+    return torch.cat(found)
+
+
+def require_the_gradient_of_plain_attention(backbone: Backbone, data: PreferenceData) -> None:
+    """The kernels of attention that torch chooses against its composition of plain products, in one type.
+
+    A kernel's wrong backward pass leaves the loss as it should be.
+    """
+    config = small_config().model_copy(update={"safe_rise_weight": 0.0, "retention_weight": 0.0})
+    found = gradient(backbone, data, config)
+    with sdpa_kernel(SDPBackend.MATH):
+        plain = gradient(backbone, data, config)
+    cosine = float(torch.nn.functional.cosine_similarity(found, plain, dim=0))
+    print("cosine", cosine, "length", float(found.norm() / plain.norm()))
+    assert cosine > 0.99
+    assert float(found.norm() / plain.norm()) == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_gradients_of_attention_in_16_bits(folder: Path, data: PreferenceData, dtype: str) -> None:
+    require_the_gradient_of_plain_attention(load(folder, DEVICE, dtype), data)
+
+
+def test_gradients_of_attention_at_the_true_head_size_of_flux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    true_heads = partial(tiny_models.FluxTransformer2DModel, attention_head_dim=128, axes_dims_rope=(16, 56, 56))
+
+    def network(**settings: Any) -> Any:
+        return true_heads(**{name: value for name, value in settings.items() if name not in true_heads.keywords})
+
+    monkeypatch.setattr(tiny_models, "FluxTransformer2DModel", network)
+    place = tmp_path / "flux-dev"
+    build_model("flux-dev", place)
+    require_the_gradient_of_plain_attention(load(place, DEVICE, "bfloat16"), preferences(load(place, "cpu")))
+
+
+def test_compiled_training(folder: Path, data: PreferenceData) -> None:
+    """In bfloat16: policy and reference cancel exactly at first."""
+    config = small_config().model_copy(update={"compiled": True, "adapter_compute": "base"})
+    first = train(load(folder, DEVICE, "bfloat16"), data, config).history[0]
+    assert first.preference_loss == pytest.approx(math.log(2), abs=1e-7)
+    assert first.error_policy_safe == first.error_reference_safe
+    assert first.retention == 0.0
 
 
 def test_training_ends_where_it_ends_on_the_cpu(folder: Path, data: PreferenceData) -> None:

@@ -152,8 +152,12 @@ def test_pickles_are_refused_in_one_line(copy_of_tiny: Path, call):
     assert "\n" not in str(raised.value)
 
 
-def test_a_loaded_model_asks_a_gpu_for_float32_and_repeated_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loaded_model_asks_a_gpu_for_float32_repeated_bits_and_right_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    torch.backends.cuda.enable_cudnn_sdp(True)
     load_backbone(BaseModelConfig())
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic) == (False, True)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safetydpo.config.schema import SamplerConfig
@@ -25,7 +25,7 @@ from safetydpo.diffusion.memory import draw_within_memory
 from safetydpo.diffusion.render import render
 
 backbone = load_backbone(BaseModelConfig(model=sys.argv[1]), num_threads=1)
-sampler = SamplerConfig(steps=1, height=32, width=32, batch_size=8192)
+sampler = SamplerConfig(steps=1, height=32, width=32, batch_size=2048)
 rows = {"prompts": ["a red ball", "a blue flower"], "seeds": [1, 2]}
 render(backbone, **rows, sampler=sampler.model_copy(update={"batch_size": 2}))
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -37,13 +37,13 @@ print(json.dumps({"size": size, "equal": torch.equal(pictures, same)}))
 
 
 def test_memory_that_runs_out_halves_the_batch(tiny_folder: Path):
-    """A process that may take 500 MB more cannot draw 8,192 pictures at once, but some power of two of them.
+    """A process that may take 125 MB more cannot draw 2,048 pictures at once, but some power of two of them.
 
     Address space is what is limited: one thread, one arena and tensors that go back to the system keep
     it from being taken up by empty reserves.
     """
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tiny_folder), str(500_000_000)],
+        [sys.executable, "-c", SCRIPT, str(tiny_folder), str(125_000_000)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True,
         text=True,
@@ -52,7 +52,7 @@ def test_memory_that_runs_out_halves_the_batch(tiny_folder: Path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["equal"]
-    assert found["size"] in [2**power for power in range(13)]
+    assert found["size"] in [2**power for power in range(11)]
 
 
 def test_with_enough_memory_nothing_changes(model: Model):
@@ -111,6 +111,7 @@ def test_which_errors_mean_memory():
     assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
 
 
+@settings(max_examples=30)  # Python's garbage is collected at each halving: a tenth of a second in a process of tests
 @given(st.lists(st.integers(), max_size=20), st.integers(1, 8), st.integers(1, 8))
 def test_passes_are_equal_in_size_and_halved_until_they_fit(items: list[int], batch_size: int, room: int):
     sizes: list[int] = []
