@@ -25,7 +25,7 @@ from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows, read_table, table_from_rows, write_table
 from safetydpo.attacks.paraphrases import load_paraphrases
 from safetydpo.config.attacks import AttackName
-from safetydpo.config.schema import Config, IdentityConfig
+from safetydpo.config.schema import Config, EvaluationConfig, IdentityConfig
 from safetydpo.demo.concepts import get_concept, select_concepts
 from safetydpo.demo.prompts import PromptRow, write_prompts
 from safetydpo.errors import SafetyDPOError, UsageError
@@ -87,9 +87,23 @@ def with_attacks(run: Run, rows: list[EvaluatedRow], searched: Record | None) ->
         return rows
     folder = None if searched is None else record_files(run, searched).path
     make_attack_prompts(run, adapter=None if searched is None else (searched.fingerprint, str(folder)))
+    return attacked(rows, evaluation)
+
+
+def attacked(rows: Sequence[EvaluatedRow], evaluation: EvaluationConfig) -> list[EvaluatedRow]:
+    """Return the rows with the attack prompts added to what base and attacked rows draw."""
     sets = tuple(f"{ATTACK_PREFIX}{name}" for name in evaluation.attacks)
-    attacked = ("base", *evaluation.attacked_rows)
-    return [replace(row, prompt_sets=(*row.prompt_sets, *sets)) if row.source.kind in attacked else row for row in rows]
+    kinds = ("base", *evaluation.attacked_rows) if sets else ()
+    return [replace(row, prompt_sets=(*row.prompt_sets, *sets)) if row.source.kind in kinds else row for row in rows]
+
+
+def count_attacks(identity: IdentityConfig) -> int:
+    """Return how many attack prompts a run has."""
+    evaluation = identity.evaluation
+    if not evaluation.attacks:
+        return 0
+    each = evaluation.attack_prompts_per_concept
+    return len(evaluation.attacks) * sum(len(frames[:each]) for frames in _frames(identity).values())
 
 
 def attack_sets(run: Run) -> dict[str, list[Prompt]]:

@@ -12,6 +12,7 @@ from safetydpo.artifacts.json_text import parse_object
 from safetydpo.artifacts.layout import IDENTITY_FILE, stage_folder
 from safetydpo.artifacts.records import Record, read_pointers, read_record
 from safetydpo.artifacts.storage import Location, open_location
+from safetydpo.config.search import SearchConfig
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.planning.costs import Speed
 from safetydpo.planning.estimate import StageRate, measured_rates
@@ -100,6 +101,10 @@ def _search_pictures(records: Iterable[Record], identity: Mapping[str, Any]) -> 
     for record in records:
         ladder = record.details.get("ladder")
         pictures += ladder["pictures"] if ladder else (record.counts["trials"] + 1) * prompts
+        if search.get("finalists", 0):
+            # Left out of a stored identity at its default.
+            seeds = search.get("finalist_seeds", SearchConfig.model_fields["finalist_seeds"].default)
+            pictures += (1 + len(record.details["finalists"])) * seeds * prompts
     return pictures
 
 

@@ -5,27 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ray_jobs.benchmark_prompts import benchmark_prompts, benchmark_sets
-from ray_jobs.evaluate import (
-    EVERYTHING,
-    EvaluatedRow,
-    build_manifest,
-    expert_sets,
-    list_rows,
-    outcomes_key,
-    outcomes_pool,
-    outcomes_stage,
-    row_prompts,
-    shared_prompts,
-)
 from ray_jobs.expert_plan import ExpertUnit, plan_experts, planned_names
 from ray_jobs.final_judges import asks_demo_judges
 from ray_jobs.generate_pairs import pairs_key, picture_manifest, render_stage
 from ray_jobs.given_pairs import given_key
+from ray_jobs.merge_evaluator import small_set
 from ray_jobs.merge_experts import find_aids, merged_key, plain_methods
 from ray_jobs.merge_settings import candidate_request, merge_request
 from ray_jobs.pipeline import stages_to, takes_demo_judges
 from ray_jobs.places import image_pool
+from ray_jobs.plan_evaluation import Adapters, evaluation_work
 from ray_jobs.pools import plan_missing
 from ray_jobs.prompt_tables import chosen_pairs, retention_prompts
 from ray_jobs.run import Run
@@ -33,16 +22,15 @@ from ray_jobs.search_merges import Searched, search_key, validation_prompts
 from ray_jobs.search_space import search_space
 from ray_jobs.trial_log import MeasurementLog, TrialLog
 from safetydpo.artifacts.records import ArtifactKey, Record, find_closed
-from safetydpo.artifacts.schemas import IMAGE_MANIFEST
 from safetydpo.artifacts.storage import Location, open_location
-from safetydpo.artifacts.tables import table_from_rows
 from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.config.pairs import GENERATE
+from safetydpo.config.rungs import FewStepsRung, HeldOutRung
 from safetydpo.config.schema import IdentityConfig
-from safetydpo.evaluation.rows import RowSource
 from safetydpo.merging.registry import find_method
 from safetydpo.pairs.preference_store import open_preferences
 from safetydpo.planning.estimate import StageWork
+from safetydpo.search.ladder import count_promoted
 from safetydpo.search.space import Candidate
 
 
@@ -138,7 +126,7 @@ def list_work(found: Found) -> list[StageWork]:
         "train": training_work,
         "merge": merging_work,
         "search": search_work,
-        "evaluate": evaluation_work,
+        "evaluate": _evaluation_work,
     }
     identity = found.run.config.identity
     wanted = stages_to(last_stage(identity), identity)
@@ -200,64 +188,45 @@ def merging_work(found: Found) -> StageWork:
 
 
 def search_work(found: Found) -> StageWork:
-    """Return the pictures of all trials and of the base, as if no rung stopped a trial."""
+    """Return the pictures of the base, of all trials at every rung that they come to, and of finalists.
+
+    Pictures of a rung with fewer steps count as the share of a full one that they take; what is measured without
+    pictures counts nothing. Failures and `least_correlation` are not foreseen.
+    """
     identity = found.run.config.identity
-    trials, each = identity.search.trials, len(validation_prompts(found.run))
-    ended = pictures = 0
+    search, steps, prompts = identity.search, identity.sampler.steps, validation_prompts(found.run)
+    generation = search.trials if search.suggest == "async" else search.generation_size
+    candidates = [1 + count for count in count_promoted(search.trials, generation=generation, rungs=search.ladder)]
+    # Of a candidate at each rung, in full, and with each fresh seed.
+    share = [rung.steps / steps if isinstance(rung, FewStepsRung) else 0.0 for rung in search.ladder]
+    small = [len(small_set(prompts, one)) if isinstance(one, FewStepsRung) else 0 for one in search.ladder]
+    total = sum(count * each * part for count, each, part in zip(candidates, small, share, strict=False))
+    total += candidates[-1] * len(prompts)
+    if search.finalists:
+        total += (1 + min(search.finalists, search.trials)) * search.finalist_seeds * len(prompts)
+    ended, drawn = 0, 0.0
     if found.search_folder is not None:
         ended = len(TrialLog(found.search_folder / "trials").rows())
-        pictures = sum(row["pictures"] for row in MeasurementLog(found.search_folder / "measurements").rows())
-    total = (trials + 1) * each
+        for row in MeasurementLog(found.search_folder / "measurements").rows():
+            drawn += row["pictures"] * (share[row["rung"]] if row["rung"] < len(share) else 1.0)
     is_closed = found.search is not None
+    full = f", at most {candidates[-1] - 1:,} in full" if search.ladder else ""
+    finalists = f"; {search.finalists:,} finalists" if search.finalists else ""
     return StageWork(
         "search",
         "pictures",
-        total,
-        done=total if is_closed else min(pictures, total),
-        weight=identity.sampler.steps,
+        round(total),
+        done=round(total) if is_closed else min(round(drawn), round(total)),
+        weight=steps,
         is_closed=is_closed,
-        detail=f"{trials:,} trials, {ended:,} done; {each:,} prompts each",
+        detail=f"{search.trials:,} trials{full}, {ended:,} done; {len(prompts):,} prompts each{finalists}",
     )
 
 
-def evaluation_work(found: Found) -> StageWork:
-    """Return the test pictures of all rows but attacks; those of adapters that are not there yet are counted only."""
-    run, identity = found.run, found.run.config.identity
-    prompts = {**shared_prompts(run), **benchmark_prompts(run.config)}
-    rows = list_rows(run, found.experts, found.merged, found.searched) if found.is_model_here else []
-    named = {row.source.name for row in rows}
-    waiting = [row for row in _all_rows(found) if row.source.name not in named]
-    counted = sum(len(row_prompts(row, prompts)) for row in waiting) * len(identity.evaluation.seeds)
-    total, done, is_closed = counted, 0, False
-    if rows:
-        manifest = build_manifest(run, rows, prompts)
-        total += len(manifest)
-        is_closed = not waiting and find_closed(run.store, outcomes_key(run, manifest)) is not None
-        table = table_from_rows(manifest, IMAGE_MANIFEST)
-        missing = 0 if is_closed else plan_missing(outcomes_pool(run), table, outcomes_stage(run)).num_rows
-        done = len(manifest) - missing
-    detail = f"{len(rows) + len(waiting):,} rows, {len(identity.evaluation.seeds):,} seeds"
-    return StageWork(
-        "evaluate", "pictures", total, done, identity.sampler.steps, is_closed=is_closed, detail=detail
-    )  # fmt: skip
-
-
-def _all_rows(found: Found) -> list[EvaluatedRow]:
-    """Return the rows that the run will have, whether or not their adapters are there."""
-    identity = found.run.config.identity
-    evaluation, everything = identity.evaluation, (*EVERYTHING, *benchmark_sets(found.run.config))
-    rows = [EvaluatedRow(RowSource("base", "base"), "", everything)]
-    for name in expert_steps(found):
-        if name == ALL_SINGLE:
-            rows.append(EvaluatedRow(RowSource(name, "all_single"), "", everything))
-        elif evaluation.expert_rows:
-            source = RowSource(f"expert:{name}", "expert")
-            rows.append(EvaluatedRow(source, "", expert_sets(evaluation), evaluation.expert_prompts_per_category))
-    rows += [EvaluatedRow(RowSource(name, "merged"), "", everything) for name in identity.merge.methods]
-    rows += [EvaluatedRow(RowSource(name, "comparator"), "", everything) for name in evaluation.comparators]
-    if "search" in stages_to("report", identity):
-        rows.append(EvaluatedRow(RowSource("searched", "searched"), "", everything))
-    return rows
+def _evaluation_work(found: Found) -> StageWork:
+    is_searched = "search" in stages_to("report", found.run.config.identity)
+    adapters = Adapters(found.experts, found.merged, found.searched, list(expert_steps(found)), is_searched)
+    return evaluation_work(found.run, adapters, is_model_here=found.is_model_here)
 
 
 def not_counted(run: Run) -> list[str]:
@@ -269,9 +238,10 @@ def not_counted(run: Run) -> list[str]:
         "stored reference errors (identity.dpo.reference)": dpo.reference == "cached",
         "pictures of validations (identity.dpo.validation)": dpo.validation.every_steps is not None,
         "the distillation": distils,
-        "finalists of the search": bool(search.finalists),
-        "what rungs measure and save (identity.search.ladder)": bool(search.ladder),
-        "attacks": bool(evaluation.attacks),
-        "the tuning of comparators": bool(evaluation.comparators),
+        "what rungs measure without pictures (identity.search.ladder)": any(
+            isinstance(rung, HeldOutRung) for rung in search.ladder
+        ),
+        "the making of attack prompts": bool(evaluation.attacks),
+        "what comparators train": bool(evaluation.comparators),
     }
     return [what for what, is_done in told.items() if is_done]

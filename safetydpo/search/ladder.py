@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from scipy import stats
 
+from safetydpo.config.rungs import RungConfig
+
 LEAST_PAIRS = 5
 """Candidates below which a rank correlation says nothing that a promotion should go by."""
 
@@ -53,6 +55,22 @@ def promote(values: Mapping[int, float], *, keep: float, always: Collection[int]
     count = max(1, math.ceil(keep * len(values) - 1e-9))
     ranked = sorted(values, key=lambda trial: (values[trial], trial))
     return sorted({*ranked[:count], *(trial for trial in values if trial in always)})
+
+
+def count_promoted(trials: int, *, generation: int, rungs: Sequence[RungConfig]) -> list[int]:
+    """Return how many trials are measured at each rung and, last, in full, where generations climb the rungs together.
+
+    With `calibrate` at most so many: its trials may be among the favourites anyway. Rungs are taken to decide always.
+    """
+    counts = [0] * (len(rungs) + 1)
+    for first in range(0, trials, generation):
+        left = min(generation, trials - first)
+        always = [max(0, min(first + left, rung.calibrate) - first) for rung in rungs]
+        for level, rung in enumerate(rungs):
+            counts[level] += left
+            left = min(left, max(1, math.ceil(rung.keep * left - 1e-9)) + always[level])
+        counts[-1] += left
+    return counts
 
 
 def is_trusted(correlation: RankCorrelation, *, least: float) -> bool:

@@ -24,7 +24,7 @@ from ray_jobs.merge_experts import merged_key
 from ray_jobs.merge_settings import candidate_request, merge_request
 from ray_jobs.plan_rates import pointed_records, rates_of_run, units_of
 from ray_jobs.plan_storage import mean_row_bytes
-from ray_jobs.plan_work import find_done, list_work, not_counted
+from ray_jobs.plan_work import find_done, list_work
 from ray_jobs.run import Run
 from ray_jobs.search_merges import Searched, search_key, validation_prompts
 from ray_jobs.search_space import search_space
@@ -39,19 +39,9 @@ from safetydpo.merging.registry import find_method
 from safetydpo.search.space import Candidate
 from tests.ray.closed_artifacts import all_files, close_batch, close_experts, close_pairs, close_pictures, open_run
 from tests.ray.commands import Command
+from tests.ray.plans import stages, told
 
 HUB_MODEL = "nobody-has/this-model"
-
-
-def told(command: Command, *arguments: str) -> dict[str, Any]:
-    seen = command("plan", "--json", *arguments)
-    assert seen.code == 0, seen.err
-    found: dict[str, Any] = json.loads(seen.out)
-    return found
-
-
-def stages(plan: dict[str, Any]) -> dict[str, tuple[int, int, bool]]:
-    return {one["stage"]: (one["total"], one["done"], one["is_closed"]) for one in plan["stages"]}
 
 
 def test_a_plan_of_the_smoke_config_before_anything_ran(command: Command) -> None:
@@ -200,12 +190,6 @@ def test_a_simulation_imports_no_machine_learning(configs: Path) -> None:
     )
     assert "9 experts of 9 s" in done.stdout
     assert not {"'ray'", "'torch'"} & set(done.stdout.splitlines()[-1].strip("[]").split(", "))
-
-
-def test_what_is_beside_the_count_is_named(command: Command) -> None:
-    assert not_counted(open_run(command.config, command.places)) == []
-    run = open_run(command.config, ["identity.search.finalists=2", "identity.merge.methods=[sum, distill]"])
-    assert not_counted(run) == ["the distillation", "finalists of the search"]
 
 
 def test_stages_that_no_judge_fits_are_not_planned(command: Command, configs: Path) -> None:

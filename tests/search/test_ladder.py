@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safetydpo.search.ladder import RankCorrelation, is_trusted, promote, rank_correlation
+from safetydpo.config.rungs import FewStepsRung
+from safetydpo.search.ladder import RankCorrelation, count_promoted, is_trusted, promote, rank_correlation
 
 
 def test_rank_correlation_by_hand():
@@ -61,3 +62,38 @@ def test_a_rung_is_trusted_until_enough_says_otherwise():
     assert not is_trusted(RankCorrelation(0.1, 0.1, 5), least=0.5)
     assert not is_trusted(RankCorrelation(None, None, 9), least=0.5)
     assert is_trusted(RankCorrelation(0.6, 0.4, 9), least=0.5)
+
+
+def test_how_many_come_to_each_rung_by_hand() -> None:
+    """Generations of 4, 4 and 2: half go on, 2, 2 and 1; then a third, one each."""
+    rungs = [FewStepsRung(keep=0.5), FewStepsRung(keep=0.34)]
+    assert count_promoted(10, generation=4, rungs=rungs) == [10, 5, 3]
+    assert count_promoted(10, generation=4, rungs=[]) == [10]
+    # The first three trials go on anyway; at most 2 + 3 of the first generation, which has 4.
+    assert count_promoted(10, generation=4, rungs=[FewStepsRung(keep=0.5, calibrate=3)]) == [10, 4 + 2 + 1]
+
+
+@given(
+    trials=st.integers(1, 40),
+    generation=st.integers(1, 12),
+    keeps=st.lists(st.floats(0.05, 1.0), max_size=3),
+    calibrate=st.integers(0, 6),
+    data=st.data(),
+)
+def test_how_many_come_to_each_rung_against_promotions(
+    trials: int, generation: int, keeps: list[float], calibrate: int, data: st.DataObject
+) -> None:
+    """Never fewer than are promoted, and without `calibrate` just as many."""
+    rungs = [FewStepsRung(keep=keep, calibrate=calibrate) for keep in keeps]
+    found = [0] * (len(rungs) + 1)
+    for first in range(0, trials, generation):
+        members = list(range(first, min(first + generation, trials)))
+        for level, rung in enumerate(rungs):
+            found[level] += len(members)
+            values = {trial: data.draw(st.integers(0, 5)) for trial in members}
+            members = promote(values, keep=rung.keep, always=range(rung.calibrate))
+        found[-1] += len(members)
+    planned = count_promoted(trials, generation=generation, rungs=rungs)
+    assert all(there <= most for there, most in zip(found, planned, strict=True))
+    if calibrate == 0:
+        assert found == planned
