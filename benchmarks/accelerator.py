@@ -63,6 +63,21 @@ def timed(call: Callable[[], object]) -> Callable[[], None]:
     return run
 
 
+def by_torchs_kernels(call: Callable[[], object]) -> Callable[[], None]:
+    """Return the call under torch's own choice of kernels, as others run it, and not under `choose_kernels`."""
+
+    def run() -> None:
+        before = torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        try:
+            with torch.backends.cudnn.flags(enabled=True, deterministic=False, allow_tf32=True):
+                call()
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(before)
+
+    return run
+
+
 def product_speed(device: str) -> float:
     """Return the operations per second of a large bfloat16 product (random values, best of 10)."""
     side = 8192 if device != "cpu" else 512
@@ -142,7 +157,7 @@ def measure_pairs(size: TrueSize, folder: Path, name: str, options: argparse.Nam
     one, two = (count_operations(partial(draw, steps=steps)) for steps in (1, 2))
     measurement.operations = dict.fromkeys(PAIRS_WAYS, (one + (two - one) * (size.steps - 1)) / batch)
     if "diffusers" in options.ways:
-        measurement.ways["diffusers"] = timed(one_call(folder, size, options.device))
+        measurement.ways["diffusers"] = timed(by_torchs_kernels(one_call(folder, size, options.device)))
         measurement.work["diffusers"] = 1
     return measurement
 
@@ -175,8 +190,8 @@ def measure_train(size: TrueSize, folder: Path, name: str, options: argparse.Nam
     measurement = Measurement("pairs", per_step)
     pairs = make_pairs(size.picture)
     base = BaseModelConfig(model=str(folder), dtype="bfloat16")
-    loaded = load_backbone(base, device=options.device)
-    data = encode_once(loaded, pairs)
+    data = encode_once(load_backbone(base, device=options.device), pairs)
+    loaded = load_backbone(base, device=options.device, parts="denoiser")
     counted: dict[str, float] = {}
     # Every way has modules of its own over the same frozen weights.
     weights = {id(tensor): tensor for tensor in loaded.network.parameters()}
@@ -215,7 +230,7 @@ def measure_train(size: TrueSize, folder: Path, name: str, options: argparse.Nam
                 dtype=torch.bfloat16,
                 device=options.device,
             )
-            measurement.ways[way] = timed(step)
+            measurement.ways[way] = timed(by_torchs_kernels(step))
     return measurement
 
 

@@ -37,7 +37,7 @@ from ray_jobs.baselines import (
     erasure_of,
     tune,
 )
-from ray_jobs.evaluate import evaluation_prompts, picture_seed
+from ray_jobs.evaluate import picture_seed, shared_prompts
 from ray_jobs.failures import run_guarded
 from ray_jobs.final_judges import judges_fingerprint
 from ray_jobs.prompt_tables import chosen_pairs
@@ -78,7 +78,8 @@ class UnitBench:
         self.run, self.ours, self.until = run, ours, until
         self.bench = ComparatorBench(run.config.model_dump(mode="json"))
         self.order = concept_order(run)
-        self.prompts = evaluation_prompts(run)
+        # Without the attacks of the run, which are made on its base once the search is over.
+        self.prompts = shared_prompts(run)
         self.judge = NamedDemoJudge(load_audit_judge())
 
     def candidates(self, folder: Location, name: str, candidates: Candidates) -> None:

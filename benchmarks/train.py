@@ -16,8 +16,8 @@ dtype, AdamW and clipping, alternating:
 The bounds count operations only: with one encoder pass 1.12 and one forward or backward pass 0.80, `public` costs
 2 x (1.12 + 3 x 0.80) a pair, `live` 2 x 3 x 0.80, `cached` 2 x 2 x 0.80.
 
-`best` adds one thing at a time to `live`: channels-last, a compiled U-Net, the fused optimizer, four experts in one
-batch over the shared base. `memory` runs one step of one pair at 512 x 512 on an SD1.5 of full size, each way in a
+`best` adds one thing at a time to `live`: channels-last, `identity.dpo.compiled`, the fused optimizer, four experts in
+one batch over the shared base. `memory` runs one step of one pair at 512 x 512 on an SD1.5 of full size, each way in a
 process of its own; counted is the peak above what the process held after its imports. `bounds` times the passes of
 SD1.5's networks at three sizes: the most that any way could gain on this machine.
 """

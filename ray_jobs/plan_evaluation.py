@@ -72,7 +72,7 @@ def evaluation_work(run: Run, adapters: Adapters, *, is_model_here: bool) -> Sta
         table = table_from_rows(manifest, IMAGE_MANIFEST)
         missing = 0 if is_closed else plan_missing(outcomes_pool(run), table, outcomes_stage(run)).num_rows
         done = len(manifest) - missing
-    tuning, tuning_done = _tuning(run, tuned, is_model_here=is_model_here)
+    tuning, tuning_done = tuning_pictures(run, tuned, is_model_here=is_model_here)
     detail = f"{len(rows) + len(waiting):,} rows, {len(evaluation.seeds):,} seeds"
     if tuning:
         detail += f"; {tuning:,} to tune {len(evaluation.comparators):,} comparators"
@@ -107,7 +107,7 @@ def _prompts(run: Run) -> tuple[dict[str, list[Prompt]], bool]:
     return {**prompts, **{f"{ATTACK_PREFIX}{name}": [] for name in attacks}}, False
 
 
-def _tuning(run: Run, tuned: Mapping[str, Record], *, is_model_here: bool) -> tuple[int, int]:
+def tuning_pictures(run: Run, tuned: Mapping[str, Record], *, is_model_here: bool) -> tuple[int, int]:
     """Return the pictures of all candidates of comparators and of the base beside them, and those of measured ones."""
     names = run.config.identity.evaluation.comparators
     if not names:

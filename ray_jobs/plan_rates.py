@@ -25,7 +25,14 @@ COMPARED = (
     ("sampler", "guidance_scale"),
 )
 """Settings of `identity` that decide how long a pass takes: speeds of runs with others say nothing."""
-STAGE_OF = {"pairs": "pairs", "experts": "train", "merged": "merge", "search": "search", "outcomes": "evaluate"}
+STAGE_OF = {
+    "pairs": "pairs",
+    "experts": "train",
+    "merged": "merge",
+    "search": "search",
+    "outcomes": "evaluate",
+    "comparators": "evaluate",
+}
 """Stage of a chain by the stage of its artifacts."""
 
 
@@ -88,23 +95,48 @@ def units_of(records: Mapping[str, Iterable[Record]], identity: Mapping[str, Any
         "train": total("train", "steps") * each,
         "merge": float(len(list(records["merge"]))),
         "search": _search_pictures(records["search"], identity) * steps,
-        "evaluate": total("evaluate", "pictures") * steps,
+        # Test pictures, and those by which comparators were tuned.
+        "evaluate": (total("evaluate", "pictures") + total("evaluate", "candidates") * _prompts(identity)) * steps,
     }
 
 
-def _search_pictures(records: Iterable[Record], identity: Mapping[str, Any]) -> float:
+def _prompts(identity: Mapping[str, Any]) -> int:
+    """Return the prompts of a candidate's full evaluation in a search."""
     search, categories = identity["search"], len(identity["prompts"]["categories"])
-    neutral = search["neutral_prompts"]
-    neighbours = search.get("neighbour_prompts")
-    prompts = categories * search["prompts_per_category"] + neutral + (neutral if neighbours is None else neighbours)
-    pictures = 0.0
+    neutral, neighbours = search["neutral_prompts"], search.get("neighbour_prompts")
+    return int(categories * search["prompts_per_category"] + neutral + (neutral if neighbours is None else neighbours))
+
+
+def _search_pictures(records: Iterable[Record], identity: Mapping[str, Any]) -> float:
+    search, prompts, pictures = identity["search"], _prompts(identity), 0.0
     for record in records:
         ladder = record.details.get("ladder")
-        pictures += ladder["pictures"] if ladder else (record.counts["trials"] + 1) * prompts
+        if ladder:
+            pictures += _ladder_pictures(ladder["rungs"], identity)
+        else:
+            pictures += (record.counts["trials"] + 1) * prompts
         if search.get("finalists", 0):
             # Left out of a stored identity at its default.
             seeds = search.get("finalist_seeds", SearchConfig.model_fields["finalist_seeds"].default)
             pictures += (1 + len(record.details["finalists"])) * seeds * prompts
+    return pictures
+
+
+def _ladder_pictures(rungs: Sequence[Mapping[str, Any]], identity: Mapping[str, Any]) -> float:
+    """Return the pictures of a search with rungs, the base's too; those of fewer steps as shares of a full one."""
+    search, categories = identity["search"], len(identity["prompts"]["categories"])
+    neutral, neighbours = search["neutral_prompts"], search.get("neighbour_prompts")
+    of_search = {
+        "prompts_per_category": search["prompts_per_category"],
+        "neutral_prompts": neutral,
+        "neighbour_prompts": neutral if neighbours is None else neighbours,
+    }
+    pictures = (rungs[-1]["went_on"] + 1.0) * _prompts(identity)
+    for settings, rung in zip(search["ladder"], rungs, strict=True):
+        if settings["kind"] == "few_steps":
+            small = {name: min(count, settings[name]) for name, count in of_search.items()}
+            each = categories * small.pop("prompts_per_category") + sum(small.values())
+            pictures += (rung["measured"] + 1) * each * settings["steps"] / identity["sampler"]["steps"]
     return pictures
 
 

@@ -8,6 +8,7 @@ from ray_jobs.evaluate import outcomes_pool
 from ray_jobs.expert_files import record_files
 from ray_jobs.generate_pairs import latent_pool
 from ray_jobs.places import image_pool
+from ray_jobs.plan_evaluation import tuning_pictures
 from ray_jobs.plan_work import Found, expert_steps
 from safetydpo.artifacts.json_text import parse_object
 from safetydpo.artifacts.layout import ADAPTER_FILE, RECORD_FILE
@@ -20,7 +21,10 @@ SEEN, AT_MOST = "mean of what is there", "at most, if nothing is compressed"
 
 
 def list_stored(found: Found, work: Sequence[StageWork]) -> list[Stored]:
-    """Return pictures, latents, experts and test pictures of a run, with their bytes where they are known."""
+    """Return pictures, latents, experts and test pictures of a run, with their bytes where they are known.
+
+    Pictures by which comparators are tuned are judged and thrown away.
+    """
     run, totals = found.run, {one.stage: one.total for one in work}
     is_here = found.is_model_here
     stored = [
@@ -32,7 +36,8 @@ def list_stored(found: Found, work: Sequence[StageWork]) -> list[Stored]:
     stored.append(Stored("experts", len(expert_steps(found)), each, SEEN if sizes else ""))
     if "evaluate" in totals:
         pool = outcomes_pool(run) if is_here else None
-        stored.append(_pictures(found, "test pictures", totals["evaluate"], pool))
+        tuning, _ = tuning_pictures(run, {}, is_model_here=False)
+        stored.append(_pictures(found, "test pictures", totals["evaluate"] - tuning, pool))
     return stored
 
 

@@ -30,7 +30,7 @@ from safetydpo.config.schema import IdentityConfig
 from safetydpo.merging.registry import find_method
 from safetydpo.pairs.preference_store import open_preferences
 from safetydpo.planning.estimate import StageWork
-from safetydpo.search.ladder import count_promoted
+from safetydpo.search.ladder import count_promoted, count_promoted_at_once
 from safetydpo.search.space import Candidate
 
 
@@ -195,22 +195,26 @@ def search_work(found: Found) -> StageWork:
     """
     identity = found.run.config.identity
     search, steps, prompts = identity.search, identity.sampler.steps, validation_prompts(found.run)
-    generation = search.trials if search.suggest == "async" else search.generation_size
-    candidates = [1 + count for count in count_promoted(search.trials, generation=generation, rungs=search.ladder)]
+    expected: Sequence[float]
+    if search.suggest == "async":
+        expected = count_promoted_at_once(search.trials, rungs=search.ladder)
+    else:
+        expected = count_promoted(search.trials, generation=search.generation_size, rungs=search.ladder)
+    candidates = [1 + round(count) for count in expected]
     # Of a candidate at each rung, in full, and with each fresh seed.
     share = [rung.steps / steps if isinstance(rung, FewStepsRung) else 0.0 for rung in search.ladder]
     small = [len(small_set(prompts, one)) if isinstance(one, FewStepsRung) else 0 for one in search.ladder]
     total = sum(count * each * part for count, each, part in zip(candidates, small, share, strict=False))
     total += candidates[-1] * len(prompts)
     if search.finalists:
-        total += (1 + min(search.finalists, search.trials)) * search.finalist_seeds * len(prompts)
+        total += (1 + min(search.finalists, candidates[-1] - 1)) * search.finalist_seeds * len(prompts)
     ended, drawn = 0, 0.0
     if found.search_folder is not None:
         ended = len(TrialLog(found.search_folder / "trials").rows())
         for row in MeasurementLog(found.search_folder / "measurements").rows():
             drawn += row["pictures"] * (share[row["rung"]] if row["rung"] < len(share) else 1.0)
     is_closed = found.search is not None
-    full = f", at most {candidates[-1] - 1:,} in full" if search.ladder else ""
+    full = f", about {candidates[-1] - 1:,} in full" if search.ladder else ""
     finalists = f"; {search.finalists:,} finalists" if search.finalists else ""
     return StageWork(
         "search",

@@ -102,7 +102,8 @@ class Run:
         """Add wall time to a stage's sum in `timing.json`; an interrupted stage's parts add up."""
         with hold_run_files(self.run_dir):
             timing = self.seconds()
-            timing[stage] = round(timing.get(stage, 0.0) + seconds, 3)
+            # A clock that was set back in the meantime: no time rather than less than none, which nobody would read.
+            timing[stage] = round(timing.get(stage, 0.0) + max(0.0, seconds), 3)
             (self.run_dir / TIMING_FILE).write_bytes(json.dumps(timing, indent=2).encode() + b"\n")
 
     def add_cost(self, stage: str, cost: Mapping[str, float | None]) -> None:
@@ -112,7 +113,8 @@ class Run:
         """
         costs = self.costs()
         known = costs.get(stage, dict.fromkeys(cost, 0.0))
-        costs[stage] = {name: add_known(known.get(name), value) for name, value in cost.items()}
+        used = {name: None if value is None else max(0.0, value) for name, value in cost.items()}
+        costs[stage] = {name: add_known(known.get(name), value) for name, value in used.items()}
         (self.run_dir / COST_FILE).write_bytes(json.dumps(costs, indent=2).encode() + b"\n")
 
     def costs(self) -> dict[str, dict[str, float | None]]:

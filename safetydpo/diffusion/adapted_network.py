@@ -76,7 +76,8 @@ class AdaptedNetwork:
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Keep few activations in passes with a gradient and compute the others again, or keep all of them."""
-        # diffusers does so in each block, and only where a gradient is wanted: a reference pass stays as it is.
+        # diffusers does so in each block, and only where a gradient is wanted: a reference pass without one stays as it
+        # is.
         if enabled:
             self._denoiser.enable_gradient_checkpointing()
         else:

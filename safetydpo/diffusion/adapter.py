@@ -189,7 +189,8 @@ class AdapterSlot:
     @contextmanager
     def gated(self) -> Iterator[None]:
         """Switch the adapter by a number inside this context, so that on and off are one and the same code."""
-        with self._gate_at(1.0):
+        is_off = any(module.disable_adapters for module in self._lora_modules().values())
+        with self._gate_at(0.0 if is_off else 1.0):
             yield
 
     @contextmanager
@@ -285,6 +286,7 @@ class AdapterSlot:
             self._base_scaling[name] = signature.alpha / signature.rank if trained_here else 1.0
             module.scaling[SLOT] = self._base_scaling[name]
             module.compute = self._compute
+        self._set_gates(self._gate)
 
     def _check_layers(self, layers: Mapping[str, LoraLayer], installed: Mapping[str, SlotLinear]) -> None:
         for name in sorted(layers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.compiler.config
 
 
 def choose_kernels() -> None:
@@ -16,3 +17,5 @@ def choose_kernels() -> None:
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.enable_cudnn_sdp(False)
+    # Compiled code that torch keeps on disk has the kernel of attention in it, and its key does not say which.
+    torch.compiler.config.cache_key_tag = "safetydpo: no attention by cuDNN"

@@ -145,6 +145,8 @@ def _code_of_a_step(backbone: Backbone, context: ErrorContext) -> Iterator[None]
         return
     backbone.swap_adapter(lora_signature(context.compiled_for), {})
     backbone.compute_adapter_in(context.config.adapter_compute)
+    # These passes have a gradient: without it they would need more memory than the steps that they are made for.
+    backbone.set_activation_checkpointing(context.config.activation_checkpointing)
     with backbone.compiled_for_training():
         yield
 

@@ -57,6 +57,23 @@ def promote(values: Mapping[int, float], *, keep: float, always: Collection[int]
     return sorted({*ranked[:count], *(trial for trial in values if trial in always)})
 
 
+def count_promoted_at_once(trials: int, *, rungs: Sequence[RungConfig]) -> list[float]:
+    """Return how many trials are expected at each rung and, last, in full, where a rung decides about each at once.
+
+    Of candidates in random order the n-th goes on with the chance `ceil(keep * n) / n`, and the first `calibrate` do in
+    any case. Rungs are taken to decide always.
+    """
+    counts = [float(trials)]
+    for rung in rungs:
+        arrivals = math.ceil(counts[-1])
+        chances = [min(1.0, math.ceil(rung.keep * n - 1e-9) / n) for n in range(1, arrivals + 1)]
+        chances[: rung.calibrate] = [1.0] * min(rung.calibrate, arrivals)
+        # Of the last one there is a part only.
+        chances[-1:] = [chance * (1.0 - (arrivals - counts[-1])) for chance in chances[-1:]]
+        counts.append(math.fsum(chances))
+    return counts
+
+
 def count_promoted(trials: int, *, generation: int, rungs: Sequence[RungConfig]) -> list[int]:
     """Return how many trials are measured at each rung and, last, in full, where generations climb the rungs together.
 

@@ -210,12 +210,34 @@ def test_gradients_of_attention_at_the_true_head_size_of_flux(tmp_path: Path, mo
 
 
 def test_compiled_training(folder: Path, data: PreferenceData) -> None:
-    """In bfloat16: policy and reference cancel exactly at first."""
+    """In bfloat16: policy and reference cancel exactly at first; something was compiled."""
     config = small_config().model_copy(update={"compiled": True, "adapter_compute": "base"})
+    torch._dynamo.utils.counters.clear()
     first = train(load(folder, DEVICE, "bfloat16"), data, config).history[0]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert first.preference_loss == pytest.approx(math.log(2), abs=1e-7)
     assert first.error_policy_safe == first.error_reference_safe
     assert first.retention == 0.0
+
+
+def test_a_compiled_training_ends_where_the_other_ends(folder: Path, data: PreferenceData) -> None:
+    """In float32, to 1 % of the way that the adapter goes: its way back is right too."""
+    backbone, config = load(folder, DEVICE), small_config()
+    plain = train(backbone, data, config)
+    compiled = train(backbone, data, config.model_copy(update={"compiled": True}))
+    found = relative(compiled.layers, plain.layers, fresh(backbone, config))
+    print(folder.name, "compiled, relative difference", found)
+    assert found <= 0.01
+
+
+def test_stored_errors_of_compiled_steps(folder: Path, data: PreferenceData) -> None:
+    """In bfloat16, where other code differs by far more than what is taken for rounding."""
+    config = cached_config(safe_rise_weight=0.0, compiled=True, adapter_compute="base")
+    backbone = load(folder, DEVICE, "bfloat16")
+    rows = stored(backbone, data, config, compiled_for=LORA)
+    first = train(backbone, rows, config).history[0]
+    assert first.loss == pytest.approx(math.log(2), abs=1e-6)
+    assert first.error_policy_unsafe == pytest.approx(first.error_reference_unsafe, rel=1e-6)
 
 
 def test_training_ends_where_it_ends_on_the_cpu(folder: Path, data: PreferenceData) -> None:

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from safetydpo.artifacts.adapters import LoraLayer
 from safetydpo.config.training import DpoConfig, LoraConfig
 from safetydpo.diffusion import adapted_network
 from safetydpo.diffusion.lora_layer import SlotLinear
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
 from safetydpo.dpo.batch import PreferenceData, step_batch
-from safetydpo.dpo.draws import RowUse
+from safetydpo.dpo.draws import RowUse, pair_order
 from safetydpo.dpo.engine import lora_signature, open_engine
 from safetydpo.dpo.reference import ErrorContext, compute_errors
 from safetydpo.dpo.step import policy_loss
@@ -110,7 +111,25 @@ def test_errors_for_compiled_steps_have_ids_of_their_own() -> None:
     assert context(LoraConfig(rank=2, init="independent", alpha=1.0)) == context(lora)
 
 
+def test_a_slot_that_is_put_in_anew_or_off_keeps_its_gate(backbone: StableDiffusion, lora: LoraConfig) -> None:
+    backbone.install_adapter(lora_signature(lora))
+    with backbone._slot.gated():
+        backbone.load_adapter(
+            {
+                name: LoraLayer(layer.down[:1], layer.up[:, :1])
+                for name, layer in random_layers(backbone, seed=3).items()
+            }
+        )
+        gates = [m.gate for m in backbone.network.modules() if isinstance(m, SlotLinear)]
+        assert gates
+        assert all(gate is not None and float(gate) == 1.0 for gate in gates)
+    with backbone.adapter_off(), backbone._slot.gated():
+        gates = [m.gate for m in backbone.network.modules() if isinstance(m, SlotLinear)]
+        assert all(gate is not None and float(gate) == 0.0 for gate in gates)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("process_group")
 def test_compiled_policy_and_reference_cancel_exactly(
     backbone: StableDiffusion, make_data: Make, lora: LoraConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,23 +140,37 @@ def test_compiled_policy_and_reference_cancel_exactly(
     monkeypatch.setattr(adapted_network, "COMPILED_BLOCKS", frozenset({"BasicTransformerBlock"}))
     terms = {"redirection_weight": 0.0, "output_preservation_weight": 0.0, "retention_weight": 0.0}
     config, data = options(compiled=True, **terms), make_data()
+    counters = torch._dynamo.utils.counters
     plain = train(backbone, data, options(**terms), lora)
+    counters.clear()
     found = train(backbone, data, config, lora)
+    assert counters["stats"]["unique_graphs"] > 0
     require_start(found.history[0])
     size = max(float(layer.up.abs().max()) for layer in plain.layers.values())
     assert largest_difference(plain.layers, found.layers) <= 0.01 * size
     assert not any("forward" in vars(module) for module in backbone.network.modules())
 
-    torch._dynamo.utils.counters.clear()
+    counters.clear()
     train(backbone, data, config, lora, expert="violence")
+    deepspeed = train(backbone, data, config.model_copy(update={"strategy": "deepspeed", "zero_stage": 1}), lora)
+    assert largest_difference(found.layers, deepspeed.layers) <= 1e-6
     cached = DpoConfig.model_validate(config.model_dump() | {"reference": "cached"})
     context = ErrorContext("base", "float32", cached.pairs_per_step, 1000, 5, cached, compiled_for=lora)
     uses = [RowUse(pair, draw) for pair in range(data.num_pairs) for draw in range(4)]
+    entered: list[None] = []
+    compiled = backbone.compiled_for_training
+    monkeypatch.setattr(backbone, "compiled_for_training", lambda: entered.append(None) or compiled())
     errors = compute_errors(backbone, data, uses, context).view(data.num_pairs, 4, 2)
-    require_start(train(backbone, replace(data, reference_errors=errors), cached, lora).history[0])
+    assert len(entered) == 1
+    start = train(backbone, replace(data, reference_errors=errors), cached, lora).history[0]
+    require_start(start)
+    # Before what is taken for rounding is taken off.
+    rows = pair_order(5, "hate", num_pairs=data.num_pairs, step=0, pairs_per_step=cached.pairs_per_step)
+    stored = torch.stack([errors[use.index, use.draw_index] for use in rows]).mean(dim=0)
+    assert stored.tolist() == pytest.approx([start.error_policy_safe, start.error_policy_unsafe], rel=1e-6)
     again = train(backbone, data, config.model_copy(update={"activation_checkpointing": True}), lora)
     assert largest_difference(found.layers, again.layers) <= 1e-3 * size
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+    assert counters["stats"]["unique_graphs"] == 0
     torch._dynamo.reset()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +12,15 @@ from ray_jobs.attack_prompts import PROMPTS_FILE, count_attacks, plan_attacks
 from ray_jobs.attack_prompts import STAGE as ATTACKS
 from ray_jobs.baselines import comparator_key
 from ray_jobs.evaluate import evaluation_prompts
-from ray_jobs.plan_rates import units_of
+from ray_jobs.plan_rates import pointed_records, units_of
 from ray_jobs.plan_work import not_counted
-from safetydpo.artifacts.records import ArtifactKey
+from ray_jobs.run import Run
+from safetydpo.artifacts.records import ArtifactKey, Record, write_pointers
 from safetydpo.artifacts.schemas import ATTACK_PROMPTS
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import table_from_rows, write_table
-from safetydpo.config.load import identity_of
+from safetydpo.config.load import identity_of, load_config
+from safetydpo.planning.costs import load_costs
 from tests.ray.closed_artifacts import open_run
 from tests.ray.commands import Command
 from tests.ray.plans import stages, told
@@ -51,7 +54,7 @@ def test_pictures_of_rungs_and_finalists(command: Command) -> None:
     plan = told(command, *settings, "identity.search.finalists=2")
     assert stages(plan)["search"][0] == 5 * 6 / 2 + 3 * 12 + 3 * 2 * 12
     detail = next(one["detail"] for one in plan["stages"] if one["stage"] == "search")
-    assert detail == "4 trials, at most 2 in full, 0 done; 12 prompts each; 2 finalists"
+    assert detail == "4 trials, about 2 in full, 0 done; 12 prompts each; 2 finalists"
 
 
 def test_pictures_of_attacks_and_of_comparators(command: Command) -> None:
@@ -100,6 +103,61 @@ def test_pictures_of_a_former_search_by_hand(command: Command, seeds: list[str],
     run = open_run(command.config, [*command.places, "identity.search.finalists=2", *seeds])
     made = {"fingerprint": "search", "counts": {"trials": 4}, "details": {"finalists": [{}, {}]}}
     record = run.make(ArtifactKey("search", "smoke", {}, {}, 1), lambda _folder: made)
-    records = {stage: [] for stage in ("pairs", "train", "merge", "evaluate")} | {"search": [record]}
-    units = units_of(records, json.loads(json.dumps(identity_of(run.config))))
-    assert units["search"] == (5 * 12 + added * 3 * 12) * 4
+    assert units(run, search=[record])["search"] == (5 * 12 + added * 3 * 12) * 4
+
+
+def units(run: Run, **records: list[Record]) -> dict[str, float]:
+    """Of records made by hand and the identity as its file has it."""
+    none: dict[str, list[Record]] = {stage: [] for stage in ("pairs", "train", "merge", "search", "evaluate")}
+    return units_of(none | records, json.loads(json.dumps(identity_of(run.config))))
+
+
+def test_pictures_of_a_former_search_with_rungs_are_those_that_a_plan_counts(command: Command) -> None:
+    """4 trials of a rung of 6 prompts at half the steps, 2 in full, the base at both."""
+    rung = "{kind: few_steps, steps: 2, prompts_per_category: 1, neutral_prompts: 2, neighbour_prompts: 2, keep: 0.5}"
+    ladder = f"identity.search.ladder=[{{kind: held_out, pairs: all, keep: 1.0}}, {rung}]"
+    run = open_run(command.config, [*command.places, ladder])
+    rungs = [{"measured": 4, "went_on": 4}, {"measured": 4, "went_on": 2}]
+    made = {"fingerprint": "search", "counts": {"trials": 4}, "details": {"ladder": {"rungs": rungs, "pictures": 999}}}
+    record = run.make(ArtifactKey("search", "smoke", {}, {}, 1), lambda _folder: made)
+    planned = stages(told(command, ladder))["search"][0]
+    assert units(run, search=[record])["search"] == (5 * 6 / 2 + 3 * 12) * 4 == planned * 4
+
+
+def test_pictures_of_a_former_measurement_with_comparators(command: Command) -> None:
+    """68 test pictures, 4 candidates and the base of 12 prompts."""
+    run = open_run(command.config, command.places)
+    counts = [("outcomes", {"pictures": 68}), ("comparators", {"candidates": 4}), ("comparators", {"candidates": 1})]
+    records = []
+    for number, (stage, count) in enumerate(counts):
+        made = {"fingerprint": str(number), "counts": count}
+        records.append(run.make(ArtifactKey(stage, str(number), {}, {}, 1), lambda _folder, made=made: made))
+    assert units(run, evaluate=records)["evaluate"] == (68 + 5 * 12) * 4
+    write_pointers(
+        run.run_dir,
+        {f"n{number}": ArtifactKey(stage, str(number), {}, {}, 1) for number, (stage, _) in enumerate(counts)},
+    )
+    assert len(pointed_records(run, run.run_dir)["evaluate"]) == 3
+
+
+def test_storage_counts_no_pictures_that_are_thrown_away(command: Command) -> None:
+    """Those by which comparators are tuned."""
+
+    def rows(*settings: str) -> int:
+        return next(one["rows"] for one in told(command, *settings)["storage"] if one["what"] == "test pictures")
+
+    run = open_run(command.config, command.places)
+    each = sum(map(len, evaluation_prompts(run).values()))
+    assert rows("identity.evaluation.comparators=[negative_prompt]") == rows() + each
+
+
+def test_the_shipped_prices_know_the_speeds_of_the_shipped_configs(configs: Path) -> None:
+    """The first machine of each model is taken where none is named, so that one must know both speeds."""
+    table = load_costs(configs / "cluster" / "costs.yaml")
+    for name in ("sd15", "sdxl"):
+        identity = load_config(configs / f"{name}.yaml").identity
+        size = {"height": identity.sampler.height, "width": identity.sampler.width}
+        speed = table.speed(identity.base.model, **size, machine=None)
+        assert speed is not None
+        assert speed.training_pairs_per_second is not None
+        assert speed.passes_per_second is not None
