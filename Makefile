@@ -1,4 +1,4 @@
-# Words: setup fmt lint types test test-slow test-cluster demo evidence bench
+# Words: setup fmt lint types test test-slow test-long test-cluster demo evidence bench
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reor
 export RAY_USAGE_STATS_ENABLED=0
 export HF_HUB_OFFLINE=1
 
-.PHONY: setup fmt lint types test test-slow test-cluster demo evidence bench
+.PHONY: setup fmt lint types test test-slow test-long test-cluster demo evidence bench
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -35,7 +35,11 @@ test: lint types
 	$(PYTEST) --durations=10
 
 test-slow: setup
-	$(PYTEST) -m slow --timeout=900 --durations=20
+	$(PYTEST) -m "slow and not long" --timeout=900 --durations=20
+
+# What takes minutes each beside it; not in CI, whose time is limited.
+test-long: setup
+	$(PYTEST) -m long --timeout=900 --durations=20
 
 # As root: three hosts with networks of their own on this machine, `ray up` on them, a job, and every fault.
 test-cluster: setup

@@ -197,6 +197,7 @@ DISTIL = (
 )
 
 
+@pytest.mark.long
 def test_a_distillation_of_two_processes_killed_and_run_again_gives_equal_bytes(
     finished: Place, tmp_path: Path
 ) -> None:

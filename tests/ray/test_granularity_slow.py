@@ -14,7 +14,7 @@ from safetydpo.pairs.groups import concept_group_name
 from tests.pairs.given_files import draw, row, write_file
 from tests.ray.smoke_place import ROOT, Place
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 FEW = (
     "identity.prompts.categories=[violence]",
     "identity.prompts.pairs_per_concept=3",

@@ -16,7 +16,7 @@ from safetydpo.evaluation.merge_units import parse_merge_unit
 from tests.ray.smoke_place import PATIENCE, ROOT, SMOKE, wait_for
 from tests.ray.tiny_merges import tiny_settings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def test_a_killed_command_goes_on(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.ray.smoke_place import PATIENCE, ROOT, Place
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 VALIDATED = (
     "identity.dpo.validation={every_steps: 5, held_out_rate: 0.25, unsafe_prompts_per_category: 1, neutral_prompts: 1, "
     "neighbour_prompts: 1}"
