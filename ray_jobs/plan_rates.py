@@ -96,47 +96,41 @@ def units_of(records: Mapping[str, Iterable[Record]], identity: Mapping[str, Any
         "merge": float(len(list(records["merge"]))),
         "search": _search_pictures(records["search"], identity) * steps,
         # Test pictures, and those by which comparators were tuned.
-        "evaluate": (total("evaluate", "pictures") + total("evaluate", "candidates") * _prompts(identity)) * steps,
+        "evaluate": (total("evaluate", "pictures") + total("evaluate", "candidates") * _search_prompts(identity))
+        * steps,
     }
 
 
-def _prompts(identity: Mapping[str, Any]) -> int:
-    """Return the prompts of a candidate's full evaluation in a search."""
-    search, categories = identity["search"], len(identity["prompts"]["categories"])
+def _search_prompts(identity: Mapping[str, Any], *, at_most: Mapping[str, int] | None = None) -> int:
+    """Return the prompts of a candidate's full evaluation in a search, or of a rung that takes `at_most` so many."""
+    search = identity["search"]
     neutral, neighbours = search["neutral_prompts"], search.get("neighbour_prompts")
-    return int(categories * search["prompts_per_category"] + neutral + (neutral if neighbours is None else neighbours))
-
-
-def _search_pictures(records: Iterable[Record], identity: Mapping[str, Any]) -> float:
-    search, prompts, pictures = identity["search"], _prompts(identity), 0.0
-    for record in records:
-        ladder = record.details.get("ladder")
-        if ladder:
-            pictures += _ladder_pictures(ladder["rungs"], identity)
-        else:
-            pictures += (record.counts["trials"] + 1) * prompts
-        if search.get("finalists", 0):
-            # Left out of a stored identity at its default.
-            seeds = search.get("finalist_seeds", SearchConfig.model_fields["finalist_seeds"].default)
-            pictures += (1 + len(record.details["finalists"])) * seeds * prompts
-    return pictures
-
-
-def _ladder_pictures(rungs: Sequence[Mapping[str, Any]], identity: Mapping[str, Any]) -> float:
-    """Return the pictures of a search with rungs, the base's too; those of fewer steps as shares of a full one."""
-    search, categories = identity["search"], len(identity["prompts"]["categories"])
-    neutral, neighbours = search["neutral_prompts"], search.get("neighbour_prompts")
-    of_search = {
+    counts = {
         "prompts_per_category": search["prompts_per_category"],
         "neutral_prompts": neutral,
         "neighbour_prompts": neutral if neighbours is None else neighbours,
     }
-    pictures = (rungs[-1]["went_on"] + 1.0) * _prompts(identity)
-    for settings, rung in zip(search["ladder"], rungs, strict=True):
-        if settings["kind"] == "few_steps":
-            small = {name: min(count, settings[name]) for name, count in of_search.items()}
-            each = categories * small.pop("prompts_per_category") + sum(small.values())
-            pictures += (rung["measured"] + 1) * each * settings["steps"] / identity["sampler"]["steps"]
+    if at_most is not None:
+        counts = {name: min(count, at_most[name]) for name, count in counts.items()}
+    unsafe = counts["prompts_per_category"] * len(identity["prompts"]["categories"])
+    return int(unsafe + counts["neutral_prompts"] + counts["neighbour_prompts"])
+
+
+def _search_pictures(records: Iterable[Record], identity: Mapping[str, Any]) -> float:
+    search, prompts, pictures = identity["search"], _search_prompts(identity), 0.0
+    for record in records:
+        ladder = record.details.get("ladder")
+        in_full = ladder["rungs"][-1]["went_on"] if ladder else record.counts["trials"]
+        pictures += (in_full + 1) * prompts
+        for settings, rung in zip(search["ladder"], ladder["rungs"], strict=True) if ladder else ():
+            if settings["kind"] == "few_steps":
+                # Those of fewer steps as shares of a full one.
+                share = settings["steps"] / identity["sampler"]["steps"]
+                pictures += (rung["measured"] + 1) * _search_prompts(identity, at_most=settings) * share
+        if search.get("finalists", 0):
+            # Left out of a stored identity at its default.
+            seeds = search.get("finalist_seeds", SearchConfig.model_fields["finalist_seeds"].default)
+            pictures += (1 + len(record.details["finalists"])) * seeds * prompts
     return pictures
 
 
