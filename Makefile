@@ -34,12 +34,14 @@ types: setup
 test: lint types
 	$(PYTEST) --durations=10
 
+# Only files with such tests are read; the name of each test is printed as it ends.
+SLOW_FILES = $$(grep -rl --include='test_*.py' 'mark\.slow' tests)
 test-slow: setup
-	$(PYTEST) -m "slow and not long" --timeout=900 --durations=20
+	$(PYTEST) $(SLOW_FILES) -m "slow and not long" --timeout=900 --durations=20 -v
 
-# What takes minutes each beside it; not in CI, whose time is limited.
+# Those of them that are left out of CI, whose time is limited.
 test-long: setup
-	$(PYTEST) -m long --timeout=900 --durations=20
+	$(PYTEST) $(SLOW_FILES) -m long --timeout=900 --durations=20 -v
 
 # As root: three hosts with networks of their own on this machine, `ray up` on them, a job, and every fault.
 test-cluster: setup

@@ -60,13 +60,16 @@ LONGEST = (
     "chain",
     "search",
     "s3",
-    "lanes",
+    "jobs",
+    "rehearsal",
     "granularity",
-    "generate_pairs",
+    "lanes",
     "evidence",
     "node_loss",
+    "shared",
     "reference_errors",
-    "jobs",
+    "generate_pairs",
+    "attack_prompts",
 )
 """Slow files `test_NAME_slow.py` that take minutes: begun first, so that no process ends long after the others."""
 

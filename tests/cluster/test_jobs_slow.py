@@ -126,6 +126,7 @@ def test_without_the_right_token_nothing_is_told(head: Head, tmp_path: Path):
         assert time.time() - started < 60 * PATIENCE
 
 
+@pytest.mark.long
 def test_a_submitted_environment_holds_what_was_named_and_nothing_else(head: Head, tmp_path: Path):
     """As the job's own record in the cluster shows it."""
     from tests.cluster.job_records import runtime_environment

@@ -69,6 +69,7 @@ def namespaces(state: ClusterState) -> set[str]:
     return {actor["ray_namespace"] for actor in state.actors if actor["ray_namespace"].startswith("safetydpo-")}
 
 
+@pytest.mark.long
 def test_two_users_with_the_same_config_leave_each_other_and_the_cluster_alone(shared: Shared, tmp_path: Path):
     """Ann trains and is stopped in the middle; Bob's pairs, which the caps of both leave room for, come through."""
     ann = shared.submit(tmp_path / "ann", "train", *HALF_GPUS, "execution.max_gpus=1", "identity.dpo.steps=20000")

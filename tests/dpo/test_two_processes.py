@@ -20,12 +20,12 @@ Make = Callable[..., PreferenceData]
 
 BENIGN = {"retention_per_step": 4}
 """One benign picture for each part of each process."""
-STRATEGIES: list[tuple[dict[str, Any], int]] = [
-    ({"strategy": "ddp"}, 4),
-    ({"strategy": "deepspeed", "zero_stage": 1}, 4),
-    ({"strategy": "deepspeed", "zero_stage": 2, "pairs_per_forward": 1}, 2),
-    ({"strategy": "deepspeed", "zero_stage": 3, "pairs_per_forward": 1}, 2),
-    ({"strategy": "deepspeed", "zero_stage": 3, "base_offload": "cpu"}, 4),
+STRATEGIES = [
+    pytest.param({"strategy": "ddp"}, 4),
+    pytest.param({"strategy": "deepspeed", "zero_stage": 1}, 4, marks=pytest.mark.long),
+    pytest.param({"strategy": "deepspeed", "zero_stage": 2, "pairs_per_forward": 1}, 2),
+    pytest.param({"strategy": "deepspeed", "zero_stage": 3, "pairs_per_forward": 1}, 2, marks=pytest.mark.long),
+    pytest.param({"strategy": "deepspeed", "zero_stage": 3, "base_offload": "cpu"}, 4),
 ]
 
 

@@ -92,6 +92,7 @@ def test_a_merge_worker_that_finds_a_damaged_expert(command: Command, root: Path
     assert not [name for name in all_files(tmp_path / "store") if name.startswith("merged")]
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_while_pictures_are_drawn(command: Command, root: Path, small_disk: Path):
     """64 KiB do not hold 40 pictures; with room, the same command goes on and every picture is there once.
 

@@ -164,6 +164,7 @@ def test_ctrl_c_in_the_middle_of_training_ends_it_in_one_line(finished: Place, t
     assert done.stderr == "stopped; the same command goes on from here\n"
 
 
+@pytest.mark.long
 def test_a_training_with_stored_errors_killed_while_they_are_computed_gives_the_experts_of_a_live_one(
     finished: Place, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from safetydpo.evaluation.evidence import parse_unit
 from safetydpo.evaluation.evidence_page import BEGIN, END
 from tests.ray.smoke_place import PATIENCE
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -171,6 +171,7 @@ def test_the_counts_of_each_concept_are_written(made: tuple[Run, Record]):
     assert below
 
 
+@pytest.mark.long
 def test_one_worker_makes_the_same_pairs(made: tuple[Run, Record], model: Path, tmp_path: Path):
     run, record = made
     other, again = make(model, tmp_path, num_workers=1)

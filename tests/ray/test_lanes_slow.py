@@ -87,6 +87,7 @@ def test_a_lane_that_fits_on_no_node_is_refused(cluster: None, small: Config, tm
         work(run, tmp_path, count=1, faults={}, num_lanes=1)
 
 
+@pytest.mark.long
 def test_two_commands_on_one_folder_share_the_work(tmp_path: Path) -> None:
     """Two drivers, each with a Ray of its own; every task has one attempt and one result, and both worked."""
     count = 30
@@ -110,6 +111,7 @@ def test_two_commands_on_one_folder_share_the_work(tmp_path: Path) -> None:
     assert len({record["pid"] for record in done.values()}) == 2
 
 
+@pytest.mark.long
 def test_an_expert_killed_preempted_and_bereft_of_its_node_has_the_bytes_of_an_undisturbed_one(tmp_path: Path) -> None:
     """One SIGKILL of the worker, one preemption notice, one lost node; four raylets, the head without CPUs."""
     done = subprocess.run(

@@ -20,7 +20,7 @@ from safetydpo.artifacts.storage import Location, open_location
 from tests.ray.smoke_place import PATIENCE, ROOT, Place, wait_for
 from tests.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 # 24 pictures in batches of two: a dozen write tasks of which some are under way whenever the server goes.
 TINY = (
     "identity.prompts.categories=[violence]",
