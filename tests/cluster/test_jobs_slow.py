@@ -65,6 +65,7 @@ def test_a_stage_sent_twice_is_one_job(head: Head, tmp_path: Path):
     assert TOKEN not in told
 
 
+@pytest.mark.long
 def test_a_job_that_runs_is_attached_to_and_stopped_and_the_next_one_goes_on(head: Head, tmp_path: Path):
     command = ["submit", *run_of(tmp_path, *SHORT, "identity.sampler.steps=400"), "--stage", "pairs"]
     first = head.safetydpo(*command)

@@ -174,7 +174,8 @@ def test_networks_beside_by_hand():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_published", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("is_published", [True, False])
 def test_a_flux_file_computes_what_its_folder_does(flux: Path, tmp_path: Path, is_published: bool):
     """One block of each kind at the true width of 3072, which diffusers' key table takes for given (1 GB in 16 bits).
 

@@ -25,7 +25,7 @@ STRATEGIES = [
     pytest.param({"strategy": "deepspeed", "zero_stage": 1}, 4, marks=pytest.mark.long),
     pytest.param({"strategy": "deepspeed", "zero_stage": 2, "pairs_per_forward": 1}, 2),
     pytest.param({"strategy": "deepspeed", "zero_stage": 3, "pairs_per_forward": 1}, 2, marks=pytest.mark.long),
-    pytest.param({"strategy": "deepspeed", "zero_stage": 3, "base_offload": "cpu"}, 4),
+    pytest.param({"strategy": "deepspeed", "zero_stage": 3, "base_offload": "cpu"}, 4, marks=pytest.mark.long),
 ]
 
 
@@ -72,7 +72,10 @@ def test_two_processes_equal_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("optimizer", "rate"), [("adafactor", 2e-3), ("prodigy", 1.0), ("adamw_8bit", 2e-3)])
+@pytest.mark.parametrize(
+    ("optimizer", "rate"),
+    [pytest.param("adafactor", 2e-3, marks=pytest.mark.long), ("prodigy", 1.0), ("adamw_8bit", 2e-3)],
+)
 def test_two_processes_equal_one_with_each_optimizer(
     optimizer: str,
     rate: float,

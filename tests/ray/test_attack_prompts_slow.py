@@ -14,7 +14,7 @@ from safetydpo.artifacts.layout import stage_folder
 from safetydpo.evaluation.rows import RowSource, build_rows
 from tests.ray.test_attack_prompts import open_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.usefixtures("cluster")]
 
 
 def test_equal_bytes_from_one_worker_and_from_two_and_nothing_made_twice(tmp_path: Path) -> None:

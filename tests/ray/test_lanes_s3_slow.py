@@ -16,7 +16,7 @@ from tests.ray.smoke_place import PATIENCE, ROOT, SMOKE
 from tests.ray.undisturbed import undisturbed_experts
 from tests.s3_server import ACCESS_KEY, SECRET_KEY
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 SETTINGS = (
     "identity.prompts.pairs_per_category=4",
     "identity.experts.all_single=false",

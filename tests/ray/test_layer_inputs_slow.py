@@ -86,7 +86,7 @@ def check(run: Run, expected: dict[str, bytes]) -> None:
     assert not (folder / layer_inputs.PARTS_FOLDER).exists()
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_any_number_of_workers_gives_the_bytes_of_one_process(
     place: Path, expected: dict[str, bytes], workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,10 @@ from tests.ray.smoke_place import PATIENCE, ROOT
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("counts", [(16, 16), (12, 20)], ids=["the same rows", "some of them"])
+@pytest.mark.parametrize(
+    "counts",
+    [pytest.param((16, 16), id="the same rows", marks=pytest.mark.long), pytest.param((12, 20), id="some of them")],
+)
 def test_two_commands_make_each_row_once(tmp_path: Path, counts: tuple[int, int]) -> None:
     """Batches of a second each; row-003 fails once and is made again by one of them."""
     commands = [

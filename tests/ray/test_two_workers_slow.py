@@ -41,10 +41,16 @@ LOOKS += ", clip: safetydpo/demo/weights/clip}"
 @pytest.mark.parametrize(
     "changes",
     [
-        ("identity.dpo.strategy=ddp", f"identity.dpo.validation={LOOKS}", "identity.sampler.steps=1"),
-        ("identity.dpo.strategy=deepspeed", "identity.dpo.zero_stage=3", "identity.dpo.pairs_per_forward=1"),
+        pytest.param(
+            ("identity.dpo.strategy=ddp", f"identity.dpo.validation={LOOKS}", "identity.sampler.steps=1"),
+            id="ddp, validated",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            ("identity.dpo.strategy=deepspeed", "identity.dpo.zero_stage=3", "identity.dpo.pairs_per_forward=1"),
+            id="ZeRO 3, in parts",
+        ),
     ],
-    ids=["ddp, validated", "ZeRO 3, in parts"],
 )
 def test_two_workers_of_a_lane_train_the_expert_of_one_process(
     command: Command, root: object, monkeypatch: pytest.MonkeyPatch, changes: tuple[str, ...]
