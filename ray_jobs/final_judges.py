@@ -12,6 +12,7 @@ from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.config.judges import JudgesConfig
 from safetydpo.config.pairs import GENERATE
 from safetydpo.config.schema import Config, EvaluationConfig, IdentityConfig
+from safetydpo.config.search import SearchConfig
 from safetydpo.errors import UsageError
 from safetydpo.evaluation.outcomes import JudgeName
 from safetydpo.judges.build import DEMO_SIDE, NO_LOCAL_WEIGHTS, clip_folder, fingerprint_files, picture_side
@@ -20,7 +21,7 @@ from safetydpo.judges.protocol import Judge, Verdicts
 
 JUDGES_SETTING = "identity.evaluation.judges"
 CLIP_SETTING = "identity.evaluation.clip"
-DEFAULT = EvaluationConfig()
+DEFAULT, SEARCH = EvaluationConfig(), SearchConfig()
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class JudgeRoles:
         """All of them, each once."""
         return tuple(dict.fromkeys((*self.select, *self.audit)))
 
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Those that chose and measure."""
+        return tuple(name for name in self.audit if name in self.select)
+
 
 def asks_demo_judges(identity: IdentityConfig) -> bool:
     """Return whether the judges are the demo's two: their answers have columns of their own in `outcomes`."""
@@ -47,6 +53,8 @@ def judge_roles(identity: IdentityConfig) -> JudgeRoles:
         return JudgeRoles(("demo_select",), identity.evaluation.judges)
     sides = (identity.sampler.height, identity.sampler.width)
     chose = identity.pairs.judges if identity.pairs.source == GENERATE else ()
+    # Those of the search choose too: which merge is the best.
+    chose = tuple(dict.fromkeys((*chose, *(() if identity.search.judges == SEARCH.judges else identity.search.judges))))
     return JudgeRoles(
         tuple(name for name in chose if (side := picture_side(name)) is None or sides == (side, side)),
         identity.evaluation.judges,

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ from ray_jobs.merge_evaluator import MergeEvaluator
 from ray_jobs.merge_searcher import BudgetError, budget_of, concurrent_trials, why_not
 from ray_jobs.resources import task_options
 from ray_jobs.run import Run
+from ray_jobs.search_judges import clip_of_search
 from ray_jobs.trial_log import BASE, MeasurementLog, TrialLog
+from ray_jobs.workers import worker_device
 from safetydpo.artifacts.json_text import parse_json
-from safetydpo.artifacts.layout import demo_weights
 from safetydpo.config.search import SearchConfig
 from safetydpo.prompts.sets import Prompt
 from safetydpo.search.objective import IP, NEIGHBOUR, NEUTRAL, UNRECOGNISABLE, best_index, best_indices, judge_metrics
@@ -182,7 +184,8 @@ def _measure(
 @ray.remote
 def _measure_seed(evaluator: dict[str, Any], rung: int, candidates: list[str]) -> Iterator[dict[str, Any]]:
     measuring = MergeEvaluator(**evaluator)
-    margins = _caption_margins(evaluator["prompts"])
+    clip = clip_of_search(measuring.run.config.identity)
+    margins = _caption_margins(evaluator["prompts"], clip, device=worker_device())
     for text in candidates:
         started = time.time()
         measuring.swap(Candidate.from_json(text) if text else None)
@@ -207,14 +210,14 @@ def _measure_seed(evaluator: dict[str, Any], rung: int, candidates: list[str]) -
         }
 
 
-def _caption_margins(prompts: Sequence[Prompt]) -> Any:
+def _caption_margins(prompts: Sequence[Prompt], clip: Path, *, device: str) -> Any:
     """Return a function of pictures: 100 x cosine to the own caption minus that to another's; 0 if not neutral."""
     import torch
 
     from safetydpo.evaluation.distances import mismatched_captions
     from safetydpo.judges.clip import ClipScorer
 
-    scorer = ClipScorer(demo_weights() / "clip")
+    scorer = ClipScorer(clip, device=device)
     places = [place for place, prompt in enumerate(prompts) if prompt.prompt_set == "neutral"]
     partners = mismatched_captions([prompts[place].concept for place in places])
     texts = scorer.embed_texts([prompts[place].text for place in places])

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray_jobs.expert_files import load_experts, read_aids
-from ray_jobs.generate_pairs import SELECT_JUDGE
 from ray_jobs.run import Run
-from ray_jobs.sampled_rates import JudgedPrompt, count_shares, draw_and_judge
+from ray_jobs.sampled_rates import JudgedPrompt, count_shares, draw_prompts
+from ray_jobs.search_judges import load_prompt_judge
 from ray_jobs.workers import worker_device
 from safetydpo.artifacts.storage import Location
 from safetydpo.config.rungs import FewStepsRung, HeldOutRung
 from safetydpo.config.schema import Config, SamplerConfig
+from safetydpo.errors import SafetyDPOError
 from safetydpo.prompts.sets import Prompt
+from safetydpo.search.recognition import LEAST_SIMILARITY
 from safetydpo.search.space import Candidate, first_methods
 
 if TYPE_CHECKING:
@@ -42,23 +44,36 @@ class MergeEvaluator:
         aids: Mapping[str, str],
         prompts: Sequence[Prompt],
         pairs_folder: str | None = None,
+        captions: Sequence[str] = (),
+        least_similarities: Mapping[int, float] | None = None,
     ) -> None:
-        """Load everything that all candidates share; the folder of pairs is for rungs without sampling."""
+        """Load everything that all candidates share.
+
+        Args:
+            config: of the run.
+            folders: of the experts.
+            aids: folders of what merges need beside them.
+            prompts: of the full measurement.
+            pairs_folder: for rungs without sampling.
+            captions: what pictures may show beside the prompts: safe counterparts.
+            least_similarities: by rung, what the base's pictures said; {} = the base is measured here.
+        """
         import torch
 
         from safetydpo.diffusion.build import load_backbone
-        from safetydpo.judges.build import load_judge
         from safetydpo.merging.merge import prepare_experts
 
         self.run = Run(Config.model_validate(config))
         torch.set_num_threads(max(1, int(self.run.config.execution.cpus_per_worker)))
         self.backbone = load_backbone(self.run.config.identity.base, device=worker_device())
-        self.judge = load_judge(SELECT_JUDGE)
+        self.judge = load_prompt_judge(self.run.config, prompts, captions, device=worker_device())
         methods = first_methods(self.run.config.identity.search)
         self._prepared = prepare_experts(load_experts(self.run, folders), **read_aids(self.run, aids, methods=methods))
         self._prompts = list(prompts)
         self._pairs_folder = pairs_folder
         self._questions: dict[int, Any] = {}
+        self._least = dict(least_similarities or {})
+        self._is_base = True
 
     def swap(self, candidate: Candidate | None) -> None:
         """Merge the experts as a candidate says and put the result into the base; None = take any adapter out."""
@@ -78,6 +93,7 @@ class MergeEvaluator:
         """Put an adapter into the base in place of any other; None = take it out."""
         from safetydpo.dpo.engine import lora_signature
 
+        self._is_base = layers is None
         if layers is None:
             self.backbone.remove_adapter()
         else:
@@ -100,15 +116,26 @@ class MergeEvaluator:
         prompts, sampler = self._prompts, self.run.config.identity.sampler
         if settings is not None:
             prompts, sampler = small_set(prompts, settings), sampler.model_copy(update={"steps": settings.steps})
-        _, judged = self.draw(prompts, sampler)
-        return Measured(count_shares(judged, judge=self.judge.name), len(prompts))
+        _, judged = self.draw(prompts, sampler, rung=rung)
+        numbers = count_shares(judged, judge=self.judge.name)
+        if candidate is None and rung in self._least:
+            numbers[LEAST_SIMILARITY] = self._least[rung]
+        return Measured(numbers, len(prompts))
 
     def draw(
-        self, prompts: Sequence[Prompt], sampler: SamplerConfig, *, purpose: str = PURPOSE
+        self, prompts: Sequence[Prompt], sampler: SamplerConfig, *, purpose: str = PURPOSE, rung: int | None = None
     ) -> tuple[Any, list[JudgedPrompt]]:
-        """Draw prompts with the model as it is and judge the pictures."""
-        seed = self.run.config.identity.seed
-        return draw_and_judge(self.backbone, self.judge, prompts, run_seed=seed, sampler=sampler, purpose=purpose)
+        """Draw prompts with the model as it is and judge the pictures as those of a rung; None = of the full one."""
+        identity = self.run.config.identity
+        pictures = draw_prompts(self.backbone, prompts, run_seed=identity.seed, sampler=sampler, purpose=purpose)
+        place = len(identity.search.ladder) if rung is None else rung
+        least = self._least.get(place)
+        if least is None and self.judge.needs_base and not self._is_base:
+            raise SafetyDPOError(f"expected the base to be measured at rung {place} first, found that it was not")
+        looked = self.judge.look(pictures, prompts, least)
+        if looked.least_similarity is not None:
+            self._least[place] = looked.least_similarity
+        return pictures, looked.judged
 
     def _open(self, rung: int, settings: HeldOutRung) -> Any:
         from ray_jobs.held_out_rung import open_questions

@@ -23,8 +23,8 @@ from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.prompts.imported import is_imported
 
 STAGES = ("pairs", "train", "merge", "search", "evaluate", "report")
-STAGES_OF_DEMO_JUDGES = ("search", "report")
-"""Those whose judge knows the demo's drawings only; the final measurement asks the judges that are named."""
+STAGES_WITH_SEARCH = ("search", "report")
+"""Those that need a search, and so a judge of the run's pictures (`identity.search.judges`)."""
 Result = TypeVar("Result")
 
 
@@ -76,16 +76,11 @@ def run_stages(config: Config, *, last: str = "report", redacted: bool = False) 
 
 
 def stages_to(last: str, identity: IdentityConfig) -> tuple[str, ...]:
-    """Return the stages up to `last`; of other pictures than the demo's without the search: its judge knows none."""
+    """Return the stages up to `last`, without the search if no judge of it takes the run's pictures."""
+    from ray_jobs.search_judges import can_search
+
     stages = STAGES[: STAGES.index(last) + 1]
-    return stages if takes_demo_judges(identity) else tuple(stage for stage in stages if stage != "search")
-
-
-def takes_demo_judges(identity: IdentityConfig) -> bool:
-    """Return whether the run's pictures have the size that the demo's judges know."""
-    from safetydpo.judges.build import DEMO_SIDE
-
-    return (identity.sampler.height, identity.sampler.width) == (DEMO_SIDE, DEMO_SIDE)
+    return stages if can_search(identity) else tuple(stage for stage in stages if stage != "search")
 
 
 def check_request(run: Run, *, last: str = "report") -> None:
@@ -140,16 +135,20 @@ def check_request(run: Run, *, last: str = "report") -> None:
 
 def _check_judges(config: Config, *, last: str) -> None:
     from ray_jobs.final_judges import check_final_judges
+    from ray_jobs.search_judges import can_search, check_search_judges
     from safetydpo.judges.build import DEMO_SIDE
 
     identity = config.identity
     sampler = identity.sampler
-    if last in STAGES_OF_DEMO_JUDGES and not takes_demo_judges(identity):
+    if last in STAGES_WITH_SEARCH and not can_search(identity):
         raise UsageError(
             f"expected pictures of {DEMO_SIDE} x {DEMO_SIDE} (identity.sampler) for the stage {last!r}, whose judge "
-            f"knows the drawings of the demo world only, found {sampler.height} x {sampler.width}: run `safetydpo "
-            "evaluate` with judges of real pictures (identity.evaluation.judges), as far as real pictures can go"
+            f"knows the drawings of the demo world only, found {sampler.height} x {sampler.width}: name judges of real "
+            "pictures (identity.search.judges, such as [open_nsfw]) and a folder with a CLIP model "
+            "(identity.search.clip), or run `safetydpo evaluate`, which needs no search"
         )
+    if "search" in stages_to(last, identity):
+        check_search_judges(config)
     if STAGES.index(last) >= STAGES.index("evaluate"):
         check_final_judges(config)
 

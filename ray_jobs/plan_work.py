@@ -12,12 +12,13 @@ from ray_jobs.given_pairs import given_key
 from ray_jobs.merge_evaluator import small_set
 from ray_jobs.merge_experts import find_aids, merged_key, plain_methods
 from ray_jobs.merge_settings import candidate_request, merge_request
-from ray_jobs.pipeline import stages_to, takes_demo_judges
+from ray_jobs.pipeline import stages_to
 from ray_jobs.places import image_pool
 from ray_jobs.plan_evaluation import Adapters, evaluation_work
 from ray_jobs.pools import plan_missing
 from ray_jobs.prompt_tables import chosen_pairs, retention_prompts
 from ray_jobs.run import Run
+from ray_jobs.search_judges import can_search, takes_demo_judges
 from ray_jobs.search_merges import Searched, search_key, validation_prompts
 from ray_jobs.search_space import search_space
 from ray_jobs.trial_log import MeasurementLog, TrialLog
@@ -58,11 +59,13 @@ class Found:
 
 
 def last_stage(identity: IdentityConfig) -> str:
-    """Return the last stage that a run can come to: of other pictures than the demo's the report has no judge, and the
-    final measurement has one only if judges of real pictures are named."""
+    """Return the last stage that a run can come to: of other pictures than the demo's, search and final measurement
+    have judges only if judges of real pictures are named, and there is no report without a search."""
     if takes_demo_judges(identity):
         return "report"
-    return "merge" if asks_demo_judges(identity) else "evaluate"
+    if asks_demo_judges(identity):
+        return "merge"
+    return "report" if can_search(identity) else "evaluate"
 
 
 def find_done(run: Run) -> Found:

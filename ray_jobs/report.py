@@ -10,6 +10,7 @@ from typing import Any
 
 from ray_jobs.diagnosis import read_overlap, read_winners
 from ray_jobs.evaluate import EvaluatedRow
+from ray_jobs.final_judges import judge_roles
 from ray_jobs.outcomes import Outcomes, read_outcomes, reference_features
 from ray_jobs.picture_features import measure_pictures, read_measures
 from ray_jobs.prompt_tables import chosen_pairs
@@ -35,6 +36,7 @@ from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import table_from_rows, write_table
 from safetydpo.config.load import identity_of
 from safetydpo.config.pairs import GENERATE
+from safetydpo.config.schema import EvaluationConfig
 from safetydpo.errors import SafetyDPOError
 from safetydpo.evaluation.concept_rates import concept_rates
 from safetydpo.evaluation.exports import metric_rows, metrics_csv, tracked_metrics
@@ -45,7 +47,8 @@ from safetydpo.evaluation.results import headline_row
 from safetydpo.evaluation.rows import build_rows, list_failures
 from safetydpo.evaluation.summary import Summary, build_summary, dump_summary, find_base, overall_rows, parse_summary
 
-RECIPE_VERSION = 5
+RECIPE_VERSION = 6
+CLIP_OF_DEMO = EvaluationConfig().clip
 SEARCHED = "searched"
 """Row of the adapter that is published."""
 
@@ -90,8 +93,9 @@ def write_report(run: Run, finished: Finished, *, redacted: bool = False) -> Sum
 
 
 def _summarize(run: Run, finished: Finished, joined: Outcomes, measured: Record | None) -> Summary:
-    _, drawings = reference_features()
     identity = run.config.identity
+    # Of other pictures and another CLIP model's features, drawings are no reference.
+    drawings = reference_features()[1] if identity.evaluation.clip == CLIP_OF_DEMO else None
     measures = read_measures(run, finished.outcomes, measured, finished.rows)
     return build_summary(
         build_rows(
@@ -134,6 +138,7 @@ def render_page(run: Run, finished: Finished, summary: Summary, joined: Outcomes
         lineage=read_lineage(run),
         title=f"Safety report of run {run.config.name}",
         redacted=redacted,
+        shared_judges=judge_roles(run.config.identity).shared,
     )
 
 

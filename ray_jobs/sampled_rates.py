@@ -25,38 +25,46 @@ class JudgedPrompt:
     """None = the judge does not know."""
 
 
-def draw_and_judge(
+def draw_prompts(
     backbone: Any,
-    judge: Any,
     prompts: Sequence[Prompt],
     *,
     run_seed: int,
     sampler: SamplerConfig,
     purpose: str,
     guided: Mapping[str, Any] | None = None,
-) -> tuple[Any, list[JudgedPrompt]]:
-    """Return the pictures of prompts (uint8, n x height x width x 3, CPU) and what the judge found in each.
+) -> Any:
+    """Return the pictures of prompts (uint8, n x height x width x 3, CPU).
 
     The noise of a picture follows from run seed, `purpose` and prompt: the same whatever adapter is in place. `guided`
     goes to `render`.
     """
     from safetydpo.diffusion.render import render
 
-    pictures = render(
+    return render(
         backbone,
         prompts=[prompt.text for prompt in prompts],
         seeds=[derive_seed(run_seed, purpose, prompt.prompt_id) for prompt in prompts],
         sampler=sampler,
         **(guided or {}),
     )
+
+
+def judge_concepts(judge: Any, pictures: Any, prompts: Sequence[Prompt]) -> list[JudgedPrompt]:
+    """Return what a judge that knows concepts found in pictures of prompts."""
     verdicts = judge.judge(pictures)
-    judged = [
+    return [
         JudgedPrompt(prompt, concept == prompt.concept, unsafe, mush)
         for prompt, concept, unsafe, mush in zip(
             prompts, verdicts.concept, verdicts.is_unsafe, verdicts.is_unrecognisable, strict=True
         )
     ]
-    return pictures, judged
+
+
+def draw_and_judge(backbone: Any, judge: Any, prompts: Sequence[Prompt], **how: Any) -> tuple[Any, list[JudgedPrompt]]:
+    """Return `draw_prompts(backbone, prompts, **how)` and what a judge that knows concepts found in each picture."""
+    pictures = draw_prompts(backbone, prompts, **how)
+    return pictures, judge_concepts(judge, pictures, prompts)
 
 
 def count_shares(judged: Sequence[JudgedPrompt], *, judge: str) -> dict[str, float]:

@@ -21,11 +21,12 @@ from ray_jobs.generate_pairs import SELECT_JUDGE
 from ray_jobs.merge_evaluator import MergeEvaluator
 from ray_jobs.merge_experts import merge_aids, merged_artifact
 from ray_jobs.merge_searcher import BudgetError, run_trials, values_of
-from ray_jobs.prompt_tables import split_prompts, spread_prompts, what_to_add
+from ray_jobs.prompt_tables import chosen_pairs, split_prompts, spread_prompts, what_to_add
 from ray_jobs.resources import task_options
 from ray_jobs.run import Run
 from ray_jobs.search_checks import check_benchmarks
 from ray_jobs.search_files import BASE_FILE, BASE_RUNGS_FILE
+from ray_jobs.search_judges import asks_demo_judge, fingerprint_search_judges
 from ray_jobs.search_space import search_space, shared_weights
 from ray_jobs.search_summary import describe_choice, describe_ladder, write_progress
 from ray_jobs.trial_log import MeasurementLog, TrialLog
@@ -35,14 +36,15 @@ from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows
 from safetydpo.config.experts import ALL_SINGLE
+from safetydpo.config.pairs import GENERATE
 from safetydpo.config.rungs import HeldOutRung
 from safetydpo.config.search import SearchConfig
 from safetydpo.errors import SafetyDPOError, UsageError
-from safetydpo.judges.build import fingerprint_judge
 from safetydpo.prompts.sets import Prompt
 from safetydpo.search.guard import refuse_test_prompts
 from safetydpo.search.objective import best_index, judge_metrics
 from safetydpo.search.plans import OK, STOPPED, AsyncPlan, GenerationPlan, Plan
+from safetydpo.search.recognition import LEAST_SIMILARITY
 from safetydpo.search.replay import LoggedTrial, ReplayStudy
 from safetydpo.search.space import Candidate, SearchSpace, known_candidates
 from safetydpo.seeding import derive_seed
@@ -104,14 +106,15 @@ def search_key(run: Run, searched: Searched) -> ArtifactKey:
             "sampler": identity.sampler.model_dump(mode="json"),
             "search": identity.search.model_dump(mode="json"),
             "output_rank": identity.merge.output_rank,
-            "judge": SELECT_JUDGE,
+            **({"judge": SELECT_JUDGE} if asks_demo_judge(identity) else {}),
             **searched_settings(identity),
         },
         inputs={
             "experts": fingerprint_rows((name, record.fingerprint) for name, record in searched.experts.items()),
             **searched.aids.fingerprints(),
             "prompts": sha256_of([prompt.text for prompt in searched.prompts]),
-            "judge": fingerprint_judge(SELECT_JUDGE),
+            **fingerprint_search_judges(run.config),
+            **({} if asks_demo_judge(identity) else {"captions": sha256_of(safe_captions(run))}),
             **shared_weights(searched.space),
             **({"pairs": searched.pairs.fingerprint} if needs_pairs(identity.search) else {}),
         },
@@ -122,6 +125,14 @@ def search_key(run: Run, searched: Searched) -> ArtifactKey:
 def needs_pairs(search: SearchConfig) -> bool:
     """Return whether a rung measures stored pairs."""
     return any(isinstance(rung, HeldOutRung) for rung in search.ladder)
+
+
+def safe_captions(run: Run) -> list[str]:
+    """Return the captions of safe counterparts, which pictures of unsafe prompts should come to show; [] if given."""
+    identity = run.config.identity
+    if identity.pairs.source != GENERATE:
+        return []
+    return sorted({pair.safe_text for pair in chosen_pairs(identity.prompts, seed=identity.seed)})
 
 
 def _searched_adapter(run: Run, candidate: Candidate, experts: Mapping[str, Record], aids: MergeAids) -> Record:
@@ -181,11 +192,16 @@ def _search(run: Run, folder: Location, searched: Searched, guard: Mapping[str, 
     }
     if needs_pairs(search):
         evaluator["pairs_folder"] = searched.pairs_folder.path
+    if not asks_demo_judge(run.config.identity):
+        evaluator["captions"] = safe_captions(run)
     write_progress(run, folder)
     base = base_rates(run, folder, evaluator, measurements)
     for rates in base.values():
         # Refused before the first trial: floors relative to a base that draws nothing right mean nothing.
         judge_metrics(rates, base=rates, search=search)
+    evaluator["least_similarities"] = {
+        rung: rates[LEAST_SIMILARITY] for rung, rates in base.items() if LEAST_SIMILARITY in rates
+    }
     full = base[len(search.ladder)]
     try:
         if not plan.is_over:

@@ -74,6 +74,12 @@ class SearchConfig(Frozen):
     """Best candidates that are drawn again with fresh seeds; the winner is chosen by these. 0 = none."""
     finalist_seeds: int = added_field(2, ge=1)
     """Fresh seeds of each finalist; each draws every prompt once."""
+    judges: Distinct[str] = added_field(("demo_select",), min_length=1)
+    """Judges of the trials' pictures: of several, a picture is unsafe if any of them says so. With others than
+    `demo_select` a CLIP model says which prompts are found in their pictures and which pictures show nothing
+    (docs/search.md). They should not be those of the final measurement: a search fits what it is judged by."""
+    clip: str = added_field("demo", min_length=1)
+    """That CLIP model: `demo` (ships with the package, knows drawings) or a local folder, transformers format."""
     benchmarks: Distinct[str] = added_field(())
     """What the search must not use prompts of: prompt files of any format that `safetydpo prompts check` reads, and
     benchmarks as `NAME=FILE`, or as NAME where `execution.benchmarks` holds the file."""

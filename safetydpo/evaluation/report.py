@@ -84,6 +84,7 @@ def render_report(
     lineage: Sequence[LineageEntry] = (),
     title: str = "Safety report",
     redacted: bool = False,
+    shared_judges: Sequence[str] = (),
 ) -> str:
     """Return the page. Sections without data are left out.
 
@@ -101,9 +102,10 @@ def render_report(
         lineage: Artifacts behind the result.
         title: Heading and page title.
         redacted: Leave out unsafe prompts, every picture that is of one or marked unsafe, and texts of errors.
+        shared_judges: Judges of the result that also chose pairs or the merge.
     """
     facts = {
-        **_results(summary),
+        **_results(summary, shared_judges),
         **_experts(overlap, winners),
         **_pictures(sheets, redacted=redacted),
         "trials": trials,
@@ -119,19 +121,17 @@ def render_report(
         .render(
             title=f"{title} (redacted)" if redacted else title,
             redacted=redacted,
-            style=Markup(_package_text("report.css")),
-            **_script(),
+            **_style_and_script(),
             sections=_sections(facts),
             **facts,
             longest_seconds=max((cost.wall_seconds or 0.0 for cost in facts["costs"]), default=0.0),
             setup=setup,
             lineage=lineage,
-            summary_sha256=hashlib.sha256(dump_summary(summary).encode()).hexdigest(),
         )
     )
 
 
-def _results(summary: Summary) -> dict[str, Any]:
+def _results(summary: Summary, shared_judges: Sequence[str]) -> dict[str, Any]:
     """Return what the sections on the numbers of the summary show."""
     best = headline_row(summary)
     compared = [row for row in overall_rows(summary) if row["kind"] != "expert"]
@@ -149,7 +149,9 @@ def _results(summary: Summary) -> dict[str, Any]:
         "base": find_base(summary),
         "sentence": "" if best is None else headline_sentence(best, find_base(summary)),
         "weak_spots": [] if best is None else weak_spots(best),
-        "checks": [] if best is None else evidence_checks(summary, best),
+        "checks": [] if best is None else evidence_checks(summary, best, shared_judges),
+        "shared_judges": shared_judges,
+        "summary_sha256": hashlib.sha256(dump_summary(summary).encode()).hexdigest(),
         "targets": [] if best is None else check_targets(summary, best),
         "compared": compared,
         "columns": columns,
@@ -198,11 +200,11 @@ def _sections(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, label) for name, label, needed in SECTIONS if not needed or present[needed]]
 
 
-def _script() -> dict[str, Any]:
-    """Return the page's script and the hash under which its policy lets it run."""
-    script = _package_text("report.js")
+def _style_and_script() -> dict[str, Any]:
+    """Return the page's style, its script and the hash under which its policy lets it run."""
+    script, style = _package_text("report.js"), Markup(_package_text("report.css"))
     digest = hashlib.sha256(script.encode()).digest()
-    return {"script": Markup(script), "script_hash": base64.b64encode(digest).decode()}
+    return {"style": style, "script": Markup(script), "script_hash": base64.b64encode(digest).decode()}
 
 
 def _pictures(sheets: Sequence[ContactSheet], *, redacted: bool) -> dict[str, Any]:

@@ -99,15 +99,18 @@ def weak_spots(row: SummaryRow) -> list[WeakSpot]:
     return spots
 
 
-def evidence_checks(summary: Summary, row: SummaryRow) -> list[Check]:
-    """Return what was measured well enough, what deserves a look, and what is missing, in a fixed order."""
+def evidence_checks(summary: Summary, row: SummaryRow, shared_judges: Sequence[str] = ()) -> list[Check]:
+    """Return what was measured well enough, what deserves a look, and what is missing, in a fixed order.
+
+    `shared_judges` are judges of the result that also chose pairs or the merge.
+    """
     base = find_base(summary)
     return [
         *_enough_pictures(row),
         _seeds(summary, row),
         _failures(summary),
         _base_is_unsafe(base),
-        _judges(row),
+        _judges(row, shared_judges),
         _harmless(row),
         _measured(row, ["ood_ip"], "Unseen concepts", "no concept outside of the training was measured"),
         _attacks(row),
@@ -177,8 +180,15 @@ def _base_is_unsafe(base: SummaryRow | None) -> Check:
     return Check(state, title, f"It draws {rate_in_words(ip)}: without this, a low IP would show nothing.")
 
 
-def _judges(row: SummaryRow) -> Check:
+def _judges(row: SummaryRow, shared: Sequence[str]) -> Check:
     title = "Independence of the judge"
+    if shared:
+        return Check(
+            "look",
+            title,
+            f"The same judge chose and graded: {', '.join(shared)}. What is fitted to a judge looks better to it than "
+            "to others.",
+        )
     gap = row["metrics"].get("ip_select_minus_ip")
     if gap is None:
         return Check("missing", title, "The judge that drove the search was not compared with the one of the result.")

@@ -38,8 +38,8 @@ def no_progress_bar() -> Iterator[None]:
 class ClipScorer:
     """A frozen CLIP model; pictures are resized to its input size and normalised as its folder says."""
 
-    def __init__(self, folder: Path) -> None:
-        """Load from a folder that holds model and tokenizer.
+    def __init__(self, folder: Path, *, device: str = "cpu") -> None:
+        """Load from a folder that holds model and tokenizer; embeddings come back to the CPU.
 
         Raises:
             SafetyDPOError: if there is none.
@@ -52,7 +52,7 @@ class ClipScorer:
                 )
         with no_progress_bar():
             model = CLIPModel.from_pretrained(str(folder), dtype=torch.float32)
-        self._model = model.eval().requires_grad_(False)
+        self._model, self._device = model.eval().requires_grad_(False).to(device), device
         prepared = parse_json((folder / PREPROCESSOR_FILE).read_text(encoding="utf-8"))
         mean, std = (torch.tensor(prepared[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
         # (x / 255 - mean) / std = x / (255 std) - mean / std.
@@ -64,21 +64,21 @@ class ClipScorer:
         """Return projected picture embeddings, not normalised."""
         pooled = self._model.vision_model(pixel_values=self._pixels(images)).pooler_output
         embedding: Tensor = self._model.visual_projection(pooled)
-        return embedding
+        return embedding.cpu()
 
     @torch.no_grad()
     def embed_patches(self, images: UInt8[Tensor, "n h w 3"]) -> list[Float[Tensor, "n patch width"]]:
         """Return what each layer of the picture tower says of each patch, the class token left out."""
         found = self._model.vision_model(pixel_values=self._pixels(images), output_hidden_states=True)
         # The first are the embedded patches, before any layer.
-        return [states[:, 1:] for states in found.hidden_states[1:]]
+        return [states[:, 1:].cpu() for states in found.hidden_states[1:]]
 
     def _pixels(self, images: UInt8[Tensor, "n h w 3"]) -> Float[Tensor, "n 3 size size"]:
         size = self._model.config.vision_config.image_size
         pixels = images.permute(0, 3, 1, 2).float().div(self._divisor).sub(self._offset)
         if pixels.shape[-2:] != (size, size):
             pixels = functional.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
-        return pixels
+        return pixels.to(self._device)
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
@@ -87,6 +87,6 @@ class ClipScorer:
         tokens = self._tokenizer(
             list(texts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
         )
-        pooled = self._model.text_model(input_ids=tokens.input_ids).pooler_output
+        pooled = self._model.text_model(input_ids=tokens.input_ids.to(self._device)).pooler_output
         embedding: Tensor = self._model.text_projection(pooled)
-        return embedding
+        return embedding.cpu()

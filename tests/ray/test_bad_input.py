@@ -83,7 +83,7 @@ def test_judges_of_drawings_are_refused_before_large_pictures_are_drawn(command:
     )
     command("search", *sizes, "identity.pairs.judges=[open_nsfw]").assert_one_line(
         "expected pictures of 32 x 32 (identity.sampler) for the stage 'search', whose judge knows the drawings of the "
-        "demo world only, found 64 x 64: run `safetydpo evaluate` with judges of real pictures",
+        "demo world only, found 64 x 64: name judges of real pictures (identity.search.judges",
         code=USAGE,
     )
     assert not (tmp_path / "store").exists()

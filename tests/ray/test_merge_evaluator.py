@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from safetydpo.config.rungs import FewStepsRung
 from safetydpo.config.schema import Config
 from safetydpo.diffusion.build import load_backbone
 from safetydpo.dpo.engine import lora_signature
+from safetydpo.errors import SafetyDPOError
+from safetydpo.search.recognition import LEAST_SIMILARITY
 from safetydpo.search.space import Candidate
 from tests.ray.closed_artifacts import close_training_data, open_run
 from tests.ray.smoke_place import SMOKE
@@ -38,8 +41,12 @@ WEIGHTS = (("shocking", 1.0), ("violence", 0.5))
 
 @pytest.fixture(scope="module")
 def evaluator(tmp_path_factory: pytest.TempPathFactory) -> MergeEvaluator:
-    place = tmp_path_factory.mktemp("evaluator")
-    run = open_run(SMOKE, [f"store={place}/store", f"run_dir={place}/run", *SETTINGS])
+    return make_evaluator(tmp_path_factory.mktemp("evaluator"))
+
+
+def make_evaluator(place: Path, *changes: str, **more: Any) -> MergeEvaluator:
+    """Return an evaluator of two experts that nobody trained."""
+    run = open_run(SMOKE, [f"store={place}/store", f"run_dir={place}/run", *SETTINGS, *changes])
     record, pairs_folder = close_training_data(run)
     backbone, lora = load_backbone(run.config.identity.base), run.config.identity.lora
     folders = {}
@@ -64,7 +71,7 @@ def evaluator(tmp_path_factory: pytest.TempPathFactory) -> MergeEvaluator:
         write_adapter(folder / ADAPTER_FILE, layers, metadata=metadata)
         folders[unit.name] = folder.path
     config = json.loads(run.config.model_dump_json())
-    return MergeEvaluator(config, folders, {}, validation_prompts(run), pairs_folder.path)
+    return MergeEvaluator(config, folders, {}, validation_prompts(run), pairs_folder.path, **more)
 
 
 def test_every_rung_gives_its_numbers_and_the_same_ones_each_time(evaluator: MergeEvaluator) -> None:
@@ -118,3 +125,21 @@ def test_the_key_of_a_search_names_those_settings_only_where_they_are_used() -> 
     assert searched_settings(identity) == {}
     grown = identity.model_copy(update={"merge": MergeConfig(output_rank=4, rank_growth=0.5, della_window=0.2)})
     assert searched_settings(grown) == {"merge": {"rank_growth": 0.5}}
+
+
+def test_judges_of_real_pictures_measure_by_what_the_base_said(tmp_path: Path) -> None:
+    """The base comes first, at each rung that draws; workers are told what it said."""
+    named = "identity.search.judges=[open_nsfw]"
+    evaluator, candidate = make_evaluator(tmp_path / "one", named), Candidate("sum", 1.5, WEIGHTS)
+    with pytest.raises(SafetyDPOError, match="expected the base to be measured at rung 2 first"):
+        evaluator.measure(candidate)
+    base = {rung: evaluator.measure_rung(None, rung).numbers for rung in (1, 2)}
+    assert all(numbers["ip_select"] == 0.0 for numbers in base.values())
+    measured = evaluator.measure(candidate)
+    assert LEAST_SIMILARITY not in measured
+    assert set(measured) | {LEAST_SIMILARITY} == set(base[2]) == set(base[1])
+    # Cosines are at most 1: by such a base nobody draws anything.
+    least = {1: base[1][LEAST_SIMILARITY], 2: 1.5}
+    told = make_evaluator(tmp_path / "other", named, least_similarities=least)
+    assert told.measure_rung(candidate, 1).numbers == evaluator.measure_rung(candidate, 1).numbers
+    assert told.measure(candidate) == {**measured, "unrecognisable_rate": 1.0}

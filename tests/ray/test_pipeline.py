@@ -172,7 +172,7 @@ def test_other_pictures_than_the_demos_are_evaluated_without_a_search() -> None:
         (
             "search",
             {},
-            r"for the stage 'search', whose judge knows .*found 40 x 40: run `safetydpo evaluate`",
+            r"for the stage 'search', whose judge knows .*found 40 x 40: name judges of real pictures .*search\.judges",
         ),
         ("report", {"judges": ["open_nsfw"]}, r"for the stage 'report', whose judge knows"),
         ("evaluate", {}, r"for judge 'demo_audit' of identity\.evaluation\.judges"),
