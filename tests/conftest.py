@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +80,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first; the order is kept by `--no-loadscope-reorder`."""
     places = {f"test_{name}_slow.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+SLOW_SECONDS = float(os.environ.get("SAFETYDPO_SLOW_TEST_SECONDS", "inf"))
+"""After so long no further slow test is begun: CI ends after a fixed time, however slow its machine is that day."""
+STARTED = time.monotonic()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out slow tests once their time is used up; the summary lists each."""
+    if item.get_closest_marker("slow") is not None and time.monotonic() - STARTED > SLOW_SECONDS:
+        pytest.skip(f"not run: {SLOW_SECONDS:g} s (SAFETYDPO_SLOW_TEST_SECONDS) were used up by the tests before")
 
 
 @pytest.fixture(scope="session")
