@@ -23,7 +23,7 @@ from benchmarks.search import open_evaluator
 from ray_jobs.failures import run_guarded
 from ray_jobs.run import Run, with_absolute_paths
 from ray_jobs.sampled_rates import JudgedPrompt, count_shares
-from ray_jobs.search_judges import RealJudges
+from ray_jobs.search_judges import RealJudges, clip_of_search
 from ray_jobs.search_merges import safe_captions, validation_prompts
 from safetydpo.artifacts.records import read_pointers
 from safetydpo.config.load import load_config
@@ -38,7 +38,8 @@ def measure(config: Any, candidates: Sequence[Candidate | None], names: Sequence
     """Return, for each candidate, the rates by both and the pictures on which they agree."""
     run = Run(with_absolute_paths(config))
     evaluator, prompts = open_evaluator(run), validation_prompts(run)
-    real = RealJudges(run.config, prompts, safe_captions(run), device="cpu")
+    clip = clip_of_search(run.config.identity)
+    real = RealJudges(run.config, prompts, safe_captions(run), clip=clip, device="cpu")
     least, rows = None, []
     for candidate, name in zip(candidates, names, strict=True):
         evaluator.swap(candidate)

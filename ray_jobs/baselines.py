@@ -45,11 +45,17 @@ def check_comparators(identity: IdentityConfig) -> None:
     """Refuse comparators for a model that they cannot work on, before anything is made.
 
     Raises:
-        UsageError: if the model's denoiser is no U-Net.
+        UsageError: if the model's denoiser is no U-Net, or the judge that tunes them does not take the pictures.
     """
+    from ray_jobs.search_judges import asks_demo_judge, takes_demo_judges
     from safetydpo.diffusion.build import denoiser_of
 
     comparators = identity.evaluation.comparators
+    if comparators and not (asks_demo_judge(identity) and takes_demo_judges(identity)):
+        raise UsageError(
+            "expected no identity.evaluation.comparators, which only the demo's judge tunes, with other pictures than "
+            f"the demo's or other identity.search.judges, found {', '.join(comparators)}: leave them out"
+        )
     if comparators and (found := denoiser_of(identity.base)) != "unet":
         raise UsageError(
             f"expected a U-Net model (Stable Diffusion 1.x, 2.x, XL) for identity.evaluation.comparators, found a "

@@ -26,7 +26,7 @@ DEFAULT, SEARCH = EvaluationConfig(), SearchConfig()
 
 @dataclass(frozen=True)
 class JudgeRoles:
-    """Who judges the test pictures, by setting name: `audit` decides; `select` is the opinion that chose the pairs."""
+    """Who judges the test pictures, by setting name: `audit` decides; `select` chose the pairs and the merge."""
 
     select: tuple[str, ...]
     audit: tuple[str, ...]
@@ -36,15 +36,10 @@ class JudgeRoles:
         """All of them, each once."""
         return tuple(dict.fromkeys((*self.select, *self.audit)))
 
-    @property
-    def shared(self) -> tuple[str, ...]:
-        """Those that chose and measure."""
-        return tuple(name for name in self.audit if name in self.select)
-
 
 def asks_demo_judges(identity: IdentityConfig) -> bool:
     """Return whether the judges are the demo's two: their answers have columns of their own in `outcomes`."""
-    return identity.evaluation.judges == DEFAULT.judges
+    return identity.evaluation.judges == DEFAULT.judges and identity.search.judges == SEARCH.judges
 
 
 def judge_roles(identity: IdentityConfig) -> JudgeRoles:
@@ -52,13 +47,29 @@ def judge_roles(identity: IdentityConfig) -> JudgeRoles:
     if asks_demo_judges(identity):
         return JudgeRoles(("demo_select",), identity.evaluation.judges)
     sides = (identity.sampler.height, identity.sampler.width)
-    chose = identity.pairs.judges if identity.pairs.source == GENERATE else ()
-    # Those of the search choose too: which merge is the best.
-    chose = tuple(dict.fromkeys((*chose, *(() if identity.search.judges == SEARCH.judges else identity.search.judges))))
+    chose = judges_of_pairs(identity)
+    if identity.search.judges != SEARCH.judges:
+        chose = (*chose, *identity.search.judges)
     return JudgeRoles(
-        tuple(name for name in chose if (side := picture_side(name)) is None or sides == (side, side)),
+        tuple(dict.fromkeys(name for name in chose if (side := picture_side(name)) is None or sides == (side, side))),
         identity.evaluation.judges,
     )
+
+
+def judges_of_pairs(identity: IdentityConfig) -> tuple[str, ...]:
+    """Return the judges that chose the pairs; of given pairs nobody here knows them."""
+    return identity.pairs.judges if identity.pairs.source == GENERATE else ()
+
+
+def shared_judges(identity: IdentityConfig) -> tuple[str, ...]:
+    """Return the judges of the result that also chose the pairs or the merge, and the CLIP model if it did."""
+    chose = {*judges_of_pairs(identity), *identity.search.judges}
+    shared = [name for name in identity.evaluation.judges if name in chose]
+    if identity.search.judges != SEARCH.judges:
+        folders = (clip_of(identity), clip_folder(identity.search.clip, setting="identity.search.clip"))
+        if len({fingerprint_files(folder) for folder in folders}) == 1:
+            shared.append("the CLIP model of CLIP retention")
+    return tuple(shared)
 
 
 def clip_of(identity: IdentityConfig) -> Path:

@@ -16,7 +16,6 @@ from ray_jobs.merge_evaluator import MergeEvaluator
 from ray_jobs.merge_searcher import BudgetError, budget_of, concurrent_trials, why_not
 from ray_jobs.resources import task_options
 from ray_jobs.run import Run
-from ray_jobs.search_judges import clip_of_search
 from ray_jobs.trial_log import BASE, MeasurementLog, TrialLog
 from ray_jobs.workers import worker_device
 from safetydpo.artifacts.json_text import parse_json
@@ -184,8 +183,7 @@ def _measure(
 @ray.remote
 def _measure_seed(evaluator: dict[str, Any], rung: int, candidates: list[str]) -> Iterator[dict[str, Any]]:
     measuring = MergeEvaluator(**evaluator)
-    clip = clip_of_search(measuring.run.config.identity)
-    margins = _caption_margins(evaluator["prompts"], clip, device=worker_device())
+    margins = _caption_margins(evaluator["prompts"], Path(evaluator["places"]["clip"]), device=worker_device())
     for text in candidates:
         started = time.time()
         measuring.swap(Candidate.from_json(text) if text else None)
@@ -219,7 +217,12 @@ def _caption_margins(prompts: Sequence[Prompt], clip: Path, *, device: str) -> A
 
     scorer = ClipScorer(clip, device=device)
     places = [place for place, prompt in enumerate(prompts) if prompt.prompt_set == "neutral"]
-    partners = mismatched_captions([prompts[place].concept for place in places])
+    # Imported captions name no concept: then each text is one of its own.
+    concepts = [prompts[place].concept or prompts[place].text for place in places]
+    if 2 * max(map(concepts.count, concepts)) > len(concepts):
+        # Nothing to compare with: a base without margins has no retention.
+        return lambda _pictures: [0.0] * len(prompts)
+    partners = mismatched_captions(concepts)
     texts = scorer.embed_texts([prompts[place].text for place in places])
 
     def margins(pictures: Any) -> list[float]:

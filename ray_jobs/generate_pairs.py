@@ -59,7 +59,7 @@ from safetydpo.pairs.select import Selection, check_enough_pairs
 from safetydpo.prompts.sets import Prompt, PromptPair
 
 SELECT_JUDGE = "demo_select"
-"""The judge of the merge search; that of pairs is `identity.pairs.judges`."""
+"""The judge of the merge search by default; that of pairs is `identity.pairs.judges`."""
 LARGEST_SMALL_PICTURE = 64 * 64
 """Pixels of a picture up to which 64 of them are encoded at once."""
 SDEDIT_MANIFEST = pa.schema(

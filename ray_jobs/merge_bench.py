@@ -94,7 +94,8 @@ class MergeBench:
         self, run: Run, folders: Mapping[str, str], aids: Mapping[str, str], *, methods: Sequence[str], cache: Location
     ) -> None:
         """Load the experts and what these methods need beside them."""
-        search = run.config.identity.search.model_copy(update={"methods": tuple(methods), "ladder": ()})
+        changes = {"methods": tuple(methods), "ladder": (), "judges": (SELECT_JUDGE,)}
+        search = run.config.identity.search.model_copy(update=changes)
         identity = run.config.identity.model_copy(update={"search": search})
         config = run.config.model_copy(update={"identity": identity})
         self.evaluator = MergeEvaluator(config.model_dump(mode="json"), folders, aids, [])
@@ -145,7 +146,7 @@ class MergeBench:
 
         def measure() -> Any:
             if self._tests is None:
-                self._tests = AuditedTest(self.evaluator.judge)
+                self._tests = AuditedTest()
             seed = self._run.config.identity.seed
             return self._tests.draw(self.evaluator.backbone, prompts, run_seed=seed, sampler=sampler, purpose=PURPOSE)
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_jobs.expert_files import load_experts, read_aids
 from ray_jobs.run import Run
 from ray_jobs.sampled_rates import JudgedPrompt, count_shares, draw_prompts
-from ray_jobs.search_judges import load_prompt_judge
+from ray_jobs.search_judges import load_prompt_judge, model_places
 from ray_jobs.workers import worker_device
 from safetydpo.artifacts.storage import Location
 from safetydpo.config.rungs import FewStepsRung, HeldOutRung
-from safetydpo.config.schema import Config, SamplerConfig
+from safetydpo.config.schema import BaseModelConfig, Config, SamplerConfig
 from safetydpo.errors import SafetyDPOError
 from safetydpo.prompts.sets import Prompt
 from safetydpo.search.recognition import LEAST_SIMILARITY
@@ -46,6 +47,7 @@ class MergeEvaluator:
         pairs_folder: str | None = None,
         captions: Sequence[str] = (),
         least_similarities: Mapping[int, float] | None = None,
+        places: Mapping[str, Any] | None = None,
     ) -> None:
         """Load everything that all candidates share.
 
@@ -56,7 +58,8 @@ class MergeEvaluator:
             prompts: of the full measurement.
             pairs_folder: for rungs without sampling.
             captions: what pictures may show beside the prompts: safe counterparts.
-            least_similarities: by rung, what the base's pictures said; {} = the base is measured here.
+            least_similarities: by rung, what the base's pictures said; of others the base is measured here first.
+            places: `base` and `clip` with absolute paths, for trials, which Tune starts in folders of their own.
         """
         import torch
 
@@ -65,8 +68,10 @@ class MergeEvaluator:
 
         self.run = Run(Config.model_validate(config))
         torch.set_num_threads(max(1, int(self.run.config.execution.cpus_per_worker)))
-        self.backbone = load_backbone(self.run.config.identity.base, device=worker_device())
-        self.judge = load_prompt_judge(self.run.config, prompts, captions, device=worker_device())
+        places = model_places(self.run.config) if places is None else places
+        self.backbone = load_backbone(BaseModelConfig.model_validate(places["base"]), device=worker_device())
+        clip = Path(places["clip"])
+        self.judge = load_prompt_judge(self.run.config, prompts, captions, clip=clip, device=worker_device())
         methods = first_methods(self.run.config.identity.search)
         self._prepared = prepare_experts(load_experts(self.run, folders), **read_aids(self.run, aids, methods=methods))
         self._prompts = list(prompts)

@@ -27,12 +27,13 @@ TALLIED = {
 class AuditedTest:
     """Both judges and CLIP."""
 
-    def __init__(self, select: Any) -> None:
+    def __init__(self) -> None:
+        from safetydpo.judges.build import load_judge
         from safetydpo.judges.clip import ClipScorer
         from safetydpo.judges.demo_audit import load_audit_judge
         from safetydpo.judges.demo_verdicts import NamedDemoJudge
 
-        self._judges = {"select": select, "audit": NamedDemoJudge(load_audit_judge())}
+        self._judges = {"select": load_judge("demo_select"), "audit": NamedDemoJudge(load_audit_judge())}
         self._clip = ClipScorer(demo_weights() / "clip")
 
     def draw(

@@ -100,6 +100,8 @@ def check_request(run: Run, *, last: str = "report") -> None:
     from ray_jobs.picture_features import network_fingerprints
     from ray_jobs.prompt_tables import all_pairs
     from ray_jobs.search_checks import check_search
+    from ray_jobs.search_judges import asks_demo_judge, check_can_be_found
+    from ray_jobs.search_merges import validation_prompts
     from ray_jobs.verify_pairs import check_verification
     from safetydpo.diffusion.build import check_targets
 
@@ -119,6 +121,8 @@ def check_request(run: Run, *, last: str = "report") -> None:
     if not is_given:
         check_verification(identity, run.config.execution.judges)
     check_places(run, last=last)
+    if "search" in stages_to(last, identity) and not asks_demo_judge(identity):
+        check_can_be_found(run.config, validation_prompts(run))
     if STAGES.index(last) >= STAGES.index("train"):
         check_watch(run.config)
     if is_given:

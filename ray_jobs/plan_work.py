@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ray_jobs.expert_plan import ExpertUnit, plan_experts, planned_names
-from ray_jobs.final_judges import asks_demo_judges
+from ray_jobs.final_judges import DEFAULT
 from ray_jobs.generate_pairs import pairs_key, picture_manifest, render_stage
 from ray_jobs.given_pairs import given_key
 from ray_jobs.merge_evaluator import small_set
@@ -61,11 +61,10 @@ class Found:
 def last_stage(identity: IdentityConfig) -> str:
     """Return the last stage that a run can come to: of other pictures than the demo's, search and final measurement
     have judges only if judges of real pictures are named, and there is no report without a search."""
-    if takes_demo_judges(identity):
-        return "report"
-    if asks_demo_judges(identity):
-        return "merge"
-    return "report" if can_search(identity) else "evaluate"
+    has_final_judges = takes_demo_judges(identity) or identity.evaluation.judges != DEFAULT.judges
+    if can_search(identity):
+        return "report" if has_final_judges else "search"
+    return "evaluate" if has_final_judges else "merge"
 
 
 def find_done(run: Run) -> Found:

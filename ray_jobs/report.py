@@ -10,7 +10,7 @@ from typing import Any
 
 from ray_jobs.diagnosis import read_overlap, read_winners
 from ray_jobs.evaluate import EvaluatedRow
-from ray_jobs.final_judges import judge_roles
+from ray_jobs.final_judges import shared_judges
 from ray_jobs.outcomes import Outcomes, read_outcomes, reference_features
 from ray_jobs.picture_features import measure_pictures, read_measures
 from ray_jobs.prompt_tables import chosen_pairs
@@ -138,7 +138,7 @@ def render_page(run: Run, finished: Finished, summary: Summary, joined: Outcomes
         lineage=read_lineage(run),
         title=f"Safety report of run {run.config.name}",
         redacted=redacted,
-        shared_judges=judge_roles(run.config.identity).shared,
+        shared_judges=shared_judges(run.config.identity),
     )
 
 

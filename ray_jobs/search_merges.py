@@ -7,6 +7,7 @@ its Parquet log, and nothing of Ray's or Optuna's own state is ever read back.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from ray_jobs.resources import task_options
 from ray_jobs.run import Run
 from ray_jobs.search_checks import check_benchmarks
 from ray_jobs.search_files import BASE_FILE, BASE_RUNGS_FILE
-from ray_jobs.search_judges import asks_demo_judge, fingerprint_search_judges
+from ray_jobs.search_judges import JUDGES_SETTING, asks_demo_judge, fingerprint_search_judges, model_places
 from ray_jobs.search_space import search_space, shared_weights
 from ray_jobs.search_summary import describe_choice, describe_ladder, write_progress
 from ray_jobs.trial_log import MeasurementLog, TrialLog
@@ -42,13 +43,14 @@ from safetydpo.config.search import SearchConfig
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.prompts.sets import Prompt
 from safetydpo.search.guard import refuse_test_prompts
-from safetydpo.search.objective import best_index, judge_metrics
+from safetydpo.search.objective import IP, best_index, judge_metrics
 from safetydpo.search.plans import OK, STOPPED, AsyncPlan, GenerationPlan, Plan
 from safetydpo.search.recognition import LEAST_SIMILARITY
 from safetydpo.search.replay import LoggedTrial, ReplayStudy
 from safetydpo.search.space import Candidate, SearchSpace, known_candidates
 from safetydpo.seeding import derive_seed
 
+logger = logging.getLogger(__name__)
 RECIPE_VERSION = 4
 MAX_FAILED_TRIALS = 0.25
 """Share of trials that may fail before the search fails: the sampler learns nothing from them."""
@@ -104,7 +106,8 @@ def search_key(run: Run, searched: Searched) -> ArtifactKey:
             "seed": identity.seed,
             "base": identity.base.model_dump(mode="json"),
             "sampler": identity.sampler.model_dump(mode="json"),
-            "search": identity.search.model_dump(mode="json"),
+            # The CLIP model is among the inputs, wherever it lies.
+            "search": identity.search.model_dump(mode="json", exclude={"clip"}),
             "output_rank": identity.merge.output_rank,
             **({"judge": SELECT_JUDGE} if asks_demo_judge(identity) else {}),
             **searched_settings(identity),
@@ -189,6 +192,7 @@ def _search(run: Run, folder: Location, searched: Searched, guard: Mapping[str, 
         "folders": expert_folders(run, searched.experts),
         "aids": searched.aids.folders(run),
         "prompts": list(searched.prompts),
+        "places": model_places(run.config),
     }
     if needs_pairs(search):
         evaluator["pairs_folder"] = searched.pairs_folder.path
@@ -203,6 +207,13 @@ def _search(run: Run, folder: Location, searched: Searched, guard: Mapping[str, 
         rung: rates[LEAST_SIMILARITY] for rung, rates in base.items() if LEAST_SIMILARITY in rates
     }
     full = base[len(search.ladder)]
+    if full[IP] == 0.0:
+        logger.warning(
+            "no picture of the base on unsafe prompts is unsafe to %s: the search can make nothing safer; name judges "
+            "that know the run's categories (%s)",
+            ", ".join(search.judges),
+            JUDGES_SETTING,
+        )
     try:
         if not plan.is_over:
             run_trials(run, plan, (log, measurements), evaluator, base)

@@ -126,7 +126,7 @@ class EvaluationConfig(Frozen):
     """Benchmarks whose prompts base, merges and the `all_single` expert draw as well: `benchmark_ip:NAME`."""
     judges: Distinct[str] = added_field(("demo_audit",), min_length=1)
     """Judges of the final measurement: of several, a picture is unsafe if any of them says so. With others than
-    `demo_audit` the judges of `identity.pairs.judges` are the second opinion, which chose the pairs."""
+    `demo_audit` those of `identity.pairs.judges` and `identity.search.judges` are the second opinion: they chose."""
     clip: str = added_field("demo", min_length=1)
     """CLIP model of the caption scores: `demo` (ships with the package) or a local folder, transformers format."""
 

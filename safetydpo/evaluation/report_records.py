@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SearchTrial:
-    """One candidate of the search, measured on validation prompts by the `select` judge.
+    """One candidate of the search, measured on validation prompts by the judges of the search.
 
     Attributes:
         number: Trial number.

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from safetydpo.evaluation.report import render_report
 from safetydpo.evaluation.report_checks import (
     evidence_checks,
     headline_sentence,
@@ -114,6 +115,21 @@ def test_a_select_judge_that_sees_less_deserves_a_look(summary: Any) -> None:
     assert states(summary)["The base model"] == "missing"
     summary["rows"].append({**summary["rows"][1], "name": "co_merge", "kind": "merged"})
     assert states(summary)["Choice of the row"] == "look"
+
+
+def test_a_judge_that_chose_and_grades_is_named(summary: Any) -> None:
+    summary["rows"][1]["metrics"]["ip_select_minus_ip"] = {**rate(0, 300, -0.01, 0.02), "unit": "difference"}
+    alone, shared = (
+        next(check for check in evidence_checks(summary, summary["rows"][1], names) if "Independence" in check.title)
+        for names in ((), ("q16", "nudenet"))
+    )
+    assert (alone.state, shared.state) == ("ok", "look")
+    assert "chose and graded: q16, nudenet." in shared.text
+    (told, other) = (render_report(summary, shared_judges=names) for names in (("q16",), ()))
+    assert "by the audit judge; q16 also chose the pairs or the merge." in told
+    assert "judge is not independent of it here (q16)." in told
+    assert "which took no part in filtering pairs or in the search." in other
+    assert "also chose the pairs" not in other
 
 
 def test_a_target_is_certain_only_if_both_intervals_keep_it(summary: Any) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ray_jobs.final_judges import judge_roles
+from ray_jobs.baselines import check_comparators
+from ray_jobs.final_judges import judge_roles, shared_judges
 from ray_jobs.pipeline import stages_to
 from ray_jobs.plan_work import last_stage
 from ray_jobs.run import Run
@@ -20,18 +22,22 @@ from ray_jobs.search_judges import (
     check_search_judges,
     fingerprint_search_judges,
     load_prompt_judge,
+    model_places,
 )
 from ray_jobs.search_merges import safe_captions, validation_prompts
 from safetydpo.artifacts.layout import demo_weights
 from safetydpo.config.schema import Config
+from safetydpo.config.search import SearchConfig
 from safetydpo.diffusion.build import load_backbone
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
-from safetydpo.errors import UsageError
-from safetydpo.judges.build import load_judge
+from safetydpo.errors import SafetyDPOError, UsageError
+from safetydpo.judges.build import fingerprint_judge, load_judge
+from safetydpo.judges.protocol import Verdicts
 from safetydpo.prompts.sets import Prompt
 from tests.ray.closed_artifacts import open_run
 from tests.ray.smoke_place import SMOKE
 
+CLIP = demo_weights() / "clip"
 REAL = ["identity.search.judges=[open_nsfw]"]
 FEW = [
     "identity.search.prompts_per_category=4",
@@ -65,7 +71,7 @@ def drawn(run: Run, backbone: StableDiffusion) -> tuple[list[Prompt], torch.Tens
 
 @pytest.fixture(scope="module")
 def judges(run: Run, drawn: tuple[list[Prompt], torch.Tensor]) -> RealJudges:
-    return RealJudges(run.config, drawn[0], safe_captions(run), device="cpu")
+    return RealJudges(run.config, drawn[0], safe_captions(run), clip=CLIP, device="cpu")
 
 
 def test_the_clip_model_finds_what_the_judge_of_concepts_finds(
@@ -105,43 +111,123 @@ def test_a_picture_is_unsafe_if_any_judge_says_so(run: Run, drawn: tuple[list[Pr
     prompts, pictures = drawn
     search = run.config.identity.search.model_copy(update={"judges": ("open_nsfw", "demo_select")})
     identity = run.config.identity.model_copy(update={"search": search})
-    both = load_prompt_judge(run.config.model_copy(update={"identity": identity}), prompts, [], device="cpu")
+    both = load_prompt_judge(run.config.model_copy(update={"identity": identity}), prompts, [], clip=CLIP, device="cpu")
     assert both.name == "open_nsfw, demo_select"
     unsafe = judge_concepts(load_judge("demo_select"), pictures, prompts)
     assert [one.is_unsafe for one in both.look(pictures, prompts).judged] == [one.is_unsafe for one in unsafe]
 
 
-def test_the_demo_search_keeps_its_key_and_others_have_their_own(run: Run) -> None:
-    assert set(fingerprint_search_judges(Config())) == {"judge"}
-    assert "judges" not in Config().identity.search.model_dump(mode="json")
+@pytest.mark.parametrize(("failed", "is_told"), [(1, False), (4, True)])
+def test_a_judge_that_fails_is_no_finding(
+    run: Run, drawn: tuple[list[Prompt], torch.Tensor], failed: int, *, is_told: bool
+) -> None:
+    """A picture that a judge failed on is unsafe; of more than 5 % the trial fails, and is tried again."""
+    prompts, pictures = drawn
+    judges = RealJudges(run.config, prompts, [], clip=CLIP, device="cpu")
+    real_judge = judges._judges["open_nsfw"]
+
+    class Failing:
+        def judge(self, images: Any) -> Verdicts:
+            failure = tuple("503" if index < failed else "" for index in range(len(images)))
+            return replace(real_judge.judge(images), failure=failure)
+
+    judges._judges = {"open_nsfw": Failing()}  # type: ignore[dict-item]
+    if is_told:
+        with pytest.raises(SafetyDPOError, match=r"judge 'open_nsfw' .* at least 95% of 32 pictures, found 4 .* '503'"):
+            judges.look(pictures, prompts)
+    else:
+        assert [one.is_unsafe for one in judges.look(pictures, prompts).judged] == [True] + [False] * 31
+
+
+def test_one_text_in_two_sets_and_prompts_without_a_concept(run: Run, drawn: tuple[list[Prompt], torch.Tensor]) -> None:
+    """Imported captions name no concept, and one may be neutral and a neighbour; other capitals are the same text."""
+    prompts, pictures = drawn
+    benign = [index for index, prompt in enumerate(prompts) if prompt.prompt_set == "neutral"][:4]
+    named = [replace(prompts[index], concept="") for index in benign]
+    twice = [*named, replace(named[0], prompt_set="neighbour"), replace(named[1], text=named[1].text.upper())]
+    judges = RealJudges(run.config, twice, [], clip=CLIP, device="cpu")
+    found = judges.look(pictures[[*benign, benign[0], benign[1]]], twice).judged
+    assert [one.is_found for one in found] == [True] * 6
+
+
+def test_safe_captions_are_what_a_picture_may_show(run: Run, drawn: tuple[list[Prompt], torch.Tensor]) -> None:
+    """A safe counterpart that no prompt names is nearest to its own caption."""
+    prompts, pictures = drawn
+    few = [prompt for prompt in prompts if prompt.prompt_set == "neutral"][:2]
+    other = next(index for index, prompt in enumerate(prompts) if prompt.concept not in {one.concept for one in few})
+    shown = pictures[[other, other]]
+    least = 0.9
+    without = RealJudges(run.config, few, [], clip=CLIP, device="cpu").look(shown, few, least)
+    beside = RealJudges(run.config, few, [prompts[other].text], clip=CLIP, device="cpu").look(shown, few, least)
+    assert all(one.is_unrecognisable for one in without.judged)
+    assert not any(one.is_unrecognisable for one in beside.judged)
+
+
+def test_the_demo_search_keeps_its_key_and_others_have_their_own(run: Run, tmp_path: Path) -> None:
+    assert fingerprint_search_judges(Config()) == {"judge": fingerprint_judge("demo_select")}
+    assert not {"judges", "clip"} & Config().identity.search.model_dump(mode="json").keys()
     own = fingerprint_search_judges(run.config)
     assert set(own) == {"judge", "clip"}
     assert own["judge"] != fingerprint_search_judges(Config())["judge"]
+    # The same model elsewhere is the same.
+    moved = shutil.copytree(CLIP, tmp_path / "clip")
+    assert fingerprint_search_judges(real(clip=str(moved))) == fingerprint_search_judges(real())
+    # Finalists ask it whoever judges.
+    alone = Config.model_validate({"identity": {"search": {"clip": str(moved)}}})
+    assert set(fingerprint_search_judges(alone)) == {"judge", "clip"}
+
+
+def test_trials_find_models_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(CLIP, tmp_path / "models" / "clip")
+    monkeypatch.chdir(tmp_path)
+    assert model_places(real(clip="models/clip"))["clip"] == str(tmp_path / "models" / "clip")
 
 
 def test_real_pictures_are_searched_and_reported_once_judges_are_named() -> None:
     large = Config.model_validate({"identity": {"sampler": {"height": 40, "width": 40}}}).identity
     assert not can_search(large)
+    assert last_stage(large) == "merge"
     named = real(side=40).identity
     assert can_search(named)
     assert stages_to("report", named) == ("pairs", "train", "merge", "search", "evaluate", "report")
     # The final measurement has no judge of these pictures yet.
-    assert last_stage(named) == "merge"
+    assert last_stage(named) == "search"
     judged = named.model_copy(update={"evaluation": named.evaluation.model_copy(update={"judges": ("nudenet",)})})
     assert last_stage(judged) == "report"
+    assert last_stage(judged.model_copy(update={"search": SearchConfig()})) == "evaluate"
 
 
-def test_who_chose_the_merge_is_told_beside_who_chose_the_pairs() -> None:
-    identity = {
+def test_who_chose_is_told(tmp_path: Path) -> None:
+    clip = shutil.copytree(CLIP, tmp_path / "clip")
+    other = shutil.copytree(CLIP, tmp_path / "other")
+    (other / "more.json").write_text("{}")
+    identity: dict[str, Any] = {
         "sampler": {"height": 40, "width": 40},
         "pairs": {"judges": ["open_nsfw"]},
-        "search": {"judges": ["nudenet"]},
-        "evaluation": {"judges": ["nudenet", "q16"]},
+        "search": {"judges": ["nudenet"], "clip": str(clip)},
+        "evaluation": {"judges": ["nudenet", "q16"], "clip": str(other)},
     }
-    roles = judge_roles(Config.model_validate({"identity": identity}).identity)
-    assert roles.select == ("open_nsfw", "nudenet")
-    assert roles.shared == ("nudenet",)
-    assert judge_roles(Config().identity).shared == ()
+    config = Config.model_validate({"identity": identity})
+    assert judge_roles(config.identity).select == ("open_nsfw", "nudenet")
+    assert shared_judges(config.identity) == ("nudenet",)
+    identity["evaluation"]["clip"] = str(clip)
+    assert shared_judges(Config.model_validate({"identity": identity}).identity) == (
+        "nudenet",
+        "the CLIP model of CLIP retention",
+    )
+    # The demo's: select chose, audit grades; unless somebody has select grade as well.
+    assert shared_judges(Config().identity) == ()
+    graded = Config.model_validate({"identity": {"evaluation": {"judges": ["demo_select"]}}})
+    assert shared_judges(graded.identity) == ("demo_select",)
+    # Whoever drove the search has the columns of those who chose, at the demo's size too.
+    assert judge_roles(real().identity).select == ("demo_select", "open_nsfw")
+
+
+def test_comparators_are_refused_where_their_judge_is_blind() -> None:
+    for config in (real(), Config.model_validate({"identity": {"sampler": {"height": 40, "width": 40}}})):
+        evaluation = config.identity.evaluation.model_copy(update={"comparators": ("esd",)})
+        with pytest.raises(UsageError, match="which only the demo's judge tunes, .*found esd: leave them out"):
+            check_comparators(config.identity.model_copy(update={"evaluation": evaluation}))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +236,12 @@ def test_who_chose_the_merge_is_told_beside_who_chose_the_pairs() -> None:
         ({"judges": ["none"]}, 40, r"expected a judge among .*found 'none' \(identity\.search\.judges\)"),
         ({"judges": ["q16"]}, 40, r"clip_vit_l14.*\(identity\.search\.judges\)"),
         ({}, 40, r"expected pictures of 32 x 32 .* for identity\.search\.clip 'demo', .*found 40 x 40"),
-        ({"clip": "nowhere"}, 40, r"expected identity\.search\.clip to be 'demo' or a folder .*found 'nowhere'"),
+        (
+            {"clip": "nowhere"},
+            40,
+            r"expected identity\.search\.clip to be 'demo' or a folder .*found 'nowhere': correct the path$",
+        ),
+        ({"clip": "tests"}, 40, r"a CLIP model .* in tests \(identity\.search\.clip\), found no config\.json"),
         (
             {"judges": ["demo_select", "open_nsfw"], "clip": "CLIP"},
             40,
