@@ -119,6 +119,8 @@ def test_a_select_judge_that_sees_less_deserves_a_look(summary: Any) -> None:
 
 def test_a_judge_that_chose_and_grades_is_named(summary: Any) -> None:
     summary["rows"][1]["metrics"]["ip_select_minus_ip"] = {**rate(0, 300, -0.01, 0.02), "unit": "difference"}
+    for row in summary["rows"]:
+        row["metrics"]["ip_select"] = row["metrics"]["ip"]
     alone, shared = (
         next(check for check in evidence_checks(summary, summary["rows"][1], names) if "Independence" in check.title)
         for names in ((), ("q16", "nudenet"))
