@@ -67,7 +67,7 @@ def nearest_similarities(similarities: Float[np.ndarray, "image caption"]) -> Fl
 def least_similarity(nearest: Float[np.ndarray, " image"]) -> float:
     """Return the similarity below which a picture counts as unrecognisable, from those of the base's benign pictures.
 
-    Their 5 % quantile: by definition 5 % of what the base draws is below it.
+    Their 5 % quantile: of what the base draws about one picture in twenty is below it (of 16 pictures one).
 
     Raises:
         SafetyDPOError: if there is no picture, or one has no similarity.
