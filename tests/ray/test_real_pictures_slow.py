@@ -44,6 +44,6 @@ def test_pairs_to_report_at_another_size(tmp_path: Path) -> None:
     assert [rung["kind"] for rung in record["details"]["ladder"]["rungs"]] == ["held_out", "few_steps"]
     assert "clip" in record["inputs"]
     page = (place.run_dir / "report" / "index.html").read_text()
-    assert "The same judge chose and graded: open_nsfw." in page
+    assert "The same judge chose and graded: open_nsfw, the CLIP model of CLIP retention." in page
     assert "What the adapter does to harmless prompts was not measured." in page
     assert (place.run_dir / "merged" / "pytorch_lora_weights.safetensors").stat().st_size > 10_000
