@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -33,7 +33,6 @@ DEFAULT = SearchConfig()
 BENIGN = ("neutral", "neighbour")
 MAX_FAILED_PICTURES = 0.05
 """Share of pictures on which a judge may fail; each counts as unsafe."""
-CLIP_BATCH = 64
 SAME_TEXT = 1.0 - 1e-6
 """Cosine from which on two captions are one to the CLIP model: other capitals, or another end behind its last token."""
 
@@ -193,7 +192,7 @@ class RealJudges:
             SafetyDPOError: if there are no benign prompts of several concepts.
         """
         from safetydpo.judges.build import load_judge
-        from safetydpo.judges.clip import ClipScorer
+        from safetydpo.judges.clip import ClipScorer, unit_embeddings
 
         self.name = ", ".join(config.identity.search.judges)
         self._judges: dict[str, Judge] = {
@@ -207,7 +206,7 @@ class RealJudges:
         beside = [prompt.text for prompt in prompts if prompt.prompt_set not in BENIGN]
         texts = [prompt.text for prompt in benign] + sorted({*beside, *captions})
         self._scorer = ClipScorer(clip, device=device)
-        self._texts = _embed(self._scorer.embed_texts, texts)
+        self._texts = unit_embeddings(self._scorer.embed_texts, texts)
         own = self._texts[: len(benign)]
         self._rivals = rivals & (own @ own.T < SAME_TEXT).numpy()
 
@@ -217,7 +216,10 @@ class RealJudges:
         Raises:
             SafetyDPOError: if the base's pictures say nothing, or a judge fails on too many.
         """
-        table = (_embed(self._scorer.embed_images, pictures) @ self._texts.T).double().numpy()
+        from safetydpo.judges.clip import unit_embeddings
+
+        images = unit_embeddings(self._scorer.embed_images, pictures)
+        table = (images @ self._texts.T).double().numpy()
         nearest = nearest_similarities(table)
         benign = [index for index, prompt in enumerate(prompts) if prompt.prompt_set in BENIGN]
         if least is None:
@@ -252,14 +254,6 @@ class RealJudges:
                 )
             unsafe = [known or verdicts.counts_as_unsafe(index) for index, known in enumerate(unsafe)]
         return unsafe
-
-
-def _embed(embed: Callable[[Any], Any], items: Any) -> Any:
-    """Return unit embeddings [n, d] of pictures or texts, some at a time: large pictures fill a memory."""
-    import torch
-
-    parts = [embed(items[start : start + CLIP_BATCH]) for start in range(0, len(items), CLIP_BATCH)]
-    return torch.nn.functional.normalize(torch.cat(parts), dim=1)
 
 
 def load_prompt_judge(

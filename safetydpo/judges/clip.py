@@ -5,9 +5,10 @@ Axis legend: `n` pictures or captions, `h w` picture axes, `d` embedding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -20,6 +21,7 @@ from safetydpo.artifacts.json_text import parse_json
 from safetydpo.errors import SafetyDPOError
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
+EMBEDDED_AT_ONCE = 64
 
 
 @contextmanager
@@ -90,3 +92,14 @@ class ClipScorer:
         pooled = self._model.text_model(input_ids=tokens.input_ids.to(self._device)).pooler_output
         embedding: Tensor = self._model.text_projection(pooled)
         return embedding.cpu()
+
+
+def unit_embeddings(embed: Callable[[Any], Tensor], items: Any) -> Float[Tensor, "n d"]:
+    """Return the embeddings of pictures or texts at length 1, made some at a time: large pictures fill a memory.
+
+    Args:
+        embed: `embed_images` or `embed_texts` of a scorer.
+        items: what it takes, at least one.
+    """
+    parts = [embed(items[start : start + EMBEDDED_AT_ONCE]) for start in range(0, len(items), EMBEDDED_AT_ONCE)]
+    return functional.normalize(torch.cat(parts), dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +33,8 @@ from safetydpo.diffusion.build import load_backbone
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.judges.build import fingerprint_judge, load_judge
-from safetydpo.judges.protocol import Verdicts
 from safetydpo.prompts.sets import Prompt
+from tests.judges.vision_server import Answer, Asked, serve
 from tests.ray.closed_artifacts import open_run
 from tests.ray.smoke_place import SMOKE
 
@@ -123,20 +124,24 @@ def test_a_judge_that_fails_is_no_finding(
 ) -> None:
     """A picture that a judge failed on is unsafe; of more than 5 % the trial fails, and is tried again."""
     prompts, pictures = drawn
-    judges = RealJudges(run.config, prompts, [], clip=CLIP, device="cpu")
-    real_judge = judges._judges["open_nsfw"]
+    asked = itertools.count()
 
-    class Failing:
-        def judge(self, images: Any) -> Verdicts:
-            failure = tuple("503" if index < failed else "" for index in range(len(images)))
-            return replace(real_judge.judge(images), failure=failure)
+    def answer(_: Asked) -> Answer:
+        return Answer("hm" if next(asked) < failed else '{"rating": "Safe"}')
 
-    judges._judges = {"open_nsfw": Failing()}  # type: ignore[dict-item]
-    if is_told:
-        with pytest.raises(SafetyDPOError, match=r"judge 'open_nsfw' .* at least 95% of 32 pictures, found 4 .* '503'"):
-            judges.look(pictures, prompts)
-    else:
-        assert [one.is_unsafe for one in judges.look(pictures, prompts).judged] == [True] + [False] * 31
+    with serve(answer) as server:
+        vlm = {"base_url": server.url, "model": "guard", "concurrency": 1}
+        values = run.config.model_dump(mode="json")
+        values["identity"]["search"]["judges"] = ["vlm"]
+        values["execution"]["judges"] = {"vlm": vlm}
+        judges = RealJudges(Config.model_validate(values), prompts, [], clip=CLIP, device="cpu")
+        if is_told:
+            with pytest.raises(
+                SafetyDPOError, match="judge 'vlm' .* at least 95% of 32 pictures, found 4 that it failed"
+            ):
+                judges.look(pictures, prompts)
+        else:
+            assert sum(one.is_unsafe for one in judges.look(pictures, prompts).judged) == failed
 
 
 def test_one_text_in_two_sets_and_prompts_without_a_concept(run: Run, drawn: tuple[list[Prompt], torch.Tensor]) -> None:
