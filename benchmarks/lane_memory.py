@@ -27,11 +27,10 @@ from ray.cluster_utils import Cluster
 
 from benchmarks.harness import print_result
 from benchmarks.lane_overhead import SMOKE, plan
-from ray_jobs.expert_plan import lane_units
 from ray_jobs.expert_worker import train_lane
 from ray_jobs.lanes import Task, run_lanes
 from ray_jobs.progress import progress_bar
-from ray_jobs.train_experts import LABEL
+from ray_jobs.train_experts import LABEL, lane_settings
 from tests.ray.closed_artifacts import close_training_data, open_run
 
 ENVIRONMENT = {
@@ -91,17 +90,12 @@ def measure(lanes: int, place: str) -> tuple[Cluster, dict[str, Any]]:
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     tasks = [Task(unit.name, run.folder(unit.key), unit.dpo.steps) for unit in units]
     with progress_bar(LABEL, total=1) as board:
-        lane_settings = {
-            "config": run.config.model_dump(mode="json"),
-            "units": lane_units(units),
-            "pairs_folder": folder.name,
-            "board": board,
-        }
+        settings_of_lanes = lane_settings(run, units, folder, board)
         ray.get(board.count.remote(LABEL))
         before = memory_by_process(of_node(cluster.head_node) | {os.getpid()})
 
         def launch() -> None:
-            run_lanes(run, tasks, train_lane, lane_settings, num_lanes=lanes)
+            run_lanes(run, tasks, train_lane, settings_of_lanes, num_lanes=lanes)
 
         threading.Thread(target=launch, daemon=True).start()
         deadline = time.time() + 1500

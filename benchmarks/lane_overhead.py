@@ -23,12 +23,12 @@ from typing import Any
 
 from benchmarks.harness import print_result
 from ray_jobs.cluster import connect, disconnect
-from ray_jobs.expert_plan import ExpertUnit, lane_units, plan_experts
+from ray_jobs.expert_plan import ExpertUnit, plan_experts
 from ray_jobs.expert_worker import train_lane
 from ray_jobs.lanes import Task, run_lanes
 from ray_jobs.progress import progress_bar
 from ray_jobs.run import Run
-from ray_jobs.train_experts import LABEL
+from ray_jobs.train_experts import LABEL, lane_settings
 from safetydpo.artifacts.records import find_closed
 from safetydpo.artifacts.storage import Location
 from tests.ray.closed_artifacts import close_training_data, open_run
@@ -83,13 +83,7 @@ def measure(run: Run, units: list[ExpertUnit], folder: Location, *, num_lanes: i
         execution = run.config.execution.model_copy(update={"lanes": "isolated"})
         run = Run(run.config.model_copy(update={"execution": execution}))
     with tempfile.TemporaryDirectory() as times, progress_bar(LABEL, total=1) as board:
-        settings = {
-            "config": run.config.model_dump(mode="json"),
-            "units": lane_units(units),
-            "pairs_folder": folder.name,
-            "board": board,
-            "times": times,
-        }
+        settings = {**lane_settings(run, units, folder, board), "times": times}
         tasks = [Task(unit.name, run.folder(unit.key), unit.dpo.steps) for unit in units]
         started = time.perf_counter()
         failures = run_lanes(run, tasks, timed_lane, settings, num_lanes=num_lanes)

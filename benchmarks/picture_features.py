@@ -53,8 +53,11 @@ def main() -> None:
 
         def by_hand() -> None:
             for start in range(0, len(files), BATCH):
-                pictures = torch.from_numpy(np.stack([decode_picture(file) for file in files[start : start + BATCH]]))
-                network.distance(pictures, pictures.flip(0))
+                own = files[start : start + BATCH]
+                pictures, others = (
+                    torch.from_numpy(np.stack([decode_picture(file) for file in some])) for some in (own, own[::-1])
+                )
+                network.distance(pictures, others)
 
         times = alternate({"worker": by_worker, "hand_batched": by_hand}, rounds=options.rounds)
     cpu = {name: [one.cpu_seconds for one in rounds] for name, rounds in times.items()}
@@ -75,7 +78,8 @@ def store(pool: Location, files: list[bytes]) -> list[pa.Table]:
     flag, text = [False] * len(files), [""] * len(files)
     columns = {name: text if OUTCOMES.field(name).type == pa.string() else flag for name in OUTCOMES.names}
     columns |= {"image_id": names, "image": files, "status": ["ok"] * len(files), "attempt": [1] * len(files)}
-    columns |= {"clip_embedding": [[]] * len(files), "micro_batch": [None] * len(files)}
+    columns |= {"clip_embedding": [[]] * len(files)}
+    columns |= {name: [None] * len(files) for name in ("micro_batch", "judgements")}
     write_table(pool / FILE, pa.table(columns, schema=OUTCOMES))
     (pool / "batch-0" / RECORD_FILE).write_bytes(b"{}")
     tables = []

@@ -20,6 +20,10 @@ from safetydpo.errors import SafetyDPOError, UsageError
 ANSWER_SECONDS = 5.0
 """For the first contact: a wrong address is told in a moment."""
 POLL_SECONDS = 1.0
+AGENT_SECONDS = 120.0
+"""For the head's agent, which starts the jobs: its dashboard answers sooner."""
+# Ray waits 10 seconds for the agent and then says so; it has done nothing by then.
+_NO_AGENT = "No available agent to submit job"
 STOP_SECONDS = 90.0
 """Longer than a stopped job is given to end by itself."""
 # Where these are set, Ray's client takes their address instead of the one it is given.
@@ -78,18 +82,39 @@ class Jobs:
         _check_alone(plan, jobs)
         try:
             with _answering(self.address), _addressed_by_argument():
-                self._client.submit_job(
-                    entrypoint=plan.entrypoint,
-                    submission_id=decision.submission_id,
-                    runtime_env={"working_dir": str(plan.working_dir), "env_vars": dict(plan.environment)},
-                    metadata=dict(plan.metadata),
-                )
+                self._submit(plan, decision.submission_id)
         except SafetyDPOError:
             # Somebody else sent the same job since we looked.
             if any(job.submission_id == decision.submission_id for job in self.all()):
                 return Decision(Step.ATTACH, decision.submission_id)
             raise
         return decision
+
+    def _submit(self, plan: JobPlan, submission_id: str) -> None:
+        deadline = time.monotonic() + AGENT_SECONDS
+        waiting = False
+        while True:
+            try:
+                self._client.submit_job(
+                    entrypoint=plan.entrypoint,
+                    submission_id=submission_id,
+                    runtime_env={"working_dir": str(plan.working_dir), "env_vars": dict(plan.environment)},
+                    metadata=dict(plan.metadata),
+                )
+            except RuntimeError as error:
+                if _NO_AGENT not in str(error):
+                    raise
+                if time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"no agent on its head within {AGENT_SECONDS:g} s, which would start the job (is its port "
+                        "52365 taken? its log there is dashboard_agent.log)"
+                    ) from error
+            else:
+                return
+            if not waiting:
+                print("the cluster's head has no agent yet to start the job: waiting for it", file=sys.stderr)
+            waiting = True
+            time.sleep(POLL_SECONDS)
 
     def follow(self, submission_id: str, *, out: TextIO | None = None) -> None:
         """Write the log of a job as it grows, until the job ends."""

@@ -8,6 +8,7 @@ last checkpoint, from which the next attempt goes on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ray_jobs.cluster import connect
 from ray_jobs.expert_plan import ExpertUnit, lane_units, plan_experts
@@ -99,15 +100,20 @@ def _train(run: Run, units: Sequence[ExpertUnit], pairs_folder: Location) -> dic
         told.list_experts([_told_expert(unit) for unit in units])
     steps_in_all = sum(unit.dpo.steps for unit in units)
     with progress_bar(LABEL, total=steps_in_all, beside={EXPERTS: len(units)}) as board:
-        settings = {
-            "config": config_for_workers(run.config).model_dump(mode="json"),
-            "units": lane_units(units),
-            "pairs_folder": pairs_folder.name,
-            "validation_prompts": {unit.name: prompts_to_watch(run.config.identity, unit.categories) for unit in units},
-            "board": board,
-            "context": current().told(),
-        }
+        settings = lane_settings(run, units, pairs_folder, board)
         return run_lanes(run, tasks, train_lane, settings, num_lanes=num_lanes)
+
+
+def lane_settings(run: Run, units: Sequence[ExpertUnit], pairs_folder: Location, board: Any) -> dict[str, Any]:
+    """Return what every lane is told: `expert_worker.train_lane` reads it."""
+    return {
+        "config": config_for_workers(run.config).model_dump(mode="json"),
+        "units": lane_units(units),
+        "pairs_folder": pairs_folder.name,
+        "validation_prompts": {unit.name: prompts_to_watch(run.config.identity, unit.categories) for unit in units},
+        "board": board,
+        "context": current().told(),
+    }
 
 
 def _told_expert(unit: ExpertUnit) -> ToldExpert:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,21 +13,14 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
+from tests.ports import free_ports
+
 ACCESS_KEY = "test-access-key-7f3a"
 SECRET_KEY = "test-secret-key-c91e"
 BUCKET = "pictures"
 PATIENCE = float(os.environ.get("SAFETYDPO_TEST_PATIENCE", "1"))
 # The server's parts, each with an HTTP and a gRPC port; given, because several servers may run at once.
 PARTS = ("master", "volume", "filer", "s3", "admin")
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody uses now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
 
 
 @dataclass

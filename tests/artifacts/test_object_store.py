@@ -33,7 +33,8 @@ from safetydpo.artifacts.schemas import SELECTIONS
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.artifacts.tables import read_table, table_from_rows, write_table
 from safetydpo.errors import SafetyDPOError, UsageError
-from tests.s3_server import ACCESS_KEY, BUCKET, PATIENCE, SECRET_KEY, S3Server, free_ports
+from tests.ports import free_ports
+from tests.s3_server import ACCESS_KEY, BUCKET, PATIENCE, SECRET_KEY, S3Server
 
 
 def test_files_come_back_small_and_in_several_parts(s3_store: Location):

@@ -21,6 +21,8 @@ class Dashboard(LoopbackServer):
     """Answer to everything."""
     raced_by: dict[str, Any] | None = None
     """A job that somebody else sends just before ours."""
+    agent_comes_after: int = 0
+    """So many new jobs find no agent that would start them."""
     sent: list[dict[str, Any]]
 
 
@@ -56,6 +58,10 @@ class _Handler(QuietHandler, BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.server.agent_comes_after > 0:
+            self.server.agent_comes_after -= 1
+            self.answer(500, "No available agent to submit job, please try again later.")
+            return
         self.server.sent.append(asked)
         if self.server.raced_by is not None:
             self.server.jobs.append(self.server.raced_by)

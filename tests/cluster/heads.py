@@ -1,4 +1,4 @@
-"""A Ray head on loopback that asks for a token, as a cluster would."""
+"""A Ray head on loopback, which may ask for a token as a cluster would."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.ray.smoke_place import PATIENCE, ROOT, free_ports, wait_for
+from tests.ports import free_ports
+from tests.ray.smoke_place import PATIENCE, ROOT, wait_for
 
 BIN = Path(sys.executable).parent
 RAY = str(BIN / "ray")
@@ -64,11 +66,18 @@ def head_with_token(
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_USAGE_STATS_ENABLED": "0",
         **(variables or {}),
     }
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "PYTHONPATH"):
         environment.pop(name, None)
+    with ray_head(environment, num_cpus=num_cpus, options=options) as head:
+        yield head
+
+
+@contextlib.contextmanager
+def ray_head(environment: Mapping[str, str], *, num_cpus: int = 8, options: Sequence[str] = ()) -> Iterator[Head]:
+    """`ray start --head` on loopback in this environment, ready to take jobs; ended with its whole process group."""
+    environment = {**environment, "RAY_USAGE_STATS_ENABLED": "0"}
     port, dashboard, agent, client = free_ports(4)
     # A job finds its cluster by a file in Ray's folder, where the last Ray that was started on the machine is written:
     # another test's. Short, because paths of sockets must be.
@@ -83,11 +92,15 @@ def head_with_token(
     found = Head(f"http://127.0.0.1:{dashboard}", environment, Path(place), port, agent, client)
 
     def answers() -> bool:
-        listed = [RAY, "job", "list", "--address", found.address]
-        return subprocess.run(listed, env=environment, capture_output=True, check=False).returncode == 0
+        # The agent, which starts the jobs, comes seconds after the dashboard, and not at all if its port was taken.
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{agent}/api/healthz", timeout=5).close()
+            listed = [RAY, "job", "list", "--address", found.address]
+            return subprocess.run(listed, env=environment, capture_output=True, check=False).returncode == 0
+        return False
 
     try:
-        assert wait_for(lambda: head.poll() is not None or answers(), seconds=90)
+        assert wait_for(lambda: head.poll() is not None or answers(), seconds=90), "the head takes no jobs"
         assert head.poll() is None, f"ray start ended with {head.returncode}"
         yield found
     finally:

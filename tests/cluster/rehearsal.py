@@ -21,7 +21,8 @@ import yaml
 
 from safetydpo.artifacts.storage import Location
 from tests.cluster.hosts import S3_ADDRESS, S3_NAMESPACE, SSH_OPTIONS, Hosts, three_hosts
-from tests.ray.smoke_place import PATIENCE, ROOT, STAGE_FOLDERS, free_ports, wait_for
+from tests.ports import free_ports
+from tests.ray.smoke_place import PATIENCE, ROOT, STAGE_FOLDERS, wait_for
 from tests.s3_server import BUCKET, S3Server
 
 LOCAL = ROOT / "configs" / "cluster" / "local.yaml"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_jobs import cli
+from ray_jobs import cli, jobs
 from ray_jobs.jobs import Jobs, check_answers
 from ray_jobs.submit_plan import Decision, JobPlan, Step
 from safetydpo.errors import SafetyDPOError, UsageError
@@ -101,6 +101,22 @@ def test_two_who_send_at_the_same_moment_have_one_job(head: Dashboard, plan: Job
     head.jobs, head.raced_by = [], job("z-1", "PENDING")
     with pytest.raises(SafetyDPOError, match="to carry this out, found: .*already exists"):
         Jobs(head.url).send(plan)
+
+
+def test_a_head_whose_agent_is_late_is_waited_for(
+    head: Dashboard, plan: JobPlan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Its dashboard answers some seconds sooner than the agent, which starts the jobs."""
+    monkeypatch.setattr(jobs, "POLL_SECONDS", 0.01)
+    head.agent_comes_after = 3
+    assert Jobs(head.url).send(plan) == Decision(Step.SUBMIT, "x-1")
+    assert len(head.sent) == 1
+    assert capsys.readouterr().err == "the cluster's head has no agent yet to start the job: waiting for it\n"
+    monkeypatch.setattr(jobs, "AGENT_SECONDS", 0.05)
+    head.agent_comes_after = 1000
+    with pytest.raises(SafetyDPOError, match=r"no agent on its head within 0\.05 s, .* taken\? .* the same command"):
+        Jobs(head.url).send(plan)
+    assert len(head.sent) == 1
 
 
 def test_another_job_on_the_same_run_folder_is_in_the_way(head: Dashboard, plan: JobPlan):

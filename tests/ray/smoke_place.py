@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -189,12 +188,3 @@ def wait_for(condition: Callable[[], bool], *, seconds: float) -> bool:
             return True
         time.sleep(0.05)
     return condition()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody uses now, from the system's range above 32768: Ray keeps 10002 to 19999 for its workers."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]

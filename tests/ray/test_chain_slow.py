@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from tests.ray.smoke_place import PATIENCE, ROOT, STAGE_FOLDERS, Place, free_ports, wait_for
+from tests.cluster.heads import RAY, ray_head
+from tests.ray.smoke_place import PATIENCE, ROOT, STAGE_FOLDERS, Place
 
 pytestmark = pytest.mark.slow
-RAY = str(Path(sys.executable).parent / "ray")
 TRIGGERS: dict[str, str] = {
     "pairs": "images/pool-*/batch-*/data/*.parquet",
     "train": "experts/*/attempt-*/checkpoint.safetensors",
@@ -30,49 +26,16 @@ TRIGGERS: dict[str, str] = {
 """The file whose appearance says that a stage is in the middle of its work."""
 
 
-@contextlib.contextmanager
-def ray_head(environment: dict[str, str]) -> Iterator[str]:
-    """`ray start --head` on loopback; gives the address of its dashboard."""
-    port, dashboard, agent, client = free_ports(4)
-    start = [RAY, "start", "--head", "--num-cpus=8", f"--port={port}", f"--dashboard-port={dashboard}", "--block"]
-    start += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", "--disable-usage-stats"]
-    # A job finds its cluster by a file in Ray's folder, where the last Ray that was started on the machine is written:
-    # another test's. Short, because paths of sockets must be.
-    place = tempfile.mkdtemp(prefix="rh", dir="/tmp")
-    start += ["--dashboard-host=127.0.0.1", "--object-store-memory=400000000", f"--temp-dir={place}"]
-    head = subprocess.Popen(
-        start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    address = f"http://127.0.0.1:{dashboard}"
-
-    def answers() -> bool:
-        listed = subprocess.run(
-            [RAY, "job", "list", "--address", address], env=environment, capture_output=True, check=False
-        )
-        return listed.returncode == 0
-
-    try:
-        assert wait_for(lambda: head.poll() is not None or answers(), seconds=90)
-        assert head.poll() is None, f"ray start ended with {head.returncode}"
-        yield address
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(head.pid, signal.SIGTERM)
-        head.wait(timeout=60 * PATIENCE)
-        shutil.rmtree(place, ignore_errors=True)
-
-
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """The smoke chain as a submitted job, run once for all tests; the others copy from it and run the command."""
     folder = tmp_path_factory.mktemp("whole")
     place = Place(folder / "store", folder / "run")
-    environment = {**place.environment, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    with ray_head(environment) as address:
-        submit = [RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--", sys.executable]
+    with ray_head({**place.environment, "RAY_AUTH_MODE": "disabled"}) as head:
+        submit = [RAY, "job", "submit", "--address", head.address, "--working-dir", str(ROOT), "--", sys.executable]
         submit += ["-m", "ray_jobs.pipeline", "configs/smoke.yaml", *place.settings]
         done = subprocess.run(
-            submit, env=environment, capture_output=True, text=True, timeout=700 * PATIENCE, check=False
+            submit, env=head.environment, capture_output=True, text=True, timeout=700 * PATIENCE, check=False
         )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     print(f"smoke chain: {place.times()}")
