@@ -106,6 +106,7 @@ def simulate_training(
         "chosen": best.speed_up.workers,
         "head_mb": head_bytes(running, table.lanes) / MEGABYTE,
         "head_mb_per_lane": table.lanes.head_mb,
+        "head_mb_of_keeper": table.lanes.keeper_mb,
         "lanes_running": running,
         "simulation_seconds": time.process_time() - started,
         "simulation_mb": max(0, psutil.Process().memory_info().rss - before) / MEGABYTE,
@@ -201,7 +202,7 @@ def simulation_lines(told: dict[str, Any]) -> list[str]:
         f"command    {chosen['driver_seconds']:.2f} s of scheduling, {chosen['launcher_looks']:,} questions to the "
         f"ledger, {chosen['looks_per_lane']:,.0f} of each lane",
         f"head       {told['head_mb'] / 1024:.1f} GB for {told['lanes_running']:,} lanes "
-        f"({told['head_mb_per_lane']:g} MB each, from the price table)",
+        f"({told['head_mb_per_lane']:g} MB each and {told['head_mb_of_keeper']:g}, from the price table)",
         f"simulated  in {told['simulation_seconds']:.1f} s and {told['simulation_mb']:.0f} MB",
     ]
     if any(one["source"] == "assumed" for one in told["choices"]):

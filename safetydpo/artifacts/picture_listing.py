@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -36,7 +37,7 @@ class StoredPicture:
     category: str = ""
     failure: str = ""
 
-    @property
+    @cached_property
     def picture_id(self) -> str:
         """Id of its name and bytes: another picture of the same name is judged anew."""
         return sha256_of({"name": self.name, "sha256": self.sha256})

@@ -155,5 +155,5 @@ def best_choice(choices: Sequence[Choice]) -> Choice:
 
 
 def head_bytes(lanes: int, costs: LaneCosts) -> float:
-    """Return the memory of so many lanes on the head node, from what one of them was measured to take."""
-    return lanes * costs.head_mb * 2**20
+    """Return the memory of so many lanes and their keeper on the head node, as one of each was measured to take."""
+    return (costs.keeper_mb + lanes * costs.head_mb) * 2**20

@@ -67,8 +67,10 @@ class LaneCosts(Frozen):
     """Per expert beside its steps."""
     look_seconds: float = Field(0.001, ge=0)
     """A lane's question to the ledger about one expert."""
-    head_mb: float = Field(201.0, ge=0)
+    head_mb: float = Field(4.1, ge=0)
     """Memory on the head node per lane."""
+    keeper_mb: float = Field(135.0, ge=0)
+    """Memory on the head node of the one process that keeps the placement groups of all lanes of a command."""
 
 
 class CostTable(Frozen):

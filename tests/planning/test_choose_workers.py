@@ -63,8 +63,8 @@ def test_a_number_of_workers_without_a_speed_is_refused() -> None:
 
 
 def test_the_head_holds_so_much_a_lane() -> None:
-    """800 lanes of 201 MiB."""
-    assert head_bytes(800, LaneCosts(head_mb=201)) == 800 * 201 * 2**20
+    """800 lanes of 5 MiB, and 150 of their keeper."""
+    assert head_bytes(800, LaneCosts(head_mb=5, keeper_mb=150)) == 4150 * 2**20
 
 
 def test_durations_by_hand() -> None:
