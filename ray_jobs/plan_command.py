@@ -145,6 +145,8 @@ def _rates(run: Any, options: PlanOptions, table: CostTable) -> dict[str, StageR
 
 
 def _plan(config: Any, options: PlanOptions) -> None:
+    from ray_jobs.plan_beside import beside_work
+    from ray_jobs.plan_rates import rate_of
     from ray_jobs.plan_storage import list_stored
     from ray_jobs.plan_work import list_work, not_counted
     from ray_jobs.stage_use import device_of, num_devices
@@ -156,7 +158,7 @@ def _plan(config: Any, options: PlanOptions) -> None:
     rates = _rates(run, options, table)
     devices = num_devices(run) if options.devices is None else options.devices
     work = list_work(found)
-    estimates = [estimate(one, rates.get(one.stage), num_devices=devices) for one in work]
+    estimates = [estimate(one, rate_of(one, rates), num_devices=devices) for one in (*work, *beside_work(found))]
     told = _told(estimates, machine, table)
     told |= {
         "run": config.name,
@@ -185,18 +187,20 @@ def _told(
 
     device_seconds, wall_seconds = total_seconds(estimates)
     is_whole = all(one.device_seconds is not None for one in estimates)
+
+    def told(one: StageEstimate) -> dict[str, Any]:
+        return {
+            **asdict(one.work),
+            "left": one.work.left,
+            "device_seconds": one.device_seconds,
+            "wall_seconds": one.wall_seconds,
+            "rate": None if one.rate is None else asdict(one.rate),
+            **costs(one.device_seconds),
+        }
+
     return {
-        "stages": [
-            {
-                **asdict(one.work),
-                "left": one.work.left,
-                "device_seconds": one.device_seconds,
-                "wall_seconds": one.wall_seconds,
-                "rate": None if one.rate is None else asdict(one.rate),
-                **costs(one.device_seconds),
-            }
-            for one in estimates
-        ],
+        "stages": [told(one) for one in estimates if not one.work.is_beside],
+        "beside": [told(one) for one in estimates if one.work.is_beside],
         "device_seconds": device_seconds,
         "wall_seconds": wall_seconds,
         "is_whole": is_whole,
@@ -221,11 +225,21 @@ def print_plan(console: Any, told: Mapping[str, Any]) -> None:
         table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
     table.add_column("what", vertical="bottom")
     last = "left" if told["is_whole"] else "left, at least"
-    total = {**told, "stage": last, "unit": "", "total": None, "done": None, "detail": "", "is_closed": False}
-    for one in (*told["stages"], total):
+    total = {
+        **told,
+        "stage": last,
+        "unit": "",
+        "total": None,
+        "done": None,
+        "detail": "",
+        "is_closed": False,
+        "is_beside": False,
+    }
+    beside = [[one, *(other for other in told["beside"] if other["stage"] == one["stage"])] for one in told["stages"]]
+    for one in (*(row for rows in beside for row in rows), total):
         is_stage = one["total"] is not None
         table.add_row(
-            one["stage"],
+            "  beside" if one["is_beside"] else one["stage"],
             f"{one['total']:,} {one['unit']}" if is_stage else "",
             ("closed" if one["is_closed"] else f"{one['done']:,}") if is_stage else "",
             _hours(one["device_seconds"]),

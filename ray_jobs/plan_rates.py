@@ -15,7 +15,7 @@ from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.config.search import SearchConfig
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.planning.costs import Speed
-from safetydpo.planning.estimate import StageRate, measured_rates
+from safetydpo.planning.estimate import StageRate, StageWork, measured_rates
 
 COMPARED = (
     ("base", "model"),
@@ -139,12 +139,25 @@ def rates_of_table(speed: Speed | None, stages: Sequence[str]) -> dict[str, Stag
     if speed is None:
         return {}
     source = f"{speed.machine}: {speed.source}"
+    per_pass = None if speed.passes_per_second is None else 1.0 / speed.passes_per_second
     rates = {}
     for stage in stages:
         per_second = speed.training_pairs_per_second if stage == "train" else speed.passes_per_second
         if stage != "merge" and per_second is not None:
-            rates[stage] = StageRate(1.0 / per_second, source)
+            rates[stage] = StageRate(1.0 / per_second, source, per_pass)
     return rates
+
+
+def rate_of(work: StageWork, rates: Mapping[str, StageRate]) -> StageRate | None:
+    """Return the rate of a stage's units, or of work beside them: nothing more where a run's speed has it in."""
+    own = rates.get(work.stage)
+    if not work.is_beside:
+        return own
+    if own is not None and own.pass_seconds is None:
+        return StageRate(0.0, own.source)
+    # A price table knows no speed of merging, but of a pass, which is the same in every stage.
+    known = [rate for rate in rates.values() if rate.pass_seconds is not None]
+    return StageRate(known[0].pass_seconds or 0.0, known[0].source) if known else None
 
 
 def former_run(run: Run, given: str | None) -> Location | None:

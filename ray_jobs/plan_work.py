@@ -26,8 +26,9 @@ from safetydpo.artifacts.records import ArtifactKey, Record, find_closed
 from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.config.pairs import GENERATE
-from safetydpo.config.rungs import FewStepsRung, HeldOutRung
+from safetydpo.config.rungs import FewStepsRung
 from safetydpo.config.schema import IdentityConfig
+from safetydpo.config.search import SearchConfig
 from safetydpo.merging.registry import find_method
 from safetydpo.pairs.preference_store import open_preferences
 from safetydpo.planning.estimate import StageWork
@@ -51,6 +52,8 @@ class Found:
     """Of the search, closed or begun or neither."""
     search: Record | None = None
     searched: Record | None = None
+    is_distilled: bool = False
+    """Whether the distillation that a merge method needs is closed."""
 
     @property
     def are_experts_closed(self) -> bool:
@@ -108,8 +111,9 @@ def _with_merges(found: Found) -> Found:
         merged = _closed(run, {name: merged_key(run, ask, members, aids=aids) for name, ask in requests.items()})
     methods = [find_method(name) for name in identity.search.methods]
     search_aids = find_aids(run, found.experts, pairs, folder, methods=methods)
+    is_distilled = any(one is not None and one.distilled is not None for one in (aids, search_aids))
     if search_aids is None or "search" not in stages_to("report", identity):
-        return Found(run, True, pairs, folder, found.units, found.experts, merged)
+        return Found(run, True, pairs, folder, found.units, found.experts, merged, is_distilled=is_distilled)
     about = Searched(members, search_aids, validation_prompts(run), search_space(run, members), pairs, folder)
     key = search_key(run, about)
     search, searched = find_closed(run.store, key), None
@@ -117,8 +121,8 @@ def _with_merges(found: Found) -> Found:
         request = candidate_request(identity.merge, Candidate.from_json(str(search.details["candidate"])))
         searched = find_closed(run.store, merged_key(run, request, members, aids=search_aids))
     return Found(
-        run, True, pairs, folder, found.units, found.experts, merged, run.folder(key), search, searched
-    )  # fmt: skip
+        run, True, pairs, folder, found.units, found.experts, merged, run.folder(key), search, searched, is_distilled
+    )
 
 
 def list_work(found: Found) -> list[StageWork]:
@@ -197,12 +201,7 @@ def search_work(found: Found) -> StageWork:
     """
     identity = found.run.config.identity
     search, steps, prompts = identity.search, identity.sampler.steps, validation_prompts(found.run)
-    expected: Sequence[float]
-    if search.suggest == "async":
-        expected = count_promoted_at_once(search.trials, rungs=search.ladder)
-    else:
-        expected = count_promoted(search.trials, generation=search.generation_size, rungs=search.ladder)
-    candidates = [1 + round(count) for count in expected]
+    candidates = candidates_by_rung(search)
     # Of a candidate at each rung, in full, and with each fresh seed.
     share = [rung.steps / steps if isinstance(rung, FewStepsRung) else 0.0 for rung in search.ladder]
     small = [len(small_set(prompts, one)) if isinstance(one, FewStepsRung) else 0 for one in search.ladder]
@@ -229,6 +228,16 @@ def search_work(found: Found) -> StageWork:
     )
 
 
+def candidates_by_rung(search: SearchConfig) -> list[int]:
+    """Return how many candidates each rung and, last, the full evaluation measures, the base among them."""
+    expected: Sequence[float]
+    if search.suggest == "async":
+        expected = count_promoted_at_once(search.trials, rungs=search.ladder)
+    else:
+        expected = count_promoted(search.trials, generation=search.generation_size, rungs=search.ladder)
+    return [1 + round(count) for count in expected]
+
+
 def _evaluation_work(found: Found) -> StageWork:
     is_searched = "search" in stages_to("report", found.run.config.identity)
     adapters = Adapters(found.experts, found.merged, found.searched, list(expert_steps(found)), is_searched)
@@ -236,17 +245,9 @@ def _evaluation_work(found: Found) -> StageWork:
 
 
 def not_counted(run: Run) -> list[str]:
-    """Return what the run does beside the units that a plan counts."""
-    identity = run.config.identity
-    dpo, evaluation, search = identity.dpo, identity.evaluation, identity.search
-    distils = any(find_method(name).needs_distilled for name in (*identity.merge.methods, *search.methods))
+    """Return what the run does beside what a plan counts."""
+    evaluation = run.config.identity.evaluation
     told = {
-        "stored reference errors (identity.dpo.reference)": dpo.reference == "cached",
-        "pictures of validations (identity.dpo.validation)": dpo.validation.every_steps is not None,
-        "the distillation": distils,
-        "what rungs measure without pictures (identity.search.ladder)": any(
-            isinstance(rung, HeldOutRung) for rung in search.ladder
-        ),
         "the making of attack prompts": bool(evaluation.attacks),
         "what comparators train": bool(evaluation.comparators),
     }

@@ -26,7 +26,7 @@ from ray_jobs.training_tables import (
     read_pair_tables,
     read_training_tables,
 )
-from safetydpo.artifacts.pool_index import read_pool
+from safetydpo.artifacts.pool_index import read_index, read_pool
 from safetydpo.artifacts.schemas import REFERENCE_ERRORS
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import table_from_rows, table_from_stream
@@ -58,10 +58,7 @@ def make_reference_errors(run: Run, units: Members, pairs_folder: Location) -> N
     Raises:
         SafetyDPOError: if rows are missing afterwards.
     """
-    groups: dict[str, list[ExpertUnit]] = {}
-    for unit in units:
-        if unit.dpo.reference == "cached":
-            groups.setdefault(_context(run, unit.dpo).hash, []).append(unit)
+    groups = _by_context(run, units)
     if not groups:
         return
     connect(run.config)
@@ -127,6 +124,25 @@ def draws_of_pairs(run: Run, units: Members) -> dict[str, int]:
         for pair_id, number in zip(pair_ids, draws.tolist(), strict=True):
             together[pair_id] = max(together.get(pair_id, 0), number)
     return together
+
+
+def _by_context(run: Run, units: Members) -> dict[str, list[ExpertUnit]]:
+    groups: dict[str, list[ExpertUnit]] = {}
+    for unit in units:
+        if unit.dpo.reference == "cached":
+            groups.setdefault(_context(run, unit.dpo).hash, []).append(unit)
+    return groups
+
+
+def count_stored(run: Run, units: Members) -> tuple[int, int]:
+    """Return how many errors of draws the units need, and how many are stored; in a pool of others' too at most all."""
+    needed, stored = 0, 0
+    for members in _by_context(run, units).values():
+        of_pool = _pool(run, _context(run, members[0].dpo))
+        number = sum(draws_of_pairs(run, members).values())
+        needed += number
+        stored += min(number, read_index(of_pool, REFERENCE_ERRORS, id_column="error_id").num_rows)
+    return needed, stored
 
 
 def count_draws(run: Run, units: Members) -> dict[str, int]:

@@ -30,6 +30,8 @@ class StageWork:
     """Share of `total` in the largest part that only one worker can do, in [0, 1]."""
     is_closed: bool = False
     detail: str = ""
+    is_beside: bool = False
+    """Whether this is work beside the stage's units, `weight` in passes; a measured speed of the stage has it in."""
 
     @property
     def left(self) -> int:
@@ -43,6 +45,8 @@ class StageRate:
 
     seconds: float
     source: str
+    pass_seconds: float | None = None
+    """Of a sampling step of one picture, for work beside the units; None = it is in `seconds` already, or not known."""
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,6 @@ def test_what_is_beside_the_count_is_named(command: Command) -> None:
         ],
     )
     assert not_counted(run) == [
-        "the distillation",
-        "what rungs measure without pictures (identity.search.ladder)",
         "the making of attack prompts",
         "what comparators train",
     ]
