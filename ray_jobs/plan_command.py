@@ -261,7 +261,7 @@ def plan_lines(told: Mapping[str, Any]) -> list[str]:
     per_month = told["storage_per_gb_month"]
     month = "" if per_month is None else f": {sum(known) / GIGABYTE * per_month:,.2f} {told['currency']} a month"
     lines = [f"storage    {', '.join(parts)}", f"           {_bytes(sum(known))} as far as known{month}"]
-    sources = {one["rate"]["source"]: None for one in told["stages"] if one["rate"] is not None}
+    sources = {one["rate"]["source"]: None for one in (*told["stages"], *told["beside"]) if one["rate"] is not None}
     lines += [f"speed      {source}" for source in sources] or [
         "speed      not known: no former run was measured and the price table has none of this model and size"
     ]

@@ -153,11 +153,11 @@ def rate_of(work: StageWork, rates: Mapping[str, StageRate]) -> StageRate | None
     own = rates.get(work.stage)
     if not work.is_beside:
         return own
-    if own is not None and own.pass_seconds is None:
-        return StageRate(0.0, own.source)
+    if own is not None and own.has_beside:
+        return StageRate(0.0, own.source, has_beside=True)
     # A price table knows no speed of merging, but of a pass, which is the same in every stage.
-    known = [rate for rate in rates.values() if rate.pass_seconds is not None]
-    return StageRate(known[0].pass_seconds or 0.0, known[0].source) if known else None
+    known = [(rate.pass_seconds, rate.source) for rate in rates.values() if rate.pass_seconds is not None]
+    return StageRate(*known[0]) if known else None
 
 
 def former_run(run: Run, given: str | None) -> Location | None:

@@ -135,7 +135,10 @@ def _by_context(run: Run, units: Members) -> dict[str, list[ExpertUnit]]:
 
 
 def count_stored(run: Run, units: Members) -> tuple[int, int]:
-    """Return how many errors of draws the units need, and how many are stored; in a pool of others' too at most all."""
+    """Return how many errors of draws the units need, and how many are stored: at most, as others' may be among them.
+
+    The pool is that of the units' context; whose errors lie in it is not looked at, which would take a hash for each.
+    """
     needed, stored = 0, 0
     for members in _by_context(run, units).values():
         of_pool = _pool(run, _context(run, members[0].dpo))

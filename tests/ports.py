@@ -1,4 +1,4 @@
-"""Free ports on loopback that stay free until a server takes them."""
+"""Free ports on loopback that nobody is given by chance before a server takes them."""
 
 from __future__ import annotations
 

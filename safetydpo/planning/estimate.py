@@ -46,7 +46,9 @@ class StageRate:
     seconds: float
     source: str
     pass_seconds: float | None = None
-    """Of a sampling step of one picture, for work beside the units; None = it is in `seconds` already, or not known."""
+    """Of a sampling step of one picture, for work beside the units; None = not known."""
+    has_beside: bool = False
+    """Whether work beside the units is in `seconds` already, as it is in what a run took."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def measured_rates(used: Usage, done: Mapping[str, float], *, device: str, sourc
     for stage, units in done.items():
         seconds = used.get(stage, {}).get(f"{device}_seconds")
         if seconds and units > 0:
-            rates[stage] = StageRate(seconds / units, source)
+            rates[stage] = StageRate(seconds / units, source, has_beside=True)
     return rates
 
 

@@ -27,8 +27,10 @@ def test_rates_by_hand() -> None:
     used = {"pairs": {"gpu_seconds": 80.0, "cpu_seconds": 3.0}, "train": {"gpu_seconds": None}, "merge": {}}
     done = {"pairs": 160.0, "train": 10.0, "merge": 2.0, "search": 0.0}
     rates = measured_rates(used, done, device="gpu", source="run")
-    assert rates == {"pairs": StageRate(0.5, "run")}
-    assert measured_rates(used, done, device="cpu", source="run") == {"pairs": StageRate(3 / 160, "run")}
+    assert rates == {"pairs": StageRate(0.5, "run", has_beside=True)}
+    assert measured_rates(used, done, device="cpu", source="run") == {
+        "pairs": StageRate(3 / 160, "run", has_beside=True)
+    }
 
 
 def test_an_estimate_by_hand() -> None:
