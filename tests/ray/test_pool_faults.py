@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from ray_jobs.pools import PoolStage, fill_pool
 from safetydpo.artifacts.pool_index import read_index
 from safetydpo.artifacts.storage import Location, open_location
@@ -17,6 +19,7 @@ def _stage(**arguments: object) -> PoolStage:
     return PoolStage("toy", OUTPUT, "row_id", LengthWorker, arguments, batch_size=4)
 
 
+@pytest.mark.slow
 def test_a_dead_actor_and_a_hopeless_row(cluster: None, small: Config, tmp_path: Path) -> None:
     """The first actor dies in mid-batch; row-001 fails three times and is handed back as it is."""
     pool = open_location(str(tmp_path / "pool"))
