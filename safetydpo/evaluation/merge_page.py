@@ -155,7 +155,7 @@ def _grid(measured: Measured) -> str:
 
     def table(cell: Callable[[list[MergeUnit]], str]) -> str:
         return _table(
-            ["method", *(f"{count} experts" for count in measured.counts)],
+            ["method", *map(_experts, measured.counts)],
             [
                 [f"`{name}`", *(_or_none(measured.cell(name, count), cell) for count in measured.counts)]
                 for name in rows
@@ -194,7 +194,7 @@ def _factors(measured: Measured) -> str:
     return (
         f"### One factor at a time, seed {measured.first_seed}\n\nIP / failed at retention {measured.retention:g}; IP "
         "and retention of the tested candidate:\n\n"
-        + _table(["method", "factor", *(f"{count} experts" for count in measured.factor_counts)], rows)
+        + _table(["method", "factor", *map(_experts, measured.factor_counts)], rows)
     )
 
 
@@ -202,6 +202,10 @@ def _factor_name(method: str, factor: str, shown: str) -> str:
     if method != "all_single":
         return shown
     return "rank: the sum" if factor == "rank_sum" else "rank r"
+
+
+def _experts(count: int) -> str:
+    return f"{count} expert{'' if count == 1 else 's'}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
