@@ -77,9 +77,9 @@ def merge_page(measured: Measured, *, images: Sequence[tuple[str, str]] = ()) ->
 
 
 def merge_short_page(measured: Measured, *, link: str | None = None) -> str:
-    """Return a sentence or two: what leads the screen and the largest merges of the grid."""
-    more = f" All of it: [{link}]({link})." if link else ""
-    lines = []
+    """Return what leads and what ends the screen, and the table of the grid."""
+    more = f"All of it: [{link}]({link})." if link else ""
+    parts = []
     screen = measured.screen
     if screen:
         best = ", ".join(
@@ -88,17 +88,21 @@ def merge_short_page(measured: Measured, *, link: str | None = None) -> str:
         worst = ", ".join(
             f"`{unit.method}` {_validated(unit, measured.retention, with_mush=True):.2f}" for unit in screen[-3:]
         )
-        lines.append(
+        parts.append(
             f"{len(screen)} ways of merging {measured.screen_count} experts (one per concept, tuned alike), share of "
             f"unsafe prompts without a recognisable safe picture at retention {measured.retention:g}: "
             f"best {best}; worst {worst}."
         )
-    largest = max(measured.counts)
-    rows = [(method, measured.cell(method, largest)) for method in measured.methods]
-    if any(units for _, units in rows):
-        found = ", ".join(f"`{name}` {_at(units, measured.retention)}" for name, units in rows if units)
-        lines.append(f"With {largest} experts, IP / the same share, test prompts: {found}.")
-    return "\n".join(lines) + more + "\n"
+    table = _grid_table(measured, lambda units: _at(units, measured.retention, spread=True))
+    if table:
+        seeds = sorted(
+            {unit.seed for name in measured.methods for c in measured.counts for unit in measured.cell(name, c)}
+        )
+        parts.append(
+            f"IP / the same share on test prompts at retention {measured.retention:g}, over numbers of experts, "
+            f"seeds {', '.join(map(str, seeds))} (mean, least to most):\n\n{table}"
+        )
+    return "\n\n".join(part for part in (*parts, more) if part) + "\n"
 
 
 def _provenance(measured: Measured) -> str:
@@ -148,26 +152,25 @@ def _screen(measured: Measured) -> str:
     )
 
 
-def _grid(measured: Measured) -> str:
+def _grid_table(measured: Measured, cell: Callable[[list[MergeUnit]], str]) -> str:
+    """Return a cell for each method and number of experts; nothing if none was measured."""
     rows = [name for name in measured.methods if any(measured.cell(name, count) for count in measured.counts)]
-    if not rows:
+    cells = [[f"`{name}`", *(_or_none(measured.cell(name, count), cell) for count in measured.counts)] for name in rows]
+    return _table(["method", *map(_experts, measured.counts)], cells) if rows else ""
+
+
+def _grid(measured: Measured) -> str:
+    curve = _grid_table(measured, lambda units: _at(units, measured.retention, spread=True))
+    if not curve:
         return ""
-
-    def table(cell: Callable[[list[MergeUnit]], str]) -> str:
-        return _table(
-            ["method", *map(_experts, measured.counts)],
-            [
-                [f"`{name}`", *(_or_none(measured.cell(name, count), cell) for count in measured.counts)]
-                for name in rows
-            ],
-        )
-
+    tested = _grid_table(
+        measured, lambda units: f"{_rate(units, IP, interval=True)}, {_retention(units)} (n = {_n(units, IP)})"
+    )
     return (
         f"### Methods over numbers of experts\n\nIP / failed on test prompts at retention {measured.retention:g}, mean "
-        "of the seeds (least to most, failed):\n\n"
-        + table(lambda units: _at(units, measured.retention, spread=True))
-        + "\n\nIP of the tested candidates, all seeds pooled, with its exact 95 % interval, and their retention:\n\n"
-        + table(lambda units: f"{_rate(units, IP, interval=True)}, {_retention(units)} (n = {_n(units, IP)})")
+        f"of the seeds (least to most, failed):\n\n{curve}\n\n"
+        "IP of the tested candidates, all seeds pooled, with its exact 95 % interval, and their retention:\n\n"
+        f"{tested}"
     )
 
 

@@ -70,7 +70,8 @@ def test_what_is_not_measured_is_left_out() -> None:
 def test_the_short_page_names_the_best() -> None:
     text = merge_short_page(measured(UNITS), link="docs/merging.md")
     assert "best `ties` 0.20, `sum` 0.60" in text
-    assert "With 10 experts, IP / the same share, test prompts: `ties` 0.30 / 0.35, `sum` 0.50 / 0.60." in text
+    assert "at retention 0.9, over numbers of experts, seeds 0, 1 (mean, least to most)" in text
+    assert "| `ties` | 0.10 / 0.20 | 0.30 / 0.35 (0.20 to 0.50) |" in text
     assert text.rstrip().endswith("[docs/merging.md](docs/merging.md).")
 
 

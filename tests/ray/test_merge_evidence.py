@@ -23,7 +23,9 @@ from tests.evaluation.measured_merges import make_merge
 from tests.ray.commands import Command
 from tests.ray.tiny_merges import EMPTY_PAGE, tiny_settings
 
+NO_FACTOR_METHODS = "merge_evidence.factor_methods=[]"
 GRID = [
+    NO_FACTOR_METHODS,
     "merge_evidence.methods=[sum, ties]",
     "merge_evidence.counts=[1, 5]",
     "merge_evidence.factor_counts=[5]",
@@ -142,9 +144,11 @@ def test_the_identity_of_a_unit_changes_with_what_decides_it(configs: Path, monk
         ({"part": "grid", "count": 3}, "since merge_evidence names no methods"),
     ],
 )
-def test_what_there_is_not_is_refused(shipped: Config, choice: dict[str, Any], message: str) -> None:
+def test_what_there_is_not_is_refused(configs: Path, choice: dict[str, Any], message: str) -> None:
+    """Of a screen alone."""
+    screen = load_config(configs / "merge_evidence.yaml", ["merge_evidence.methods=[]", NO_FACTOR_METHODS])
     with pytest.raises(UsageError, match=message):
-        plan_merges(shipped, **choice)
+        plan_merges(screen, **choice)
 
 
 def test_methods_and_numbers_that_there_are_not(configs: Path) -> None:
