@@ -7,7 +7,6 @@ A reference prediction is the same network with the slot switched off, so no sec
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -114,7 +113,7 @@ class AdapterSlot:
             UsageError: if a target names no linear layer.
         """
         names = [name for name, _ in self.shapes(signature.targets)]
-        self._inject(signature, dict.fromkeys(names, signature.rank))
+        self._inject(signature, names)
 
     def compute_in(self, compute: Compute) -> None:
         """Say in which type adapters are computed from now on (`SlotLinear.compute`)."""
@@ -125,7 +124,7 @@ class AdapterSlot:
     def load(self, layers: Mapping[str, LoraLayer], *, scale: float = 1.0) -> None:
         """Overwrite the slot with `layers`; the network then computes base + scale * up @ down.
 
-        Tensors are copied in place while ranks stay the same; other ranks, also mixed ones, re-install the slot.
+        Tensors are copied in place while ranks stay the same; layers of another rank get new tensors.
         Target layers that are missing from `layers` are left unchanged by the adapter (zeros).
 
         Raises:
@@ -134,11 +133,8 @@ class AdapterSlot:
         """
         installed = self._installed()
         self._check_layers(layers, installed)
-        ranks = {name: int(module.r[SLOT]) for name, module in installed.items()}
-        wanted = {name: layers[name].down.shape[0] if name in layers else rank for name, rank in ranks.items()}
-        if wanted != ranks:
-            self._inject(self._current_signature(), wanted)
-            installed = self._installed()
+        for name, layer in layers.items():
+            self._set_rank(name, installed[name], layer.down.shape[0])
         with torch.no_grad():
             for name, module in installed.items():
                 down, up = module.lora_A[SLOT].weight, module.lora_B[SLOT].weight
@@ -259,14 +255,26 @@ class AdapterSlot:
             raise SafetyDPOError("expected an installed adapter, found none: call install_adapter(signature) first")
         return self._signature
 
-    def _inject(self, signature: LoraSignature, ranks: Mapping[str, int]) -> None:
+    def _set_rank(self, name: str, module: SlotLinear, rank: int) -> None:
+        """Give a layer tensors of another rank: new peft layers would cost many times what a merge does."""
+        if int(module.r[SLOT]) == rank:
+            return
+        signature = self._current_signature()
+        down, up = module.lora_A[SLOT], module.lora_B[SLOT]
+        for part, shape in ((down, (rank, down.in_features)), (up, (up.out_features, rank))):
+            tensor = torch.zeros(shape, device=part.weight.device)
+            part.weight = nn.Parameter(tensor, requires_grad=part.weight.requires_grad)
+        down.out_features = up.in_features = rank
+        module.r[SLOT] = module.lora_alpha[SLOT] = rank
+        # A layer of another rank was not trained in this slot: all its scales are already in `up`.
+        self._base_scaling[name] = signature.alpha / signature.rank if rank == signature.rank else 1.0
+
+    def _inject(self, signature: LoraSignature, names: Sequence[str]) -> None:
         self.remove()
-        mixed = len(set(ranks.values())) > 1
         config = LoraConfig(
-            r=max(ranks.values()),
-            lora_alpha=max(ranks.values()),
-            target_modules=list(ranks),
-            rank_pattern={f"^{re.escape(name)}$": rank for name, rank in ranks.items()} if mixed else {},
+            r=signature.rank,
+            lora_alpha=signature.rank,
+            target_modules=list(names),
             lora_dropout=0.0,
             init_lora_weights=False,
         )
@@ -281,9 +289,7 @@ class AdapterSlot:
             for part in (module.lora_A[SLOT], module.lora_B[SLOT]):
                 part.to(device=device, dtype=torch.float32)
                 nn.init.zeros_(part.weight).requires_grad_(True)
-            # A layer of another rank was not trained in this slot: all its scales are already in `up`.
-            trained_here = ranks[name] == signature.rank
-            self._base_scaling[name] = signature.alpha / signature.rank if trained_here else 1.0
+            self._base_scaling[name] = signature.alpha / signature.rank
             module.scaling[SLOT] = self._base_scaling[name]
             module.compute = self._compute
         self._set_gates(self._gate)

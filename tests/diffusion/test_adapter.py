@@ -100,6 +100,27 @@ def test_ranks_may_differ_between_layers_and_change_back(network, x):
     assert torch.equal(network(x), fresh._network(x))
 
 
+def test_another_rank_costs_no_new_peft_layers_and_computes_as_a_slot_of_that_rank(network, x):
+    """Twelve alternating loads keep the modules and their switches; a rank of its own has no alpha / rank."""
+    slot = AdapterSlot(network)
+    slot.install(LoraSignature(rank=2, alpha=8.0, targets=SIGNATURE.targets))
+    for _, parameter in slot.parameters():
+        parameter.requires_grad_(False)
+    modules = {name: network.get_submodule(name) for name in ("0.to_q", "1.to_q")}
+    for rank in (2, 5, 1, 2, 3, 2) * 2:
+        layers = random_layers(slot, rank=rank)
+        slot.load(layers)
+        fresh = AdapterSlot(build_network())
+        fresh.install(LoraSignature(rank=rank, alpha=float(rank), targets=SIGNATURE.targets))
+        fresh.load(layers)
+        torch.testing.assert_close(network(x), fresh._network(x), rtol=1e-6, atol=1e-6)
+        assert all(torch.equal(slot.export()[name].down, layers[name].down) for name in layers)
+    assert all(network.get_submodule(name) is module for name, module in modules.items())
+    assert not any(parameter.requires_grad for _, parameter in slot.parameters())
+    with slot.off():
+        assert torch.equal(network(x), build_network()(x))
+
+
 def test_same_rank_is_copied_in_place(network):
     slot = AdapterSlot(network)
     slot.install(SIGNATURE)
