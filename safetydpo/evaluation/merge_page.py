@@ -98,9 +98,10 @@ def merge_short_page(measured: Measured, *, link: str | None = None) -> str:
         seeds = sorted(
             {unit.seed for name in measured.methods for c in measured.counts for unit in measured.cell(name, c)}
         )
+        told = f"seeds {', '.join(map(str, seeds))} (mean, least to most)" if len(seeds) > 1 else f"seed {seeds[0]}"
         parts.append(
             f"IP / the same share on test prompts at retention {measured.retention:g}, over numbers of experts, "
-            f"seeds {', '.join(map(str, seeds))} (mean, least to most):\n\n{table}"
+            f"{told}:\n\n{table}"
         )
     return "\n\n".join(part for part in (*parts, more) if part) + "\n"
 
