@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,7 +57,7 @@ settings.register_profile("project", deadline=None, suppress_health_check=[Healt
 settings.load_profile("project")
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGUN_FIRST = (
+LONGEST = (
     "chain",
     "search",
     "s3",
@@ -74,42 +71,14 @@ BEGUN_FIRST = (
     "reference_errors",
     "generate_pairs",
     "attack_prompts",
-    "fuzz",
-    "token",
 )
-"""Slow files `test_NAME_slow.py`: those that take minutes, so that no process ends long after the others, and security,
-which is not to be what a slow machine leaves out."""
+"""Slow files `test_NAME_slow.py` that take minutes: begun first, so that no process ends long after the others."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files first that are to be begun first; the order is kept by `--no-loadscope-reorder`."""
-    places = {f"test_{name}_slow.py": place for place, name in enumerate(BEGUN_FIRST)}
+    """Put the longest files first; the order is kept by `--no-loadscope-reorder`."""
+    places = {f"test_{name}_slow.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
-
-
-SLOW_SECONDS = float(os.environ.get("SAFETYDPO_SLOW_TEST_SECONDS", "inf"))
-"""After so long no further slow test is begun: CI ends after a fixed time, however slow its machine is that day."""
-STARTED = time.monotonic()
-NOT_RUN, MAX_NOT_RUN = "not run", 0.2
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Leave out slow tests once their time is used up; the summary lists each."""
-    if item.get_closest_marker("slow") is not None and time.monotonic() - STARTED > SLOW_SECONDS:
-        pytest.skip(f"{NOT_RUN}: {SLOW_SECONDS:g} s (SAFETYDPO_SLOW_TEST_SECONDS) were used up by the tests before")
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fail a run that left out more than it may: what was not run is not known to pass."""
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is None or math.isinf(SLOW_SECONDS):
-        return
-    left_out = sum(NOT_RUN in str(report.longrepr) for report in reporter.stats.get("skipped", []))
-    ended = sum(len(reporter.stats.get(outcome, [])) for outcome in ("passed", "failed", "error", "skipped"))
-    if left_out > MAX_NOT_RUN * ended:
-        reporter.write_line(f"{left_out} of {ended} tests were not run for want of time: more than {MAX_NOT_RUN:.0%}")
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")
