@@ -111,6 +111,10 @@ class AdaptedNetwork:
         """Compute with the base alone inside this context."""
         return self._slot.off()
 
+    def adapter_fused(self) -> AbstractContextManager[None]:
+        """Compute with the adapter in the base's weights inside this context; see `AdapterSlot.fused`."""
+        return self._slot.fused()
+
     def remove_adapter(self) -> None:
         """Take the slot out."""
         self._slot.remove()

@@ -232,6 +232,36 @@ class AdapterSlot:
                 for parameter, flag in zip(module.parameters(), flags, strict=True):
                     parameter.requires_grad_(flag)
 
+    @contextmanager
+    def fused(self) -> Iterator[None]:
+        """Add the adapter to the base's weights inside this context, so that a pass costs what the base's does.
+
+        Afterwards the weights are the base's again, bit for bit. It does nothing without a slot, or while it is off.
+
+        Raises:
+            SafetyDPOError: if a weight is not float32: most of an adapter is lost when added to a shorter number.
+        """
+        modules = [] if self._gate == 0 else [m for m in self._lora_modules().values() if not m.disable_adapters]
+        weights = [module.get_base_layer().weight for module in modules]
+        for weight in weights:
+            if weight.dtype != torch.float32:
+                raise SafetyDPOError(
+                    f"expected a base in float32 to add an adapter to its weights, found {weight.dtype}: leave "
+                    "identity.sampler.fused out, or use identity.base.dtype float32"
+                )
+        kept = [weight.detach().clone() for weight in weights]
+        try:
+            with torch.no_grad():
+                for module, weight in zip(modules, weights, strict=True):
+                    delta = module.lora_B[SLOT].weight @ module.lora_A[SLOT].weight
+                    weight.add_(delta.to(weight.device), alpha=module.scaling[SLOT])
+            with self.off():
+                yield
+        finally:
+            with torch.no_grad():
+                for weight, before in zip(weights, kept, strict=True):
+                    weight.copy_(before)
+
     def remove(self) -> None:
         """Take the slot out; the network holds its own layers again, untouched."""
         for name, module in self._lora_modules().items():

@@ -334,6 +334,10 @@ class Backbone(Protocol):
         """Compute with the base alone inside this context: the reference of DPO."""
         ...
 
+    def adapter_fused(self) -> AbstractContextManager[None]:
+        """Compute with the adapter in the base's weights inside this context (float32 only), and restore them after."""
+        ...
+
     def remove_adapter(self) -> None:
         """Take the slot out; the network is the base again, bit for bit."""
         ...

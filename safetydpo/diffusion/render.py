@@ -6,7 +6,7 @@ Axis legend: `row` prompts, `height width` picture axes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from jaxtyping import Float, UInt8
@@ -167,8 +167,13 @@ def _padded_batches(num_rows: int, size: int) -> Iterator[tuple[range, list[int]
         yield rows, [*rows, *[rows[-1]] * (size - len(rows))]
 
 
-def _kernels(backbone: Backbone, sampler: SamplerConfig) -> AbstractContextManager[None]:
-    return backbone.compiled() if sampler.compiled else nullcontext()
+@contextmanager
+def _kernels(backbone: Backbone, sampler: SamplerConfig) -> Iterator[None]:
+    with (
+        backbone.adapter_fused() if sampler.fused else nullcontext(),
+        backbone.compiled() if sampler.compiled else nullcontext(),
+    ):
+        yield
 
 
 @contextmanager

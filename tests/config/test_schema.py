@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from safetydpo.config import pairs, schema, training
 from safetydpo.config.fields import CATEGORIES
-from safetydpo.config.schema import Config
+from safetydpo.config.schema import Config, SamplerConfig
 from safetydpo.config.training import NEEDS_REFERENCE_OUTPUT
 
 MODULES = (schema.__name__, pairs.__name__, training.__name__)
@@ -136,3 +136,11 @@ def test_settings_of_draws_leave_stored_dumps_as_they_are():
     assert not added & {*identity["dpo"], *identity["pairs"]}
     assert schema.DpoConfig(draw_seed=3).draw_seed_of(8) == 3
     assert schema.DpoConfig().draw_seed_of(8) == 8
+
+
+def test_adapters_are_fused_into_float32_only_and_being_fused_is_another_sampler():
+    assert "fused" not in SamplerConfig().model_dump(mode="json")
+    assert SamplerConfig(fused=True).model_dump(mode="json")["fused"] is True
+    identity = {"sampler": {"fused": True}, "base": {"model": "folder", "dtype": "bfloat16"}}
+    with pytest.raises(ValidationError, match=r"identity\.sampler\.fused .* found identity\.base\.dtype 'bfloat16'"):
+        Config.model_validate({"identity": identity})
