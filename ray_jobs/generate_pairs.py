@@ -212,7 +212,7 @@ def _make(run: Run, folder: Location, pairs: Sequence[PromptPair], benign: Seque
             [*content.items(), *((pair_id, str(s.kept)) for pair_id, s in selections.items())]
         ),
         "counts": {"pairs": len(selections), "kept": len(kept), "pictures": len(content), **counts},
-        "failed_units": failed + never_begun,
+        "failed_units": [*failed, *never_begun, *verified.failed],
         "details": {
             "reasons": dict(Counter(selection.reason for selection in selections.values())),
             "concepts_below_minimum": concepts_below(concepts, minimum=rules.min_kept_per_concept),

@@ -134,8 +134,8 @@ def plan_missing(pool: Location, manifest: pa.Table, stage: PoolStage) -> pa.Tab
     return manifest.filter(pc.invert(pc.is_in(ids, value_set=done.combine_chunks())))
 
 
-def check_error_rate(rows: pa.Table, *, limit: float) -> list[str]:
-    """Return the ids of rows that failed for good.
+def check_error_rate(rows: pa.Table, *, limit: float, what: str = "pictures") -> list[str]:
+    """Return the ids of rows that failed for good; `what` they are stands in the error.
 
     Raises:
         SafetyDPOError: if their share is above `limit`; the same command tries them again.
@@ -144,7 +144,7 @@ def check_error_rate(rows: pa.Table, *, limit: float) -> list[str]:
     if len(failed) > limit * rows.num_rows:
         errors = Counter(row["error"] for row in failed)
         raise SafetyDPOError(
-            f"expected at most {limit:.1%} failed pictures (identity.pairs.max_error_rate), found {len(failed)} of "
+            f"expected at most {limit:.1%} failed {what} (identity.pairs.max_error_rate), found {len(failed)} of "
             f"{rows.num_rows} after {ATTEMPTS} attempts; most frequent: {errors.most_common(1)[0][0]}: mend the cause "
             "and run the same command again"
         )

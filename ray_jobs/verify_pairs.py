@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from jaxtyping import Float
 
 from ray_jobs.pair_workers import LayoutWorker, Measure
-from ray_jobs.pools import Attachment, PoolStage, fill_pool
+from ray_jobs.pools import Attachment, PoolStage, check_error_rate, fill_pool
 from ray_jobs.workers import JudgeWorker
 from safetydpo.artifacts.pool_index import FILE_COLUMN, read_rows
 from safetydpo.artifacts.schemas import IMAGES, LAYOUTS, VERDICTS
@@ -34,6 +34,7 @@ from safetydpo.judges.build import (
 from safetydpo.pairs.layout import cosine_distance, pixel_distance
 from safetydpo.pairs.select import (
     CAPPED,
+    NO_VERDICT,
     Candidate,
     Distance,
     Selection,
@@ -100,10 +101,12 @@ class Layouts:
 
 @dataclass(frozen=True)
 class Verified:
-    """What becomes of each pair, by id, and which settings no judge of the run could answer for every picture."""
+    """What becomes of each pair, by id, which settings no judge of the run could answer for every picture, and what failed."""
 
     selections: Mapping[str, Selection]
     not_judged: tuple[str, ...]
+    failed: tuple[str, ...]
+    """Pictures of pairs that a judge has no verdict on, after every attempt."""
 
 
 def stored_pictures(pool: Location) -> Attachment:
@@ -202,11 +205,14 @@ def verify_pairs(
     """
     of_pairs = {image_of[pair.pair_id, side] for pair in pairs for side in ("unsafe", "safe")}
     compared = pa.array([image_id in of_pairs for image_id in images.column("image_id").to_pylist()])
-    verdicts = _judge(images, rules=rules, pools=pools, execution=execution)
+    verdicts, failed = _judge(images, rules=rules, pools=pools, execution=execution)
     layouts = _measure(images.filter(compared), rules=rules, pools=pools, execution=execution)
     selections = {}
     for pair in pairs:
         unsafe, safe = image_of[pair.pair_id, "unsafe"], image_of[pair.pair_id, "safe"]
+        if not failed.isdisjoint((unsafe, safe)):
+            selections[pair.pair_id] = Selection(False, NO_VERDICT)
+            continue
         selections[pair.pair_id] = select_pair(
             verdicts.get(unsafe),
             verdicts.get(safe),
@@ -215,18 +221,22 @@ def verify_pairs(
             unrecognisable_max=rules.unrecognisable_max,
             distances=_distances(layouts, unsafe, safe, rules=rules),
         )
-    unknown = any(verdict.unrecognisable_score is None for verdict in verdicts.values())
+    unknown = any(
+        verdict.unrecognisable_score is None for image_id, verdict in verdicts.items() if image_id not in failed
+    )
     return Verified(
         selections=_cap(pairs, selections, verdicts, image_of=image_of, rules=rules),
         not_judged=("unrecognisable_max",) if unknown else (),
+        failed=tuple(sorted(failed & of_pairs)),
     )
 
 
 def _judge(
     images: pa.Table, *, rules: PairsConfig, pools: PicturePools, execution: ExecutionConfig
-) -> dict[str, Verdict]:
-    """Return every picture's verdict, of several judges the strictest."""
+) -> tuple[dict[str, Verdict], set[str]]:
+    """Return every picture's verdict, of several judges the strictest, and the pictures that a judge failed on."""
     found: dict[str, Verdict] = {}
+    failed: set[str] = set()
     for judge in rules.judges:
         stage = PoolStage(
             label="verdicts" if len(rules.judges) == 1 else f"verdicts of {judge}",
@@ -243,11 +253,12 @@ def _judge(
             attach=stored_pictures(pools.pictures),
         )
         table = fill_pool(pools.verdicts[judge], images.select(PICTURE_PLACE), stage, execution=execution)
+        failed |= set(check_error_rate(table, limit=rules.max_error_rate, what=stage.label))
         columns = (table.column(name).to_pylist() for name in ("image_id", "unsafe_score", "unrecognisable_score"))
         for image_id, unsafe, unrecognisable in zip(*columns, strict=True):
             verdict = Verdict(unsafe, unrecognisable)
             found[image_id] = combine_verdicts([found[image_id], verdict]) if image_id in found else verdict
-    return found
+    return found, failed
 
 
 def _measure(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -127,7 +128,7 @@ def image_error_row(row: Mapping[str, Any], error: BaseException) -> dict[str, o
 
 
 class JudgeWorker:
-    """Judges stored pictures."""
+    """Judges stored pictures; one that does not decode, or that the judge fails on, says so in its row."""
 
     def __init__(self, judge: str, batch_size: int, settings: Mapping[str, Any] | None = None) -> None:
         from safetydpo.judges.build import load_judge
@@ -137,11 +138,15 @@ class JudgeWorker:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return `verdicts` rows."""
-        ids = table.column("image_id").to_pylist()
-        verdicts = self._judge.judge(decode_pictures(padded(table.column("image").to_pylist(), self._batch_size)))
-        rows = [
+        rows = table.select(["image_id", "image"]).to_pylist()
+        return table_from_rows(make_each(rows, self._look, error_row=self._error_row), VERDICTS)
+
+    def _look(self, rows: Sequence[Row]) -> list[Made]:
+        pictures = decode_pictures(padded([row["image"] for row in rows], self._batch_size))
+        verdicts = self._judge.judge(pictures)
+        return [
             {
-                "image_id": image_id,
+                "image_id": row["image_id"],
                 "judge": self._judge.name,
                 "version": self._judge.version,
                 "unsafe_score": verdicts.unsafe_score[index],
@@ -150,10 +155,26 @@ class JudgeWorker:
                 "background": verdicts.background[index],
                 "is_unsafe": verdicts.counts_as_unsafe(index),
                 "is_unrecognisable": verdicts.is_unrecognisable[index],
+                "status": "error" if verdicts.failure_of(index) else "ok",
+                "error": " ".join(verdicts.failure_of(index).split())[:500],
             }
-            for index, image_id in enumerate(ids)
+            for index, row in enumerate(rows)
         ]
-        return table_from_rows(rows, VERDICTS)
+
+    def _error_row(self, row: Row, error: BaseException) -> Made:
+        return {
+            "image_id": row["image_id"],
+            "judge": self._judge.name,
+            "version": self._judge.version,
+            "unsafe_score": math.nan,
+            "unrecognisable_score": None,
+            "concept": None,
+            "background": None,
+            "is_unsafe": True,
+            "is_unrecognisable": None,
+            "status": "error",
+            "error": " ".join(str(error).split())[:500],
+        }
 
 
 def padded(items: Sequence[Any], size: int) -> list[Any]:

@@ -98,11 +98,13 @@ def _list_folder(source: Location, suffixes: Sequence[str]) -> Listing:
     def look(name: str) -> StoredPicture:
         return StoredPicture(name, name, sha256=hashlib.sha256((source / name).read_bytes()).hexdigest())
 
-    # Many at once, or threads spend more time on waiting for each other than on small files; few where each is waited for.
+    # Many at once, or threads wait for each other longer than they read small files; few where each is waited for.
     size = max(1, min(FILES_AT_ONCE, len(pictures) // (4 * READERS)))
     parts = [pictures[start : start + size] for start in range(0, len(pictures), size)]
     with ThreadPoolExecutor(READERS) as readers:
-        listed = [picture for part in readers.map(lambda names: [look(name) for name in names], parts) for picture in part]
+        listed = [
+            picture for part in readers.map(lambda names: [look(name) for name in names], parts) for picture in part
+        ]
     known = set(pictures)
     return Listing(source, listed, [name for name in files if name not in known])
 

@@ -134,7 +134,8 @@ def good_rows(table: pa.Table) -> pa.ChunkedArray:
     """Return which rows were made; a table without a status has none that failed."""
     if "status" not in table.column_names:
         return pa.chunked_array([pa.array([True] * table.num_rows, type=pa.bool_())])
-    return pc.equal(table.column("status"), "ok")
+    # Null: closed before this table had a status.
+    return pc.fill_null(pc.equal(table.column("status"), "ok"), True)
 
 
 def read_pool(pool: Location, schema: pa.Schema, *, wanted: Wanted = None, id_column: str) -> pa.Table:

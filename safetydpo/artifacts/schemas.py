@@ -113,6 +113,9 @@ VERDICTS = pa.schema(
         pa.field("background", pa.string(), nullable=True),
         pa.field("is_unsafe", pa.bool_(), nullable=False),
         pa.field("is_unrecognisable", pa.bool_(), nullable=True),
+        # `error`: the judge has no verdict, perhaps not for ever, and `error` says why. Null: older, or ok.
+        pa.field("status", pa.string(), nullable=True, metadata=ADDED_LATER),
+        pa.field("error", pa.string(), nullable=True, metadata=ADDED_LATER),
     ]
 )
 LAYOUTS = pa.schema(

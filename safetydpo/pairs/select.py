@@ -42,6 +42,7 @@ class Selection:
 
 KEPT = "kept"
 MISSING = "a picture is missing"
+NO_VERDICT = "a judge has no verdict on a picture"
 CAPPED = "its concept has enough better pairs"
 
 

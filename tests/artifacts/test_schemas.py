@@ -32,7 +32,7 @@ TABLES = {
     if isinstance(value, pa.Schema)
 }
 UNKNOWN = {
-    "VERDICTS": {"unrecognisable_score", "concept", "background", "is_unrecognisable"},
+    "VERDICTS": {"unrecognisable_score", "concept", "background", "is_unrecognisable", "status", "error"},
     "PICTURE_VERDICTS": {"score"},
     "JUDGED_PICTURES": {"score", "prompt"},
     "PICTURE_CHANGES": {"distance"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -163,3 +164,15 @@ def test_a_judge_that_does_not_know_leaves_nulls(stored: pa.Table, pictures: tor
         assert row["judge"] == "open-nsfw"
         unknown = ("unrecognisable_score", "concept", "background", "is_unrecognisable")
         assert all(row[column] is None for column in unknown)
+
+
+def test_a_picture_that_does_not_decode_is_named_and_harms_no_other(stored: pa.Table):
+    whole = JudgeWorker("open_nsfw", batch_size=4)(stored).to_pylist()
+    names, files = stored.column("image_id").to_pylist(), stored.column("image").to_pylist()
+    broken = pa.table({"image_id": names, "image": [files[0][:40], *files[1:]]})
+    first, *others = JudgeWorker("open_nsfw", batch_size=4)(broken).to_pylist()
+    assert others == whole[1:]
+    assert (first["image_id"], first["status"], first["is_unsafe"]) == (names[0], "error", True)
+    assert math.isnan(first["unsafe_score"])
+    assert first["error"]
+    assert {row["status"] for row in others} == {"ok"}
