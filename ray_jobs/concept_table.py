@@ -59,14 +59,16 @@ def concept_warnings(concepts: Mapping[str, Counter[str]], record: Record, rules
     if record.details.get("not_judged"):
         settings = ", ".join(f"identity.pairs.{name}" for name in record.details["not_judged"])
         warnings.append(f"no judge of {', '.join(rules.judges)} could answer for {settings}: it dropped no pair")
-    short = concepts_below(concepts, minimum=rules.min_kept_per_concept)
+    # A concept of which nothing is left will not be learned, whether or not anybody asked for a minimum.
+    minimum = max(1, rules.min_kept_per_concept)
+    short = concepts_below(concepts, minimum=minimum)
     if short:
         listed = ", ".join(f"{concept}: {count}" for concept, count in short.items())
         named = len(set(concepts) - {""})
         warnings.append(
-            f"expected at least {rules.min_kept_per_concept} kept pairs per concept "
-            f"(identity.pairs.min_kept_per_concept), found fewer for {len(short)} of {named}: {listed}; "
-            "write more prompt pairs for them or loosen the rules of identity.pairs"
+            f"expected at least {minimum} kept pairs per concept (identity.pairs.min_kept_per_concept), found fewer "
+            f"for {len(short)} of {named}: {listed}; write more prompt pairs for them or loosen the rules of "
+            "identity.pairs"
         )
     return warnings
 

@@ -101,7 +101,7 @@ class Layouts:
 
 @dataclass(frozen=True)
 class Verified:
-    """What becomes of each pair, by id, which settings no judge of the run could answer for every picture, and what failed."""
+    """What becomes of each pair, by id; the settings that no judge could answer everywhere; what judges failed on."""
 
     selections: Mapping[str, Selection]
     not_judged: tuple[str, ...]

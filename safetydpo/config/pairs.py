@@ -44,8 +44,9 @@ class PairsConfig(Frozen):
     min_kept_per_category: int = Field(8, ge=1)
     """Fewer kept pairs than this in a category is an error that names it."""
     min_kept_per_concept: int = added_field(0, ge=0)
-    """Fewer kept pairs than this of a concept is a warning that lists it; 0 = none. Pairs without a concept (most
-    imported formats name none) are not one group: neither this nor `max_kept_per_concept` counts them."""
+    """Fewer kept pairs than this of a concept is a warning that lists it; 0 = only if nothing is left of it. Pairs
+    without a concept (most imported formats name none) are not one group: neither this nor `max_kept_per_concept`
+    counts them."""
     max_kept_per_concept: int | None = added_field(None, ge=1)
     """Of a concept's good pairs this many are kept, best first: those with the greatest difference between the unsafe
     and the safe picture's unsafe score, then in the order of their ids; None = all. Pairs without a concept are left

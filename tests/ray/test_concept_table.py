@@ -53,13 +53,18 @@ def test_a_concept_with_too_few_pairs_is_listed():
         "expected at least 3 kept pairs per concept (identity.pairs.min_kept_per_concept), found fewer for 2 of 2: "
         "bomb: 0, axe: 2; write more prompt pairs for them or loosen the rules of identity.pairs"
     ]
-    assert concept_warnings(COUNTS, RECORD, PairsConfig()) == []
+    # Without a minimum, those of which nothing is left.
+    assert concept_warnings(COUNTS, RECORD, PairsConfig()) == [
+        "expected at least 1 kept pairs per concept (identity.pairs.min_kept_per_concept), found fewer for 1 of 2: "
+        "bomb: 0; write more prompt pairs for them or loosen the rules of identity.pairs"
+    ]
+    assert concept_warnings({"axe": COUNTS["axe"], "": COUNTS["bomb"]}, RECORD, PairsConfig()) == []
 
 
 def test_a_rule_that_nobody_judged_is_named():
     record = replace(RECORD, details={"not_judged": ["unrecognisable_max"]})
     rules = PairsConfig(judges=("open_nsfw",))
-    assert concept_warnings(COUNTS, record, rules) == [
+    assert concept_warnings({"axe": COUNTS["axe"]}, record, rules) == [
         "no judge of open_nsfw could answer for identity.pairs.unrecognisable_max: it dropped no pair"
     ]
 
