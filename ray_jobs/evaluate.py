@@ -314,9 +314,13 @@ class EvaluateWorker:
         for adapter in dict.fromkeys(row["adapter"] for row in rows):
             self._use(adapter)
             chosen = [row for row in rows if row["adapter"] == adapter]
-            for result in make_each(chosen, self._outcomes, error_row=_error_outcome):
+            for result in make_each(chosen, self._outcomes, error_row=self.error_row):
                 results[str(result["image_id"])] = result
         return table_from_rows([results[row["image_id"]] for row in rows], OUTCOMES)
+
+    def error_row(self, row: Mapping[str, Any], error: BaseException) -> dict[str, object]:
+        """Return the `outcomes` row of a picture that could not be drawn or judged."""
+        return _error_outcome(row, error)
 
     def _use(self, adapter: str) -> None:
         from safetydpo.baselines.intervention import read_intervention

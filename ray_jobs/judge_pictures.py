@@ -179,7 +179,7 @@ class StoredPictureJudge:
                 continue
             rows.append({**row, "image_id": row["name"], "place": len(rows)})
         if rows:
-            made += make_each(rows, lambda some: self._look(some, pictures), error_row=self._error_row)
+            made += make_each(rows, lambda some: self._look(some, pictures), error_row=self.error_row)
         return table_from_rows(made, PICTURE_VERDICTS)
 
     def _look(self, rows: Sequence[Mapping[str, Any]], pictures: Sequence[Any]) -> list[dict[str, object]]:
@@ -196,7 +196,8 @@ class StoredPictureJudge:
             for index, row in enumerate(rows)
         ]
 
-    def _error_row(self, row: Mapping[str, Any], error: BaseException) -> dict[str, object]:
+    def error_row(self, row: Mapping[str, Any], error: BaseException) -> dict[str, object]:
+        """Return the `picture verdicts` row of a picture that the judge could not judge."""
         return self._verdict(row, "error", unsafe=True, judge_failure=_one_line(error))
 
     def _verdict(self, row: Mapping[str, Any], status: str, **said: Any) -> dict[str, object]:

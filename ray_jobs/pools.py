@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 
+from ray_jobs.deadly_rows import DeadlyRows
 from ray_jobs.metrics import GpuGauge, count
 from ray_jobs.pool_context import checkpointing
 from ray_jobs.progress import progress_bar
@@ -233,7 +234,7 @@ def _run_batch(batch: _Batch, stage: PoolStage, *, execution: ExecutionConfig) -
     data = (folder / DATA_FOLDER).make_folder()
     resuming = checkpointing(folder, stage.id_column, execution=execution)
     with progress_bar(stage.label, total=manifest.num_rows) as board, resuming:
-        _execute(folder / MANIFEST_FILE, data, stage, execution=execution, board=board, rows=manifest.num_rows)
+        _execute(batch, data, stage, execution=execution, board=board)
     found = close_index(folder, stage.output, id_column=stage.id_column)
     made = found.column(stage.id_column)
     verification = verify_rows(manifest.column(stage.id_column), made)
@@ -270,9 +271,8 @@ def rows_per_block(rows: int, *, batch_size: int, workers: int) -> int:
     return batch_size * max(1, per_task)
 
 
-def _execute(
-    manifest: Location, data: Location, stage: PoolStage, *, execution: ExecutionConfig, board: Any, rows: int
-) -> None:
+def _execute(batch: _Batch, data: Location, stage: PoolStage, *, execution: ExecutionConfig, board: Any) -> None:
+    manifest, rows, again = batch.folder / MANIFEST_FILE, batch.manifest.num_rows, max(batch.attempts) > 1
     batches = -(-rows // stage.batch_size)
     workers = workers_for(execution, tasks=batches, passes_per_task=stage.passes_per_batch)
     options: dict[str, Any] = {"num_cpus": execution.cpus_per_worker}
@@ -286,6 +286,9 @@ def _execute(
         "label": stage.label,
         "context": current().told(),
         "attach": stage.attach,
+        "id_column": stage.id_column,
+        "output": stage.output,
+        "again": again,
     }
     # Reading a filesystem and a path, never a URI, keeps local disks and S3 on one code path.
     # One read task for the one file: it still streams, and more would only make empty ones that want a process each.
@@ -324,12 +327,17 @@ class CountingWorker:
         label: str,
         context: Mapping[str, str],
         attach: Attachment | None,
+        id_column: str,
+        output: pa.Schema,
+        again: bool,
     ) -> None:
         import torch
 
         enter(context)
         torch.set_num_threads(num_threads)
-        self._worker = worker(**arguments)
+        self._worker = DeadlyRows(
+            worker(**arguments), board=board, label=label, id_column=id_column, output=output, again=again
+        )
         self._board = board
         self._label = label
         self._attach = attach

@@ -23,11 +23,12 @@ POLL_SECONDS = 0.5
 
 
 class ProgressBoard:
-    """Counts finished units by label."""
+    """Counts finished units by label, and what was begun and not ended."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self._parts: defaultdict[str, dict[str, int]] = defaultdict(dict)
+        self._begun: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
     def reset(self, label: str) -> None:
         """Start counting a label anew."""
@@ -41,6 +42,15 @@ class ProgressBoard:
     def put(self, label: str, part: str, count: int) -> None:
         """Set the finished units of one part, which may have been begun again."""
         self._parts[label][part] = count
+
+    def begin(self, label: str, what: str) -> int:
+        """Note that something is begun; return how often it was before without having ended."""
+        self._begun[label][what] += 1
+        return self._begun[label][what] - 1
+
+    def end(self, label: str, what: str) -> None:
+        """Forget something that has ended."""
+        del self._begun[label][what]
 
     def count(self, label: str) -> int:
         """Return the finished units so far."""

@@ -71,7 +71,11 @@ class RenderWorker:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return `images` rows; a picture that fails becomes an error row, the others are unharmed."""
-        return table_from_rows(make_each(table.to_pylist(), self._render, error_row=image_error_row), IMAGES)
+        return table_from_rows(make_each(table.to_pylist(), self._render, error_row=self.error_row), IMAGES)
+
+    def error_row(self, row: Row, error: BaseException) -> Made:
+        """Return the `images` row of a picture that could not be drawn."""
+        return image_error_row(row, error)
 
     def _render(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
         from safetydpo.diffusion.memory import draw_within_memory
@@ -139,7 +143,7 @@ class JudgeWorker:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return `verdicts` rows."""
         rows = table.select(["image_id", "image"]).to_pylist()
-        return table_from_rows(make_each(rows, self._look, error_row=self._error_row), VERDICTS)
+        return table_from_rows(make_each(rows, self._look, error_row=self.error_row), VERDICTS)
 
     def _look(self, rows: Sequence[Row]) -> list[Made]:
         pictures = decode_pictures(padded([row["image"] for row in rows], self._batch_size))
@@ -161,7 +165,8 @@ class JudgeWorker:
             for index, row in enumerate(rows)
         ]
 
-    def _error_row(self, row: Row, error: BaseException) -> Made:
+    def error_row(self, row: Row, error: BaseException) -> Made:
+        """Return the `verdicts` row of a picture that could not be judged."""
         return {
             "image_id": row["image_id"],
             "judge": self._judge.name,

@@ -20,7 +20,7 @@ from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.artifacts.tables import table_from_rows
 from safetydpo.config.schema import Config
 from safetydpo.pairs.manifest import image_row
-from tests.ray.toy_workers import PoisonedRender
+from tests.ray.toy_workers import DeadlyRender, PoisonedRender
 
 pytestmark = pytest.mark.slow
 
@@ -79,3 +79,28 @@ def test_workers_order_and_position_never_change_a_byte(cluster: None, small: Co
     assert hashes[1] == hashes[0]
     assert hashes[2].items() <= hashes[0].items()
     assert len(hashes[2]) == 17
+
+
+@pytest.mark.timeout(600)
+def test_a_prompt_that_ends_its_worker_becomes_an_error_row(cluster: None, small: Config, store: Location):
+    """Ray would start the worker again without end. The other 15 pictures are those of a pool without that prompt."""
+    run = drawing(small, steps=1, batch_size=4)
+    prompts = [f"cat on {('blue', 'green', 'white')[index % 3]}" for index in range(16)]
+    prompts[5] = "poison on blue"
+    plain = render_stage(run, "pictures")
+    stage = PoolStage(plain.label, plain.output, plain.id_column, DeadlyRender, plain.arguments, plain.batch_size)
+    manifest = pictures(run, prompts)
+    index = fill_pool(store / "deadly", manifest, stage, execution=run.config.execution)
+    bad = manifest.column("image_id")[5].as_py()
+    assert check_error_rate(index, limit=0.1) == [bad]
+    error = index.filter(pc.equal(index.column("status"), "error")).to_pylist()
+    assert [(row["attempt"], row["error"]) for row in error] == [
+        (3, "its worker's process ended 2 times while it made this row alone (out of memory, or a crash)")
+    ]
+    others = manifest.filter(pc.not_equal(manifest.column("image_id"), bad))
+    fill_pool(store / "plain", others, plain, execution=run.config.execution)
+    found = [
+        {row["image_id"]: row["sha256"] for row in read_pool(store / name, IMAGES, id_column="image_id").to_pylist()}
+        for name in ("deadly", "plain")
+    ]
+    assert found[0] == {**found[1], bad: ""}

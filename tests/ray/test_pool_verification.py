@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import count
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -28,8 +29,8 @@ def fill(store: Location, monkeypatch: pytest.MonkeyPatch, rows: int, write: Wri
     """Fill a pool; `write` says which rows come of those that a batch asks for, one file each."""
     numbers = count()
 
-    def execute(place: Location, data: Location, *_: object, **__: object) -> None:
-        for name in write(read_table(place, INPUT).column("row_id").to_pylist()):
+    def execute(batch: Any, data: Location, *_: object, **__: object) -> None:
+        for name in write(read_table(batch.folder / pools.MANIFEST_FILE, INPUT).column("row_id").to_pylist()):
             row = {"row_id": [name], "length": [len(name)], "status": ["ok"]}
             write_table(data / f"{next(numbers):03d}.parquet", pa.table(row, schema=OUTPUT))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -80,3 +81,12 @@ class DyingInputsWorker(InputsWorker):
             self._marker.write_bytes(b"died")
             os._exit(1)
         return made
+
+
+class DeadlyRender(RenderWorker):
+    """Draws pictures, and dies of every call that holds a prompt with the word poison, as of a crash in a library."""
+
+    def _render(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
+        if any("poison" in row["prompt"] for row in rows):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._render(rows)
