@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -80,3 +81,25 @@ class DyingInputsWorker(InputsWorker):
             self._marker.write_bytes(b"died")
             os._exit(1)
         return made
+
+
+class MeetingWorker(LengthWorker):
+    """Measures names, and says in `length` how many calls it saw at the same time; each waits a moment for a second."""
+
+    def __init__(self, wait_seconds: float) -> None:
+        super().__init__()
+        self._wait_seconds = wait_seconds
+        self._inside = 0
+        self._threads = threading.Condition()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        with self._threads:
+            self._inside += 1
+            self._threads.notify_all()
+            self._threads.wait_for(lambda: self._inside > 1, timeout=self._wait_seconds)
+            seen = self._inside
+        made = super().__call__(table)
+        time.sleep(0.05)
+        with self._threads:
+            self._inside -= 1
+        return made.set_column(1, OUTPUT.field("length"), pa.array([seen] * table.num_rows))
