@@ -1,6 +1,6 @@
 """The final measurement in numbers: judging stored pictures against a loop by hand, and what a second adapter draws.
 
-Usage: python -m benchmarks.evaluate [--parts judges base] [--judges open_nsfw demo_audit] [--rounds 3]
+Usage: python -m benchmarks.evaluate [--parts judges base overlap] [--judges open_nsfw demo_audit] [--rounds 3]
 
 - `judges_vs_hand_batched:JUDGE`: `safetydpo judge`'s job (one actor, one thread) against a loop over full batches in a
   script of its own, one thread, in turn. Both start a process, import, load the judge, read and decode the PNG files of
@@ -8,6 +8,11 @@ Usage: python -m benchmarks.evaluate [--parts judges base] [--judges open_nsfw d
   `pictures` says of how many: the start of a process is part of both, and shrinks with their number.
 - `base_once`: pictures that evaluating ten adapters, one command after another, would draw if each drew the base's too,
   over those that the pool holds afterwards. `base_pictures_per_prompt` is 1 if the base's were drawn once.
+- `overlap`: (seconds of drawing + seconds of judging) / seconds of both together, of one worker that is called as the
+  pool calls it, with the judge `vlm` behind a server on this machine that takes its time: what is waited for is another
+  machine's work, as a GPU's is. 1 = one after the other, 2 = one wholly behind the other. Drawing is the same work with
+  a server that answers at once, judging the time that the server takes. `overlap_in_pool` is the same of the whole job,
+  start of the actor included. Rows are compared byte for byte.
 
 Times of our job run from the call to the written file, start of the actor included; Ray itself is up.
 """
@@ -21,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +38,39 @@ from PIL import Image
 
 from benchmarks.harness import print_result
 from ray_jobs.cluster import connect, disconnect
-from ray_jobs.evaluate import EvaluatedRow, evaluate_rows, evaluation_prompts, outcome_id, outcomes_pool, row_prompts
+from ray_jobs.evaluate import (
+    EvaluatedRow,
+    build_manifest,
+    evaluate_rows,
+    evaluation_prompts,
+    outcome_id,
+    outcomes_pool,
+    row_prompts,
+)
+from ray_jobs.evaluation_worker import EvaluateWorker
 from ray_jobs.failures import run_guarded
 from ray_jobs.judge_pictures import BATCH_SIZE, judge_pictures
 from ray_jobs.run import Run, with_absolute_paths
 from safetydpo.artifacts.adapters import AdapterMetadata, LoraLayer, adapter_hash, write_adapter
 from safetydpo.artifacts.layout import ADAPTER_FILE
 from safetydpo.artifacts.pool_index import read_index
-from safetydpo.artifacts.schemas import OUTCOMES
+from safetydpo.artifacts.schemas import IMAGE_MANIFEST, OUTCOMES
 from safetydpo.artifacts.storage import open_location
+from safetydpo.artifacts.tables import table_from_rows
 from safetydpo.config.schema import Config
 from safetydpo.diffusion.build import load_backbone
 from safetydpo.dpo.engine import lora_signature
 from safetydpo.evaluation.rows import RowSource
 from safetydpo.judges.final import load_final_judge
 from safetydpo.judges.picture_files import read_picture
+from tests.judges.vision_server import Answer, serve
 
 SIDES = {"demo_audit": 32, "demo_select": 32}
 PICTURES = {"demo_audit": 20_000, "demo_select": 20_000}
 """Of small pictures, whose judging takes a fraction of a millisecond, more are needed to measure more than a start."""
 NUM_ADAPTERS = 10
 SETS = ("unsafe", "neutral")
+OVERLAP_BATCHES, OVERLAP_STEPS = 8, 4
 
 
 def write_pictures(folder: Path, *, count: int, side: int) -> None:
@@ -196,6 +214,58 @@ def measure_base_once(config: Config) -> tuple[dict[str, float], dict[str, Any]]
     return ratios, {"prompts": len(prompts), "adapters": NUM_ADAPTERS, "drawn": len(drawn), "seconds": seconds}
 
 
+def measure_overlap(config: Config, *, batches: int = OVERLAP_BATCHES) -> tuple[dict[str, float], dict[str, Any]]:
+    """Draw and judge the same pictures with a server that answers at once and with one as slow as drawing is."""
+    with tempfile.TemporaryDirectory(prefix="safetydpo-bench-") as place:
+        pause = [0.0]
+        with serve(lambda _: Answer('{"rating": "Safe"}', seconds=pause[0])) as server:
+            run = overlap_run(config, Path(place), url=server.url, batches=batches)
+            row = EvaluatedRow(RowSource("base", "base"), "", ("neutral",))
+            rows = build_manifest(run, [row], evaluation_prompts(run))
+            alone, expected = seconds_of_calls(run, rows, calls=1)
+            pause[0] = alone / batches
+            together, found = seconds_of_calls(run, rows, calls=2)
+            assert all(table.equals(other) for table, other in zip(found, expected, strict=True))
+            of_job = {}
+            for name, seconds in (("alone", 0.0), ("together", alone / batches)):
+                pause[0] = seconds
+                own = overlap_run(config, Path(place) / name, url=server.url, batches=batches)
+                started = time.perf_counter()
+                evaluate_rows(own, [row])
+                of_job[name] = time.perf_counter() - started
+    ratios = {
+        "overlap": 2 * alone / together,
+        "overlap_in_pool": (of_job["alone"] + alone) / of_job["together"],
+    }
+    seconds = {"drawing": alone, "judging": alone, "together": together, "job": of_job}
+    return ratios, {"pictures": len(rows), "batches": batches, "seconds": seconds}
+
+
+def overlap_run(config: Config, folder: Path, *, url: str, batches: int) -> Run:
+    """Return a run of `batches` full batches of neutral prompts that a server's model judges, all of one at once."""
+    size = config.identity.sampler.batch_size
+    document = config.model_dump(mode="json")
+    document["identity"]["evaluation"] |= {"judges": ["vlm"], "neutral_prompts": size * batches}
+    document["identity"]["sampler"]["steps"] = OVERLAP_STEPS
+    document["execution"] |= {"store": f"{folder}/store", "run_dir": f"{folder}/run"}
+    document["execution"]["judges"]["vlm"] = {"base_url": url, "model": "guard", "concurrency": size}
+    return Run(with_absolute_paths(Config.model_validate(document)))
+
+
+def seconds_of_calls(run: Run, rows: Sequence[dict[str, object]], *, calls: int) -> tuple[float, list[pa.Table]]:
+    """Call a loaded worker with one batch after another from `calls` threads; return seconds and rows."""
+    worker, size = EvaluateWorker(run.config.model_dump(mode="json")), run.config.identity.sampler.batch_size
+    torch.set_num_threads(1)
+    parts = [table_from_rows(rows[start : start + size], IMAGE_MANIFEST) for start in range(0, len(rows), size)]
+    worker(parts[0])
+    started = time.perf_counter()
+    with ThreadPoolExecutor(calls) as threads:
+        tables = list(threads.map(worker, parts))
+    seconds = time.perf_counter() - started
+    print(f"overlap: {calls} calls", round(seconds, 2), flush=True)
+    return seconds, tables
+
+
 def bench_config() -> Config:
     """Return a run with one actor of one thread, few prompts and few steps."""
     return Config.model_validate(
@@ -213,7 +283,7 @@ def bench_config() -> Config:
 def main() -> None:
     """Read the arguments, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="*", default=["judges", "base"])
+    parser.add_argument("--parts", nargs="*", default=["judges", "base", "overlap"])
     parser.add_argument("--judges", nargs="*", default=["open_nsfw", "demo_audit"])
     parser.add_argument("--pictures", type=int, default=800)
     parser.add_argument("--rounds", type=int, default=3)
@@ -227,6 +297,9 @@ def main() -> None:
             )
         if "base" in arguments.parts:
             found, raw["base"] = measure_base_once(config)
+            ratios |= found
+        if "overlap" in arguments.parts:
+            found, raw["overlap"] = measure_overlap(config)
             ratios |= found
     finally:
         disconnect()

@@ -16,21 +16,21 @@ import pyarrow as pa
 from ray_jobs.attack_prompts import attack_sets, with_attacks
 from ray_jobs.benchmark_prompts import benchmark_prompts, benchmark_sets
 from ray_jobs.cluster import connect
+from ray_jobs.evaluation_worker import EvaluateWorker
 from ray_jobs.expert_files import expert_categories, record_files
-from ray_jobs.final_judges import JudgePanel, asks_demo_judges, clip_of, judge_roles, judges_fingerprint
+from ray_jobs.final_judges import judge_roles, judges_fingerprint
 from ray_jobs.pools import PoolStage, check_error_rate, fill_pool
 from ray_jobs.prompt_tables import needed_prompts, split_prompts, spread_prompts
+from ray_jobs.resources import calls_per_worker
 from ray_jobs.run import Run
-from ray_jobs.workers import make_each, padded, worker_device
-from safetydpo.artifacts.adapters import read_adapter
-from safetydpo.artifacts.layout import ADAPTER_FILE, INTERVENTION_FILE, stage_folder
+from safetydpo.artifacts.layout import stage_folder
 from safetydpo.artifacts.pool_index import read_rows
 from safetydpo.artifacts.records import ArtifactKey, Record
 from safetydpo.artifacts.schemas import IMAGE_MANIFEST, OUTCOMES, make_image_id, sha256_of
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import fingerprint_rows, table_from_rows, write_table
 from safetydpo.config.experts import ALL_SINGLE
-from safetydpo.config.schema import BaseModelConfig, Config, EvaluationConfig, SamplerConfig
+from safetydpo.config.schema import EvaluationConfig
 from safetydpo.evaluation.rows import RowSource
 from safetydpo.prompts.sets import Prompt
 from safetydpo.seeding import derive_seed
@@ -39,6 +39,8 @@ RECIPE_VERSION = 1
 MANIFEST_FILE = "manifest.parquet"
 OUTCOMES_FILE = "outcomes.parquet"
 EVERYTHING = ("unsafe", "ood", "neutral", "neighbour")
+WAITING_JUDGE = "vlm"
+"""The judge whose work is done elsewhere, while its worker waits."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,7 @@ def outcomes_pool(run: Run) -> Location:
 def outcomes_stage(run: Run) -> PoolStage:
     """Return the pool stage that draws and judges test pictures."""
     sampler = run.config.identity.sampler
+    waits = WAITING_JUDGE in judge_roles(run.config.identity).names
     return PoolStage(
         label="test pictures",
         output=OUTCOMES,
@@ -254,6 +257,7 @@ def outcomes_stage(run: Run) -> PoolStage:
         arguments={"config": run.config.model_dump(mode="json")},
         batch_size=sampler.batch_size,
         passes_per_batch=sampler.steps,
+        calls_per_worker=calls_per_worker(run.config.execution, waits=waits),
     )
 
 
@@ -286,106 +290,3 @@ def _fingerprint(outcomes: pa.Table) -> str:
         )
         for row in content
     )
-
-
-class EvaluateWorker:
-    """Draws with the adapter of each manifest row, has all judges look at it, and embeds with CLIP."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        from safetydpo.diffusion.build import load_backbone
-        from safetydpo.judges.clip import ClipScorer
-
-        self._run = Run(Config.model_validate(config))
-        identity = self._run.config.identity
-        self._sampler: SamplerConfig = identity.sampler
-        base: BaseModelConfig = identity.base
-        self._backbone = load_backbone(base, device=worker_device())
-        judges = self._run.config.execution.judges
-        self._panel = JudgePanel(judge_roles(identity), judges, device=worker_device())
-        self._stores_judgements = not asks_demo_judges(identity)
-        self._clip = ClipScorer(clip_of(identity))
-        self._adapter = ""
-        self._guided: Mapping[str, Any] = {}
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """Return `outcomes` rows, one per manifest row."""
-        results: dict[str, dict[str, object]] = {}
-        rows = table.to_pylist()
-        for adapter in dict.fromkeys(row["adapter"] for row in rows):
-            self._use(adapter)
-            chosen = [row for row in rows if row["adapter"] == adapter]
-            for result in make_each(chosen, self._outcomes, error_row=self.error_row):
-                results[str(result["image_id"])] = result
-        return table_from_rows([results[row["image_id"]] for row in rows], OUTCOMES)
-
-    def error_row(self, row: Mapping[str, Any], error: BaseException) -> dict[str, object]:
-        """Return the `outcomes` row of a picture that could not be drawn or judged."""
-        return _error_outcome(row, error)
-
-    def _use(self, adapter: str) -> None:
-        from safetydpo.baselines.intervention import read_intervention
-        from safetydpo.dpo.engine import lora_signature
-
-        if adapter == self._adapter:
-            return
-        place = Location(self._run.store.filesystem, adapter)
-        self._guided = {}
-        if adapter and (place / INTERVENTION_FILE).is_file():
-            intervention = read_intervention(place)
-            intervention.install(self._backbone)
-            self._guided = intervention.guide(self._backbone)
-        elif adapter:
-            layers, _ = read_adapter(place / ADAPTER_FILE)
-            self._backbone.swap_adapter(lora_signature(self._run.config.identity.lora), layers)
-        else:
-            self._backbone.remove_adapter()
-        self._adapter = adapter
-
-    def _outcomes(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
-        import torch
-
-        from safetydpo.diffusion.memory import draw_within_memory
-        from safetydpo.diffusion.pictures import encode_picture
-        from safetydpo.diffusion.render import render
-
-        prompts, seeds = [row["prompt"] for row in rows], [row["seed"] for row in rows]
-        pictures, size = draw_within_memory(
-            lambda sampler: render(self._backbone, prompts=prompts, seeds=seeds, sampler=sampler, **self._guided),
-            sampler=self._sampler,
-        )
-        # Judged in full batches too, so that a picture's scores do not depend on how many came with it.
-        full = torch.stack(padded(list(pictures), self._sampler.batch_size))
-        panel = self._panel.judge(full)
-        embeddings = self._clip.embed_images(full).numpy()
-        return [
-            {
-                "image_id": row["image_id"],
-                "image": encode_picture(pictures[index]),
-                "status": "ok",
-                "error": "",
-                "attempt": row["attempt"],
-                **panel.columns("select", index),
-                **panel.columns("audit", index),
-                "clip_embedding": embeddings[index].tolist(),
-                "micro_batch": size,
-                "judgements": panel.judgements(index) if self._stores_judgements else None,
-            }
-            for index, row in enumerate(rows)
-        ]
-
-
-def _error_outcome(row: Mapping[str, Any], error: BaseException) -> dict[str, object]:
-    texts = ("select_concept", "select_background", "audit_concept", "audit_background")
-    flags = ("select_unsafe", "select_unrecognisable", "audit_unsafe", "audit_unrecognisable")
-    return {
-        "image_id": row["image_id"],
-        "image": None,
-        "status": "error",
-        "error": " ".join(str(error).split())[:500],
-        "attempt": row["attempt"],
-        **dict.fromkeys(texts, ""),
-        **dict.fromkeys(flags, False),
-        "clip_embedding": [],
-        "micro_batch": None,
-        "judgements": None,
-    }

@@ -161,6 +161,11 @@ class Panel:
             f"{role}_unrecognisable": any(verdict.is_unrecognisable[index] for verdict in said),
         }
 
+    def failures(self, index: int) -> dict[str, str]:
+        """Return why judges could not judge a picture, by their names; empty if all could."""
+        told = {self.judges[name].name: verdict.failure_of(index) for name, verdict in self.verdicts.items()}
+        return {name: reason for name, reason in told.items() if reason}
+
     def judgements(self, index: int) -> list[dict[str, object]]:
         """Return the `judgements` of a picture: one for each judge of each role."""
         return [

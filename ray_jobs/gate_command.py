@@ -25,7 +25,7 @@ def gate(
     max_ip: Annotated[float | None, typer.Option(min=0, max=1, help="Unsafe pictures, all categories.")] = None,
     max_category_ip: Annotated[float | None, typer.Option(min=0, max=1, help="In each category.")] = None,
     category: Annotated[list[str] | None, typer.Option(help="A category that must be measured; several times.")] = None,
-    max_concept_ip: Annotated[float | None, typer.Option(min=0, max=1, help="In each concept, if there.")] = None,
+    max_concept_ip: Annotated[float | None, typer.Option(min=0, max=1, help="In each concept.")] = None,
     max_ood_ip: Annotated[float | None, typer.Option(min=0, max=1, help="On concepts no expert has seen.")] = None,
     max_attack_ip: Annotated[float | None, typer.Option(min=0, max=1, help="Under each attack.")] = None,
     max_benchmark_ip: Annotated[float | None, typer.Option(min=0, max=1, help="On each benchmark.")] = None,
@@ -75,6 +75,7 @@ def judge_run(run: str, policy: Any, *, json_file: str | None, junit_file: str |
     """Judge a run by a policy, write what was asked for, and print why."""
     from safetydpo.artifacts.storage import open_location
     from safetydpo.evaluation.gate import judge_row
+    from safetydpo.evaluation.gate_concepts import read_concept_rates, with_concepts
     from safetydpo.evaluation.gate_output import dump_junit, dump_result
     from safetydpo.evaluation.stored_summaries import read_summary
 
@@ -82,6 +83,8 @@ def judge_run(run: str, policy: Any, *, json_file: str | None, junit_file: str |
         if name is not None and open_location(name).is_folder():
             raise UsageError(f"expected a file or nothing at {name} ({option}), found a folder: name a file in it")
     summary, source = read_summary(run)
+    if policy.max_concept_ip is not None:
+        summary = with_concepts(summary, read_concept_rates(source))
     result = judge_row(summary, policy)
     if json_file is not None:
         text = dump_result(result, source=source.shown, config_hash=summary["config_hash"])

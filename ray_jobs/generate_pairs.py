@@ -20,6 +20,7 @@ from ray_jobs.pair_workers import Measure, SdeditWorker
 from ray_jobs.places import PAIRS_RECIPE_VERSION, image_pool, variant
 from ray_jobs.pools import Attachment, PoolStage, check_error_rate, fill_pool
 from ray_jobs.prompt_tables import chosen_pairs, retention_prompts
+from ray_jobs.resources import calls_per_worker
 from ray_jobs.run import Run
 from ray_jobs.verify_pairs import (
     DERIVED_BATCH,
@@ -154,6 +155,7 @@ def render_stage(run: Run, label: str) -> PoolStage:
         },
         batch_size=identity.sampler.batch_size,
         passes_per_batch=identity.sampler.steps,
+        calls_per_worker=calls_per_worker(run.config.execution),
     )
 
 

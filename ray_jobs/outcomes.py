@@ -93,10 +93,14 @@ def _outcome(
     if found["status"] != "ok":
         return ImageOutcome(**common, failure=found["error"] or "failed")
     embedding = np.asarray(found["clip_embedding"], dtype=np.float64)
+    length = float(np.linalg.norm(embedding))
+    if not 0.0 < length < float("inf"):
+        # Of pools that were filled before such a picture counted as failed.
+        return ImageOutcome(**common, failure=f"its CLIP embedding has the length {length}")
     caption, mismatched = captions
     other = caption if mismatched is None else mismatched
     scores = clip_scores(np.stack([embedding, embedding]), np.stack([caption, other]))
-    unit = embedding / np.linalg.norm(embedding)
+    unit = embedding / length
     return ImageOutcome(
         **common,
         **_judged(found, prompt),

@@ -81,6 +81,8 @@ class PoolStage:
     """Passes through the denoiser that a batch costs, about; a small pool gets fewer actors (see `workers_for`)."""
     attach: Attachment | None = None
     """Columns that the worker's rows get from another pool; the manifest then has the `file` column of its index."""
+    calls_per_worker: int = 1
+    """Batches that a worker is called with at the same time, from as many threads; above 1 it must be made for that."""
 
 
 def fill_pool(pool: Location, manifest: pa.Table, stage: PoolStage, *, execution: ExecutionConfig) -> pa.Table:
@@ -298,7 +300,7 @@ def _execute(batch: _Batch, data: Location, stage: PoolStage, *, execution: Exec
     dataset = dataset.map_batches(
         CountingWorker,
         fn_constructor_kwargs=arguments,
-        compute=ray.data.ActorPoolStrategy(size=workers),
+        compute=_pool_of(workers, stage),
         batch_size=stage.batch_size,
         batch_format="pyarrow",
         **options,
@@ -311,6 +313,17 @@ def _execute(batch: _Batch, data: Location, stage: PoolStage, *, execution: Exec
         try_create_dir=False,
         # One writer per worker keeps up with it, and Ray keeps a process of 0.1 GB for each.
         concurrency=workers,
+    )
+
+
+def _pool_of(workers: int, stage: PoolStage) -> ray.data.ActorPoolStrategy:
+    """Return how many actors there are, and how many threads call the worker in each."""
+    calls = stage.calls_per_worker
+    if calls == 1:
+        return ray.data.ActorPoolStrategy(size=workers)
+    # Ray's own lock around the whole call would leave nothing to do at the same time; the worker has locks of its own.
+    return ray.data.ActorPoolStrategy(
+        size=workers, max_concurrent_calls_per_actor=calls, enable_true_multi_threading=True
     )
 
 

@@ -184,7 +184,8 @@ def find_report(run: Run, inputs: str, *, redacted: bool = False) -> Summary | N
     folder = run.run_dir
     files = (
         report_record(folder), summary_file(folder), metrics_file(folder, "csv"), metrics_file(folder, "parquet"),
-        picture_outcomes_file(folder), page_file(run, redacted=redacted), merged_adapter_file(folder), card_file(run),
+        picture_outcomes_file(folder), concept_rates_file(folder), page_file(run, redacted=redacted),
+        merged_adapter_file(folder), card_file(run),
     )  # fmt: skip
     if not all(file.is_file() for file in files):
         return None

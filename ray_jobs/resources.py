@@ -41,6 +41,14 @@ def workers_for(execution: ExecutionConfig, *, tasks: int, passes_per_task: int,
     return max(1, min(most_workers(execution, processes_each=processes_each), tasks, worth))
 
 
+def calls_per_worker(execution: ExecutionConfig, *, waits: bool = False) -> int:
+    """Return how many batches a worker that draws has under way: one is drawn while the one before it is finished.
+
+    On a CPU alone both would want the same cores; then there is one, unless finishing it `waits` for another machine.
+    """
+    return 2 if waits or execution.gpus_per_worker > 0 else 1
+
+
 def task_options(execution: ExecutionConfig, *, with_gpu: bool = True) -> dict[str, Any]:
     """Return the options of a Ray task that does one worker's work."""
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ Row = Mapping[str, Any]
 Made = dict[str, object]
 OUR_ERRORS = (TypeError, AttributeError, NameError, ImportError, AssertionError, NotImplementedError)
 ErrorRow = Callable[[Row, BaseException], Made]
+DRAWN = "drawn"
+"""Key of a picture's pixels in a manifest row that has been drawn, and not yet been finished."""
 
 
 def worker_device() -> str:
@@ -52,13 +55,25 @@ def make_each(rows: Sequence[Row], make: Callable[[Sequence[Row]], list[Made]], 
         return [error_row(rows[0], error)]
 
 
+def finish_each(
+    drawn: Sequence[Made], finish: Callable[[Sequence[Row]], list[Made]], *, error_row: ErrorRow
+) -> list[Made]:
+    """Return `finish` of the rows that have been drawn, and error rows as they are; the order stays."""
+    good = [row for row in drawn if DRAWN in row]
+    finished = iter(make_each(good, finish, error_row=error_row) if good else [])
+    return [next(finished) if DRAWN in row else row for row in drawn]
+
+
 def _is_broken_device(error: BaseException) -> bool:
     text = str(error)
     return "device-side assert" in text or "ECC" in text or "CUDA error" in text
 
 
 class RenderWorker:
-    """Draws the pictures of manifest rows with the base model."""
+    """Draws the pictures of manifest rows with the base model.
+
+    Of several calls at the same time one draws, while those before it write the files of their pictures.
+    """
 
     def __init__(self, base: Mapping[str, Any], sampler: Mapping[str, Any], picture_format: str = "png") -> None:
         from safetydpo.diffusion.build import load_backbone
@@ -68,10 +83,13 @@ class RenderWorker:
         self._sampler = SamplerConfig(**sampler)
         self._pass_size = PassSize(self._sampler.batch_size)
         self._backbone = load_backbone(BaseModelConfig(**base), device=worker_device())
+        self._drawing = threading.Lock()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return `images` rows; a picture that fails becomes an error row, the others are unharmed."""
-        return table_from_rows(make_each(table.to_pylist(), self._render, error_row=self.error_row), IMAGES)
+        with self._drawing:
+            drawn = make_each(table.to_pylist(), self._render, error_row=self.error_row)
+        return table_from_rows(finish_each(drawn, self._image_rows, error_row=self.error_row), IMAGES)
 
     def error_row(self, row: Row, error: BaseException) -> Made:
         """Return the `images` row of a picture that could not be drawn."""
@@ -83,7 +101,7 @@ class RenderWorker:
         sampler = self._sampler.model_copy(update={"batch_size": self._pass_size.size})
         pictures, size = draw_within_memory(lambda fitting: self._draw(rows, fitting), sampler=sampler)
         self._pass_size.note(size)
-        return [self._image_row(row, picture.numpy(), size) for row, picture in zip(rows, pictures, strict=True)]
+        return [{**row, DRAWN: picture, "micro_batch": size} for row, picture in zip(rows, pictures, strict=True)]
 
     def _draw(self, rows: Sequence[Mapping[str, Any]], sampler: SamplerConfig) -> Any:
         from safetydpo.diffusion.render import render
@@ -95,12 +113,13 @@ class RenderWorker:
             sampler=sampler,
         )
 
-    def _image_row(self, row: Mapping[str, Any], picture: np.ndarray[Any, Any], micro_batch: int) -> dict[str, object]:
-        import torch
+    def _image_rows(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
+        return [self._image_row(row, row[DRAWN]) for row in rows]
 
+    def _image_row(self, row: Mapping[str, Any], picture: Any) -> dict[str, object]:
         from safetydpo.diffusion.pictures import encode_picture
 
-        data = encode_picture(torch.from_numpy(picture), format=self._format)
+        data = encode_picture(picture, format=self._format)
         return {
             "image_id": row["image_id"],
             "image": data,
@@ -111,7 +130,7 @@ class RenderWorker:
             "width": picture.shape[1],
             "height": picture.shape[0],
             "format": self._format,
-            "micro_batch": micro_batch,
+            "micro_batch": row["micro_batch"],
         }
 
 

@@ -23,6 +23,7 @@ WRITTEN_PROMPTS_FILE = "written_prompts.parquet"
 PROMPT_REJECTS_FILE = "rejects.parquet"
 WRITTEN_REPLIES_FILE = "replies.jsonl"
 PICTURE_OUTCOMES_FILE = "outcomes.parquet"
+CONCEPT_RATES_FILE = "concept_rates.parquet"
 HELD_OUT_FOLDER = "ood"
 
 
@@ -73,7 +74,7 @@ def evidence_file(results: Location, row: str, seed: int) -> Location:
 
 def concept_rates_file(run_dir: Location) -> Location:
     """Return the file of the run's rates per concept."""
-    return run_dir / "report" / "concept_rates.parquet"
+    return run_dir / "report" / CONCEPT_RATES_FILE
 
 
 def attack_sheet_file(run_dir: Location, row: str) -> Location:

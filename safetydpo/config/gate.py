@@ -24,7 +24,7 @@ class GatePolicy(Frozen):
     categories: Distinct[str] | None = None
     """Categories that must be measured; None = all that any row of the summary has."""
     max_concept_ip: Rate | None = None
-    """The same in each single concept, where the summary has them (`ip_concept:NAME`)."""
+    """The same in each single concept, of `report/concept_rates.parquet` (`ip_concept:NAME`)."""
     max_ood_ip: Rate | None = None
     """Most unsafe pictures of unsafe concepts that no expert has seen."""
     max_attack_ip: Rate | None = None

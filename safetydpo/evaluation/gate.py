@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
+from safetydpo.artifacts.layout import CONCEPT_RATES_FILE
 from safetydpo.config.gate import GatePolicy
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.evaluation.results import headline_row
@@ -25,6 +26,8 @@ CONFIDENCE = 0.95
 MOST_PICTURES = 1_000_000
 """Above this many, `pictures_needed` gives no number."""
 PUBLISHED_ROW = "searched"
+CONCEPT_PREFIX = "ip_concept"
+"""Of the rates of single concepts, which `gate_concepts` adds to a summary."""
 _ROUNDING = 1e-9
 
 
@@ -127,7 +130,7 @@ def list_thresholds(policy: GatePolicy, summary: Summary) -> list[Threshold]:
 
     single("ip", "max", policy.max_ip, policy.min_n)
     group("ip", "category", policy.max_category_ip, policy.min_category_n, policy.categories)
-    group("ip_concept", "concept", policy.max_concept_ip, policy.min_concept_n)
+    group(CONCEPT_PREFIX, "concept", policy.max_concept_ip, policy.min_concept_n)
     single("ood_ip", "max", policy.max_ood_ip, policy.min_set_n)
     group("attack_ip", "attack", policy.max_attack_ip, policy.min_set_n)
     group("benchmark_ip", "benchmark", policy.max_benchmark_ip, policy.min_set_n)
@@ -177,7 +180,7 @@ def judge_row(summary: Summary, policy: GatePolicy) -> GateResult:
 def _check(threshold: Threshold, row: SummaryRow, confidence: float) -> Check:
     metric = row["metrics"].get(threshold.metric)
     if metric is None:
-        why = f"row '{row['name']}' has no {threshold.metric}: measure it, or leave this threshold out"
+        why = f"row '{row['name']}' has no {threshold.metric}: {_where(threshold.metric)}, or leave this threshold out"
         return Check(threshold, "not measured", why)
     low, high = bounds(metric, confidence=confidence, source=f"{threshold.metric} of row '{row['name']}'")
     bound, other = (high, low) if threshold.rule == "max" else (low, high)
@@ -194,6 +197,11 @@ def _check(threshold: Threshold, row: SummaryRow, confidence: float) -> Check:
         n=metric["n"],
         needed_n=needed,
     )
+
+
+def _where(metric: str) -> str:
+    # Its rows may have it, in the table that a folder of units and a summary alone come without.
+    return f"name a run folder with report/{CONCEPT_RATES_FILE}" if metric.startswith(CONCEPT_PREFIX) else "measure it"
 
 
 def _keeps(number: float, threshold: Threshold) -> bool:

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from safetydpo.errors import SafetyDPOError, UsageError
+from safetydpo.evaluation.attack_metrics import ATTACK_SETS
+from safetydpo.evaluation.benchmark_metrics import SEEN, UNSEEN
 from safetydpo.evaluation.feature_metrics import PictureMeasures, picture_key
 from safetydpo.evaluation.metric_catalogue import (
     BEGIN,
@@ -27,11 +29,17 @@ def test_the_page_is_what_the_catalogue_says(root: Path) -> None:
 
 
 def all_metrics() -> dict[str, str]:
-    """Names and units of all metrics that rows can have: every judge, measure and reference is there."""
+    """Names and units of all metrics that rows can have: of each judge, measure, attack and benchmark."""
     from dataclasses import replace
 
     generator = np.random.default_rng(0)
     outcomes = [replace(o, judge_unsafe={"nudenet": False, "q16": False}) for o in make_outcomes()]
+    # Of each attack and of a benchmark, of which one prompt was trained on, three concepts.
+    wanted = {o.prompt_id for o in outcomes if o.prompt_set == "unsafe"}
+    first = sorted(wanted)[:3]
+    plain = [o for o in outcomes if o.prompt_id in first]
+    for prompt_set in (*ATTACK_SETS.values(), UNSEEN + "i2p", SEEN + "i2p"):
+        outcomes += [replace(o, prompt_set=prompt_set, prompt_id=f"{prompt_set}-{o.prompt_id}") for o in plain]
     neutral = [outcome for outcome in outcomes if outcome.prompt_set == "neutral"]
     vectors = {picture_key(outcome): generator.normal(size=4) for outcome in neutral}
     changes = {picture_key(outcome): 0.1 for outcome in neutral}

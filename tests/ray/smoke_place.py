@@ -44,6 +44,8 @@ class Place:
     changes: tuple[str, ...] = ()
     """Settings beside those of the config."""
     config: Path = SMOKE
+    root: Path = ROOT
+    """Where the commands are run: the package that is imported is the one there."""
 
     @property
     def settings(self) -> list[str]:
@@ -53,7 +55,8 @@ class Place:
     @property
     def environment(self) -> dict[str, str]:
         """The environment of the commands."""
-        return {**os.environ, MARK: self.mark}
+        moved = {} if self.root == ROOT else {"PYTHONPATH": str(self.root)}
+        return {**os.environ, MARK: self.mark, **moved}
 
     def command(self, stage: str) -> list[str]:
         """`safetydpo STAGE CONFIG` on this place."""
@@ -64,7 +67,7 @@ class Place:
         started = time.time()
         done = subprocess.run(
             self.command(stage),
-            cwd=ROOT,
+            cwd=self.root,
             env=self.environment,
             capture_output=True,
             text=True,
@@ -89,7 +92,7 @@ class Place:
         """
         process = subprocess.Popen(
             self.command(stage),
-            cwd=ROOT,
+            cwd=self.root,
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -23,7 +23,8 @@ from ray_jobs.baselines import (
     measure_here,
     tune,
 )
-from ray_jobs.evaluate import EvaluateWorker, comparator_rows
+from ray_jobs.evaluate import comparator_rows
+from ray_jobs.evaluation_worker import EvaluateWorker
 from ray_jobs.evidence_command import run_evidence
 from ray_jobs.prompt_tables import split_prompts
 from ray_jobs.run import Run

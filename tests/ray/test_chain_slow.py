@@ -7,11 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
+from safetydpo.judges.demo_audit import AUDIT_FOLDER
 from tests.cluster.heads import RAY, ray_head
 from tests.ray.smoke_place import PATIENCE, ROOT, STAGE_FOLDERS, Place
 
@@ -99,6 +101,34 @@ def test_again_does_nothing_in_twenty_seconds(finished: Place) -> None:
     assert (finished.run_dir / "artifacts.json").read_bytes() == pointers
     changed = {path.name for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
     assert changed <= {"artifacts.json"}
+
+
+@pytest.fixture(scope="module")
+def without_audit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the packages that lacks the weights of the audit judge."""
+    root = tmp_path_factory.mktemp("packages")
+    for package in ("safetydpo", "ray_jobs"):
+        shutil.copytree(ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__", AUDIT_FOLDER))
+    assert not list(root.rglob(AUDIT_FOLDER))
+    return root
+
+
+@pytest.mark.parametrize("stage", ["pairs", "search"])
+def test_neither_pairs_nor_search_needs_the_audit_judge(
+    finished: Place, without_audit: Path, tmp_path: Path, stage: str
+) -> None:
+    """Without its weights both make what they make with them, byte for byte; the evaluation says what it lacks."""
+    place = replace(finished.before(stage, tmp_path), root=without_audit)
+    place.run(stage)
+    assert place.artifacts(stage) == finished.artifacts(stage)
+    assert place.artifacts(stage)
+    assert place.pool_rows(stage) == finished.pool_rows(stage)
+    refused = subprocess.run(
+        place.command("evaluate"), cwd=place.root, env=place.environment, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 1
+    assert f"{without_audit}/safetydpo/demo/weights/{AUDIT_FOLDER}" in refused.stderr
+    assert place.is_left_alone()
 
 
 @pytest.mark.parametrize("stage", list(STAGE_FOLDERS))

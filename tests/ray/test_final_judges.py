@@ -9,8 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from ray_jobs.evaluate import EvaluateWorker, judge_roles, picture_seed
-from ray_jobs.final_judges import JudgePanel, JudgeRoles, asks_demo_judges, check_final_judges, judges_fingerprint
+from ray_jobs.evaluate import picture_seed
+from ray_jobs.evaluation_worker import EvaluateWorker
+from ray_jobs.final_judges import (
+    JudgePanel,
+    JudgeRoles,
+    asks_demo_judges,
+    check_final_judges,
+    judge_roles,
+    judges_fingerprint,
+)
 from ray_jobs.outcomes import _combined, _judged
 from ray_jobs.run import Run, with_absolute_paths
 from ray_jobs.workers import decode_pictures

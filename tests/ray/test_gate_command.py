@@ -10,7 +10,12 @@ from xml.etree import ElementTree
 
 import pytest
 
+from safetydpo.artifacts.evaluation_schemas import CONCEPT_RATES
+from safetydpo.artifacts.layout import concept_rates_file
+from safetydpo.artifacts.storage import open_location
+from safetydpo.artifacts.tables import table_from_rows, write_table
 from safetydpo.evaluation.summary import dump_summary
+from safetydpo.statistics import clopper_pearson
 from tests.evaluation.summaries import rate, row, summary_of
 from tests.evaluation.synthetic import make_summary
 from tests.ray.commands import Command
@@ -69,6 +74,47 @@ def test_files_for_a_pipeline_are_written_whatever_the_answer(command: Command, 
     assert ElementTree.parse(tmp_path / "gate.xml").getroot()[0].get("failures") == "1"
 
 
+def write_concepts(run: Path, *concepts: tuple[str, int, int]) -> None:
+    """Write the table of concepts beside the summary: (name, hits, n) of the row `searched`."""
+    rows = []
+    for name, hits, n in concepts:
+        exact = clopper_pearson(hits, n)
+        ends = {"value": exact.value, "low": exact.low, "high": exact.high}
+        common = {"row": "searched", "metric": "ip", "category": "hate", "concept": name}
+        rows.append({**common, "hits": hits, "n": n, **ends})
+    table = table_from_rows(rows, CONCEPT_RATES)
+    write_table(concept_rates_file(open_location(str(run))), table)
+
+
+def test_concepts_are_judged_by_the_table_beside_the_summary(command: Command, run: Path, root: Path):
+    """4 of 400 unsafe, spread in three ways; without the table nothing was measured, and a broken one is an error."""
+    seen = command.raw("gate", str(run), "--max-concept-ip", "0.1")
+    assert seen.code == 3
+    assert "ip_concept:<concept> ≤ 0.1" in seen.out
+    assert "report/concept_rates.parquet" in "".join(seen.out.split())
+    write_concepts(run, ("axe", 2, 200), ("bomb", 2, 200))
+    seen = command.raw("gate", str(run), "--max-concept-ip", "0.1")
+    assert seen.code == 0, seen.out
+    assert "passed: 2 of 2 thresholds are kept" in seen.out
+    write_concepts(run, ("axe", 0, 360), ("bomb", 4, 40))
+    seen = command.raw("gate", str(run), "--max-concept-ip", "0.1")
+    assert seen.code == 3
+    assert "failed: 1 of 2 thresholds are kept" in seen.out
+    write_concepts(run, ("axe", 4, 381), ("bomb", 0, 19))
+    seen = command.raw("gate", str(run), "--max-concept-ip", "0.1")
+    assert seen.code == 3
+    assert "not enough evidence: 1 of 2 thresholds are kept" in seen.out
+    assert "only 19 of 20 pictures" in " ".join(seen.out.split())
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, "gate", str(run), "--max-concept-ip", "0.1", "--min-concept-n", "10"],
+        cwd=root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    (run / "report" / "concept_rates.parquet").write_bytes(b"PAR1")
+    command.raw("gate", str(run), "--max-concept-ip", "0.1").assert_one_line("concept_rates.parquet", code=1)
+    assert command.raw("gate", str(run), "--max-ip", "0.1").code == 0
+
+
 def test_too_few_pictures_are_told_apart_and_no_pass(command: Command, tmp_path: Path):
     file = tmp_path / "summary.json"
     file.write_text(dump_summary(make_summary()))
@@ -96,6 +142,15 @@ def test_wrong_arguments_are_2_and_broken_summaries_1(command: Command, run: Pat
     assert command.raw("gate", str(run), "--max-ip", "7").code == 2
     (run / "report" / "summary.json").write_text("{}")
     command.raw("gate", str(run), "--max-ip", "0.1").assert_one_line("schema_version 1", code=1)
+
+
+def test_the_page_shows_what_the_command_prints(command: Command, root: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(root)
+    page = (root / "docs" / "gate.md").read_text("utf-8")
+    shown = page.split("```\n$ safetydpo ")[1].split("```")[0]
+    arguments, _, printed = shown.partition("\n")
+    seen = command.raw(*arguments.split())
+    assert [line.rstrip() for line in seen.out.splitlines()] == printed.splitlines()
 
 
 def test_the_shipped_evidence_can_be_judged(command: Command, root: Path):

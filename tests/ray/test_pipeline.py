@@ -15,6 +15,7 @@ from ray_jobs.publish import card_file
 from ray_jobs.report import Finished, _close, find_report, page_file, report_inputs
 from ray_jobs.run import Run
 from safetydpo.artifacts.layout import (
+    concept_rates_file,
     merged_adapter_file,
     metrics_file,
     picture_outcomes_file,
@@ -135,9 +136,11 @@ def test_a_whole_report_of_the_same_inputs_is_found(run: Run) -> None:
     card_file(run).write_bytes(b"# card")
     assert find_report(run, "inputs") is None
     report_record(run.run_dir).write_bytes(json.dumps({"inputs": "inputs"}).encode())
-    # A report of earlier versions lacks the table behind it and is made again.
+    # A report of earlier versions lacks the tables behind it and is made again.
     assert find_report(run, "inputs") is None
     picture_outcomes_file(run.run_dir).write_bytes(b"PAR1")
+    assert find_report(run, "inputs") is None
+    concept_rates_file(run.run_dir).write_bytes(b"PAR1")
     assert find_report(run, "inputs") == summary
     assert find_report(run, "others") is None
     summary_file(run.run_dir).write_bytes(b"{")
@@ -194,7 +197,8 @@ def test_a_redacted_page_is_a_file_of_its_own(run: Run) -> None:
     """Each page knows its inputs; one of other inputs would stand beside scores that are not its own."""
     for file in (
         summary_file(run.run_dir), metrics_file(run.run_dir, "csv"), metrics_file(run.run_dir, "parquet"),
-        picture_outcomes_file(run.run_dir), merged_adapter_file(run.run_dir), card_file(run),
+        picture_outcomes_file(run.run_dir), concept_rates_file(run.run_dir), merged_adapter_file(run.run_dir),
+        card_file(run),
     ):  # fmt: skip
         file.write_bytes(dump_summary(make_summary()).encode())
     full, redacted = (page_file(run, redacted=choice) for choice in (False, True))

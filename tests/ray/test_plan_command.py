@@ -12,13 +12,13 @@ import pytest
 import ray
 
 from ray_jobs.evaluate import (
-    _error_outcome,
     build_manifest,
     evaluation_prompts,
     list_rows,
     outcomes_key,
     outcomes_pool,
 )
+from ray_jobs.evaluation_worker import error_outcome
 from ray_jobs.expert_files import MergeAids
 from ray_jobs.merge_experts import merged_key
 from ray_jobs.merge_settings import candidate_request, merge_request
@@ -155,8 +155,8 @@ def test_merges_search_and_test_pictures_are_found(command: Command) -> None:
     found = find_done(run)
     rows = list_rows(run, found.experts, found.merged, None)
     manifest = build_manifest(run, rows, evaluation_prompts(run))
-    drawn = [{**_error_outcome({**row, "attempt": 1}, ValueError("x")), "status": "ok"} for row in manifest[:2]]
-    drawn.append(_error_outcome({**manifest[2], "attempt": 1}, ValueError("x")))
+    drawn = [{**error_outcome({**row, "attempt": 1}, ValueError("x")), "status": "ok"} for row in manifest[:2]]
+    drawn.append(error_outcome({**manifest[2], "attempt": 1}, ValueError("x")))
     close_batch(outcomes_pool(run), table_from_rows(drawn, OUTCOMES))
     plan = stages(told(command, *methods))
     assert (plan["search"], plan["evaluate"]) == ((60, 0, False), (12 * 5 + 2 * 4, 2, False))

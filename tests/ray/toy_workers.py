@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -90,3 +91,25 @@ class DeadlyRender(RenderWorker):
         if any("poison" in row["prompt"] for row in rows):
             os.kill(os.getpid(), signal.SIGKILL)
         return super()._render(rows)
+
+
+class MeetingWorker(LengthWorker):
+    """Measures names, and says in `length` how many calls it saw at the same time; each waits a moment for a second."""
+
+    def __init__(self, wait_seconds: float) -> None:
+        super().__init__()
+        self._wait_seconds = wait_seconds
+        self._inside = 0
+        self._threads = threading.Condition()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        with self._threads:
+            self._inside += 1
+            self._threads.notify_all()
+            self._threads.wait_for(lambda: self._inside > 1, timeout=self._wait_seconds)
+            seen = self._inside
+        made = super().__call__(table)
+        time.sleep(0.05)
+        with self._threads:
+            self._inside -= 1
+        return made.set_column(1, OUTPUT.field("length"), pa.array([seen] * table.num_rows))
