@@ -18,9 +18,9 @@ The bounds count operations only: with one encoder pass 1.12 and one forward or 
 
 `best` adds one thing at a time to `live`: channels-last, `identity.dpo.compiled`, the fused optimizer, bfloat16, four
 experts in one batch over the shared base; then those that helped together, as `pairs_per_second_vs_public_best`.
-`memory` runs one step of one pair at 512 x 512 on an SD1.5 of full size, each way in a process of its own; counted is
-the peak above what the process held after its imports. `bounds` times the passes of SD1.5's networks at three sizes:
-the most that any way could gain on this machine.
+`memory` runs one step of one pair at 512 x 512 on an SD1.5 of full size, each way in a process of its own, ours with a
+model that the product loads from files; counted is the peak above what the process held after its imports. `bounds`
+times the passes of SD1.5's networks at three sizes: the most that any way could gain on this machine.
 """
 
 from __future__ import annotations
@@ -126,6 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--small", action="store_true", help="memory: of a small model, to see that it works")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps-per-round", type=int, default=2)
     arguments = parser.parse_args()
@@ -149,7 +150,7 @@ def main() -> None:
             print({key: round(value, 3) for key, value in found.items()}, flush=True)
             ratios |= found
     if "memory" in arguments.parts:
-        found, raw["memory"] = measure_memory()
+        found, raw["memory"] = measure_memory(small=arguments.small)
         ratios |= found
     if "bounds" in arguments.parts:
         found, raw["bounds"] = measure_bounds(rounds=arguments.rounds)

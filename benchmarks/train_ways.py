@@ -117,8 +117,14 @@ class OurTraining:
         fused: bool = False,
         pairs_per_step: int = DPO.pairs_per_step,
         adapter_compute: str = "float32",
+        activation_checkpointing: bool = False,
     ) -> None:
-        changes = {"pairs_per_step": pairs_per_step, "adapter_compute": adapter_compute, "compiled": compiled}
+        changes = {
+            "pairs_per_step": pairs_per_step,
+            "adapter_compute": adapter_compute,
+            "compiled": compiled,
+            "activation_checkpointing": activation_checkpointing,
+        }
         self.config = DPO.model_copy(update=changes | ({"reference": "cached"} if cached else {}))
         self.backbone, self.data = backbone, with_stored_errors(backbone, data, self.config) if cached else data
         self._engine = open_engine(backbone, config=self.config, lora=LORA)
@@ -223,7 +229,8 @@ class StackedLora(nn.Module):
         outputs: Tensor = self.base(inputs)
         if not self.is_on:
             return outputs
-        parts = inputs.reshape(self.experts, -1, inputs.shape[-1])
+        # In float32, as the product's adapters are by default.
+        parts = inputs.to(self.down.dtype).reshape(self.experts, -1, inputs.shape[-1])
         return outputs + (parts @ self.down @ self.up).reshape(outputs.shape).to(outputs.dtype)
 
 

@@ -111,9 +111,7 @@ def render_report(
         **_results(summary, shared_judges),
         **_experts(overlap, winners, draws),
         **_pictures(sheets, redacted=redacted),
-        "trials": trials,
-        "search_plot": None if trials is None or not trials.trials else plot_search(trials),
-        "search_details": _search_details(search_details),
+        **_search(trials, search_details),
         "training_plot": plot_training(training) if any(curve.values for curve in training) else None,
         "matrix": matrix if matrix is not None else expert_matrix(summary),
         "costs": _wall_times(summary) if costs is None else costs,
@@ -254,11 +252,15 @@ def _experts(overlap: ExpertOverlap | None, winners: Sequence[LayerWinners], dra
     }
 
 
-def _search_details(details: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what the page asks for; empty where a search has none of it, as before there was any."""
+def _search(trials: SearchTrials | None, details: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what the page asks for; details are empty where a search has none, as before there was any."""
     found = {} if details is None else dict(details)
     shown = {name: found.get(name) for name in ("ladder", "finalists", "benchmarks")}
-    return {**shown, "trial": found.get("trial")} if any(shown.values()) else {}
+    return {
+        "trials": trials,
+        "search_plot": None if trials is None or not trials.trials else plot_search(trials),
+        "search_details": {**shown, "trial": found.get("trial")} if any(shown.values()) else {},
+    }
 
 
 def _wall_times(summary: Summary) -> list[StageCost]:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import train_memory
 from benchmarks.harness import alternate, ratio_of_medians
 from benchmarks.public_trainers import public_step
 from benchmarks.sd15_models import SD15_PROPORTION, operations, sd15_unet, sd15_vae
 from benchmarks.train_best import ACCELERATIONS, COMPILED, LOW, STACKED, measure_best, our_way
+from benchmarks.train_memory import SMALL, our_peak
 from benchmarks.train_ways import (
     DPO,
     LORA,
@@ -21,7 +24,9 @@ from benchmarks.train_ways import (
     stacked_experts,
 )
 from safetydpo.config.schema import BaseModelConfig
+from safetydpo.diffusion.backbone import Backbone
 from safetydpo.diffusion.build import load_backbone
+from safetydpo.errors import SafetyDPOError
 
 
 def test_ratio_by_hand() -> None:
@@ -58,11 +63,10 @@ def test_the_accelerations_that_helped_are_measured_together(tiny_folder: Path) 
     assert ratios["pairs_per_second_vs_public_best"] == wall["public"][0] / wall["best"][0] > 0
 
 
-@pytest.mark.slow
-def test_all_accelerations_take_a_step_together(tiny_folder: Path) -> None:
-    """Compiled too; a stacked expert moves at the pace of its own gradient's norm."""
+@pytest.mark.parametrize("left_out", [COMPILED, pytest.param(None, marks=pytest.mark.slow)])
+def test_all_accelerations_take_a_step_together(tiny_folder: Path, left_out: str | None) -> None:
     data = encode_once(load_backbone(BaseModelConfig(model=str(tiny_folder))), make_pairs(32))
-    step, times = our_way(tiny_folder, data, ACCELERATIONS)
+    step, times = our_way(tiny_folder, data, [name for name in ACCELERATIONS if name != left_out])
     step()
     assert times == STACKED
 
@@ -74,6 +78,22 @@ def test_each_stacked_expert_is_clipped_by_itself() -> None:
     clip_each_expert([layer], max_norm=1.0)
     assert layer.down.grad.flatten().tolist() == pytest.approx([0.6, 0.3])
     assert layer.up.grad.flatten().tolist() == pytest.approx([0.8, 0.4])
+
+
+def test_memory_is_measured_of_a_step_of_the_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the small model: its denoiser alone is loaded from files, and its adapter has moved after the step."""
+    SMALL.write(tmp_path)
+    loaded: list[Backbone] = []
+
+    def load(*arguments: Any, **named: Any) -> Backbone:
+        loaded.append(load_backbone(*arguments, **named))
+        return loaded[-1]
+
+    monkeypatch.setattr(train_memory, "load_backbone", load)
+    our_peak(SMALL, tmp_path, checkpointing=True)
+    assert all(float(tensor.detach().abs().max()) > 0 for _, tensor in loaded[0].adapter_parameters())
+    with pytest.raises(SafetyDPOError, match="found one loaded with parts='denoiser'"):
+        loaded[0].encode_prompts(["a caption"])
 
 
 def test_every_way_takes_steps_on_a_real_model(tiny_folder: Path) -> None:
