@@ -80,6 +80,8 @@ class PoolStage:
     """Passes through the denoiser that a batch costs, about; a small pool gets fewer actors (see `workers_for`)."""
     attach: Attachment | None = None
     """Columns that the worker's rows get from another pool; the manifest then has the `file` column of its index."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """What the rows are computed with beside the manifest, in the record of each batch; see `check_pool_inputs`."""
 
 
 def fill_pool(pool: Location, manifest: pa.Table, stage: PoolStage, *, execution: ExecutionConfig) -> pa.Table:
@@ -254,6 +256,7 @@ def _run_batch(batch: _Batch, stage: PoolStage, *, execution: ExecutionConfig) -
         "failed_units": made.filter(pc.invert(good_rows(found))).to_pylist(),
         "attempt": max(batch.attempts),
         "seconds": round(time.time() - started, 3),
+        **({"inputs": dict(stage.inputs)} if stage.inputs else {}),
     }
     (folder / RECORD_FILE).write_bytes(json.dumps(record, indent=2, sort_keys=True).encode())
     (folder / CHECKPOINT_FOLDER).delete()
