@@ -85,10 +85,9 @@ def sd15_text_encoder() -> CLIPTextModel:
     )
 
 
-def build_small_sd15(folder: Path, tokenizer: CLIPTokenizer) -> None:
-    """Write an SD1.5 with a quarter of its channels, for pictures of 128 x 128, in diffusers format."""
-    torch.manual_seed(0)
-    text_encoder = CLIPTextModel(
+def small_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Return the text encoder of the small model."""
+    return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=64,
@@ -102,17 +101,31 @@ def build_small_sd15(folder: Path, tokenizer: CLIPTokenizer) -> None:
             projection_dim=64,
         )
     )
-    unet = UNet2DConditionModel(
+
+
+def small_unet() -> UNet2DConditionModel:
+    """Return the U-Net of the small model: SD1.5's with a quarter of its channels."""
+    return UNet2DConditionModel(
         sample_size=SMALL_PICTURE // 8,
         block_out_channels=(80, 160, 320, 320),
         cross_attention_dim=64,
         norm_num_groups=16,
         **_UNET_BLOCKS,
     )
+
+
+def small_vae() -> AutoencoderKL:
+    """Return the autoencoder of the small model."""
     # 116 channels where a quarter would be 128, so that the encoder's share of the work is SD1.5's.
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         sample_size=SMALL_PICTURE, block_out_channels=(32, 64, 116, 116), norm_num_groups=4, **_VAE_BLOCKS
     )
+
+
+def build_small_sd15(folder: Path, tokenizer: CLIPTokenizer) -> None:
+    """Write an SD1.5 with a quarter of its channels, for pictures of 128 x 128, in diffusers format."""
+    torch.manual_seed(0)
+    text_encoder, unet, vae = small_text_encoder(tokenizer), small_unet(), small_vae()
     StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,

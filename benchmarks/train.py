@@ -16,10 +16,11 @@ dtype, AdamW and clipping, alternating:
 The bounds count operations only: with one encoder pass 1.12 and one forward or backward pass 0.80, `public` costs
 2 x (1.12 + 3 x 0.80) a pair, `live` 2 x 3 x 0.80, `cached` 2 x 2 x 0.80.
 
-`best` adds one thing at a time to `live`: channels-last, `identity.dpo.compiled`, the fused optimizer, four experts in
-one batch over the shared base. `memory` runs one step of one pair at 512 x 512 on an SD1.5 of full size, each way in a
-process of its own; counted is the peak above what the process held after its imports. `bounds` times the passes of
-SD1.5's networks at three sizes: the most that any way could gain on this machine.
+`best` adds one thing at a time to `live`: channels-last, `identity.dpo.compiled`, the fused optimizer, bfloat16, four
+experts in one batch over the shared base; then those that helped together, as `pairs_per_second_vs_public_best`.
+`memory` runs one step of one pair at 512 x 512 on an SD1.5 of full size, each way in a process of its own, ours with a
+model that the product loads from files; counted is the peak above what the process held after its imports. `bounds`
+times the passes of SD1.5's networks at three sizes: the most that any way could gain on this machine.
 """
 
 from __future__ import annotations
@@ -29,32 +30,31 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.harness import alternate, print_result, ratio_of_medians
-from benchmarks.public_trainers import PUBLIC_WAYS, public_step
+from benchmarks.public_trainers import PUBLIC_WAYS
 from benchmarks.sd15_models import SD15_PROPORTION, SMALL_PICTURE, TOKENS, build_small_sd15, operations
+from benchmarks.train_best import measure_best
 from benchmarks.train_bounds import measure_bounds
 from benchmarks.train_memory import measure_memory
 from benchmarks.train_ways import (
     DPO,
-    LORA,
     OurTraining,
     bare_passes,
     encode_once,
     make_pairs,
+    public_way,
     reference_pass,
-    stacked_experts,
+    repeat,
 )
 from safetydpo.config.schema import BaseModelConfig
-from safetydpo.diffusion.build import DTYPES, load_backbone
+from safetydpo.diffusion.build import load_backbone
 from tests.tiny import build_tokenizer
 
-STACKED = 4
 PARTS = ("speed", "best", "memory", "bounds")
 
 
@@ -72,16 +72,6 @@ def operation_bounds(backbone: Any, vae: Any) -> dict[str, float]:
     }
 
 
-def repeat(step: Callable[[], None], times: int) -> Callable[[], None]:
-    """Return `step` done several times."""
-
-    def run() -> None:
-        for _ in range(times):
-            step()
-
-    return run
-
-
 def measure_speed(folder: Path, *, dtype: str, rounds: int, steps: int) -> tuple[dict[str, float], dict[str, Any]]:
     """Run all ways alternately in one dtype; return ratios of median seconds and what they were made of."""
     torch.manual_seed(0)
@@ -92,21 +82,7 @@ def measure_speed(folder: Path, *, dtype: str, rounds: int, steps: int) -> tuple
     encode_seconds = (time.perf_counter() - started) / len(pairs[2])
     bounds = operation_bounds(load_backbone(BaseModelConfig(model=str(folder))), _vae(folder))
     live, cached = OurTraining(load_backbone(base), data), OurTraining(load_backbone(base), data, cached=True)
-    public, script = (
-        public_step(
-            folder,
-            kind,
-            pairs,
-            rank=LORA.rank,
-            targets=LORA.targets,
-            pairs_per_step=DPO.pairs_per_step,
-            beta=DPO.beta,
-            learning_rate=DPO.learning_rate,
-            max_grad_norm=DPO.max_grad_norm,
-            dtype=DTYPES[dtype],
-        )
-        for kind in PUBLIC_WAYS
-    )
+    public, script = (public_way(folder, kind, pairs, dtype=dtype) for kind in PUBLIC_WAYS)
     ways = {
         "public": public,
         "script": script,
@@ -145,37 +121,12 @@ def _vae(folder: Path) -> Any:
     return AutoencoderKL.from_pretrained(folder, subfolder="vae")
 
 
-def measure_best(folder: Path, *, rounds: int, steps: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """Try each acceleration alone against `live` in float32; return its ratio of pairs per second."""
-    base = BaseModelConfig(model=str(folder))
-    data = encode_once(load_backbone(base), make_pairs(SMALL_PICTURE))
-
-    def training(**options: Any) -> OurTraining:
-        return OurTraining(load_backbone(base), data, **options)
-
-    low = OurTraining(load_backbone(BaseModelConfig(model=str(folder), dtype="bfloat16")), data)
-    ways = {
-        "live": training().step,
-        "channels-last": training(channels_last=True).step,
-        "compiled": training(compiled=True).step,
-        "fused optimizer": training(fused=True).step,
-        "bfloat16": low.step,
-        f"{STACKED} experts in one batch": stacked_experts(load_backbone(base), data, experts=STACKED),
-    }
-    times = alternate({name: repeat(step, steps) for name, step in ways.items()}, rounds=rounds, warmup_rounds=2)
-    wall = {name: [one.wall_seconds for one in rows] for name, rows in times.items()}
-    work = {name: STACKED if "experts" in name else 1 for name in wall}
-    ratios = {
-        f"{name} vs live": ratio_of_medians(wall["live"], wall[name]) * work[name] for name in wall if name != "live"
-    }
-    return ratios, {"wall_seconds_per_round": wall}
-
-
 def main() -> None:
     """Read the arguments, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--small", action="store_true", help="memory: of a small model, to see that it works")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps-per-round", type=int, default=2)
     arguments = parser.parse_args()
@@ -199,7 +150,7 @@ def main() -> None:
             print({key: round(value, 3) for key, value in found.items()}, flush=True)
             ratios |= found
     if "memory" in arguments.parts:
-        found, raw["memory"] = measure_memory()
+        found, raw["memory"] = measure_memory(small=arguments.small)
         ratios |= found
     if "bounds" in arguments.parts:
         found, raw["bounds"] = measure_bounds(rounds=arguments.rounds)

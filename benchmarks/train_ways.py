@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.public_trainers import PublicWay, public_step
 from safetydpo.artifacts.schemas import caption_sha256
 from safetydpo.config.training import DpoConfig, LoraConfig
 from safetydpo.diffusion.adapter import initial_adapter, linear_layers
 from safetydpo.diffusion.backbone import Backbone
+from safetydpo.diffusion.build import DTYPES
 from safetydpo.diffusion.targets import matches_suffix
 from safetydpo.dpo.batch import PreferenceData, PreferenceRow, StepBatch, step_batch
 from safetydpo.dpo.descent import code_of_a_step
@@ -36,6 +40,34 @@ DPO = DpoConfig(
     beta=5000.0,
     learning_rate=1e-5,
 )
+
+
+def repeat(step: Callable[[], None], times: int) -> Callable[[], None]:
+    """Return `step` done several times."""
+
+    def run() -> None:
+        for _ in range(times):
+            step()
+
+    return run
+
+
+def public_way(
+    folder: Path, kind: PublicWay, pairs: tuple[Tensor, Tensor, list[str]], *, dtype: str
+) -> Callable[[], None]:
+    """Return a public trainer's step with the settings of ours."""
+    return public_step(
+        folder,
+        kind,
+        pairs,
+        rank=LORA.rank,
+        targets=LORA.targets,
+        pairs_per_step=DPO.pairs_per_step,
+        beta=DPO.beta,
+        learning_rate=DPO.learning_rate,
+        max_grad_norm=DPO.max_grad_norm,
+        dtype=DTYPES[dtype],
+    )
 
 
 def make_pairs(size: int) -> tuple[Tensor, Tensor, list[str]]:
@@ -85,8 +117,14 @@ class OurTraining:
         fused: bool = False,
         pairs_per_step: int = DPO.pairs_per_step,
         adapter_compute: str = "float32",
+        activation_checkpointing: bool = False,
     ) -> None:
-        changes = {"pairs_per_step": pairs_per_step, "adapter_compute": adapter_compute, "compiled": compiled}
+        changes = {
+            "pairs_per_step": pairs_per_step,
+            "adapter_compute": adapter_compute,
+            "compiled": compiled,
+            "activation_checkpointing": activation_checkpointing,
+        }
         self.config = DPO.model_copy(update=changes | ({"reference": "cached"} if cached else {}))
         self.backbone, self.data = backbone, with_stored_errors(backbone, data, self.config) if cached else data
         self._engine = open_engine(backbone, config=self.config, lora=LORA)
@@ -191,11 +229,29 @@ class StackedLora(nn.Module):
         outputs: Tensor = self.base(inputs)
         if not self.is_on:
             return outputs
-        parts = inputs.reshape(self.experts, -1, inputs.shape[-1])
+        # In float32, as the product's adapters are by default.
+        parts = inputs.to(self.down.dtype).reshape(self.experts, -1, inputs.shape[-1])
         return outputs + (parts @ self.down @ self.up).reshape(outputs.shape).to(outputs.dtype)
 
 
-def stacked_experts(backbone: Backbone, data: PreferenceData, *, experts: int) -> Callable[[], None]:
+def clip_each_expert(layers: Sequence[StackedLora], *, max_norm: float) -> None:
+    """Scale the gradients of each expert to a joint 2-norm of at most `max_norm`."""
+    gradients = [tensor.grad for layer in layers for tensor in (layer.down, layer.up) if tensor.grad is not None]
+    squares = torch.stack([gradient.flatten(1).square().sum(dim=1) for gradient in gradients]).sum(dim=0)
+    scale = (max_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(scale[:, None, None])
+
+
+def stacked_experts(
+    backbone: Backbone,
+    data: PreferenceData,
+    *,
+    experts: int,
+    channels_last: bool = False,
+    compiled: bool = False,
+    fused: bool = False,
+) -> Callable[[], None]:
     """Return a step that trains several experts at once, `pairs_per_step` pairs of each in one batch."""
     layers = []
     for name, linear in linear_layers(backbone.network).items():
@@ -203,7 +259,10 @@ def stacked_experts(backbone: Backbone, data: PreferenceData, *, experts: int) -
             parent, _, child = name.rpartition(".")
             layers.append(StackedLora(linear, experts=experts, rank=LORA.rank))
             setattr(backbone.network.get_submodule(parent), child, layers[-1])
-    optimizer = torch.optim.AdamW([p for layer in layers for p in (layer.down, layer.up)], lr=DPO.learning_rate)
+    if channels_last:
+        backbone.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    trainable = [tensor for layer in layers for tensor in (layer.down, layer.up)]
+    optimizer = torch.optim.AdamW(trainable, lr=DPO.learning_rate, fused=fused or None)
     config = DPO.model_copy(update={"pairs_per_step": DPO.pairs_per_step * experts})
     done = 0
 
@@ -223,14 +282,16 @@ def stacked_experts(backbone: Backbone, data: PreferenceData, *, experts: int) -
         timesteps = torch.cat([batch.timesteps, batch.timesteps])[order]
         condition = batch.condition.followed_by(batch.condition).select(order)
         noisy = backbone.add_noise(latents, noise, timesteps)
-        switch(False)
-        with torch.no_grad():
-            reference = squared_error(backbone.predict(noisy, timesteps, condition), noise)
-        switch(True)
-        policy = squared_error(backbone.predict(noisy, timesteps, condition), noise)
-        rise = (policy - reference).view(experts, 2, -1)
-        loss = -F.logsigmoid(-(config.beta / 2) * (rise[:, 0] - rise[:, 1])).mean(dim=1).sum()
-        torch.autograd.backward(loss)
+        with backbone.compiled() if compiled else nullcontext():
+            switch(False)
+            with torch.no_grad():
+                reference = squared_error(backbone.predict(noisy, timesteps, condition), noise)
+            switch(True)
+            policy = squared_error(backbone.predict(noisy, timesteps, condition), noise)
+            rise = (policy - reference).view(experts, 2, -1)
+            loss = -F.logsigmoid(-(config.beta / 2) * (rise[:, 0] - rise[:, 1])).mean(dim=1).sum()
+            torch.autograd.backward(loss)
+        clip_each_expert(layers, max_norm=config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 

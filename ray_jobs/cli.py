@@ -246,6 +246,7 @@ def run_chain(config: Any, *, last: str, redacted: bool = False) -> None:
     _print_choice(console, chain)
     if chain.summary is not None:
         _print_summary(console, chain)
+        _print_draws(console, chain)
     else:
         if last == "train":
             _print_draws(console, chain)
@@ -316,15 +317,11 @@ def summary_table(summary: Any, *, name: str, width: int) -> Any:
 
 
 def _print_draws(console: Any, chain: Any) -> None:
-    from ray_jobs.expert_plan import plan_experts
-    from ray_jobs.reference_errors import count_draws, describe_draws
+    from ray_jobs.draw_uses import describe_draws, read_draw_reuse
 
-    if chain.run.config.identity.dpo.validation.every_steps is not None:
-        return
-    units = plan_experts(chain.run, chain.pairs, chain.pairs_folder)
-    each = [count_draws(chain.run, [unit]) for unit in units]
-    reference = chain.run.config.identity.dpo.reference
-    console.print(describe_draws(count_draws(chain.run, units), each, reference=reference), soft_wrap=True)
+    if chain.experts:
+        reuse = read_draw_reuse(chain.run, chain.experts, chain.pairs, chain.pairs_folder)
+        console.print(describe_draws(reuse), soft_wrap=True)
 
 
 def _print_choice(console: Any, chain: Any) -> None:

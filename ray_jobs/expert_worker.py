@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ray_jobs.draw_uses import count_draws
 from ray_jobs.expert_plan import ExpertUnit, read_lane_units
 from ray_jobs.expert_watch import LaneWatch
 from ray_jobs.lanes import OVERTAKEN, Interrupted, LaneWorker, Turn
 from ray_jobs.metrics import GpuGauge, count
-from ray_jobs.reference_errors import count_draws, with_reference_errors
+from ray_jobs.reference_errors import with_reference_errors
 from ray_jobs.run import Run, make_record
 from ray_jobs.run_context import enter, within
 from ray_jobs.train_experts import CHECKPOINT_FILE, EXPERTS, LABEL
@@ -162,7 +163,7 @@ def _train_unit(lane: _Lane, unit: ExpertUnit, turn: Turn) -> None:
             "pairs": data.num_pairs,
             "steps": len(trained.history),
             "resumed_at": trained.resumed_at,
-            **count_draws(run, [unit]),
+            **count_draws(run, [unit], steps={unit.name: len(trained.history)}),
         },
         "details": {"attempt": turn.number, **watched.details(trained)},
     }

@@ -340,6 +340,7 @@ def encode_pictures(run: Run, images: pa.Table, used: pa.Table) -> None:
         batch_size=DERIVED_BATCH,
         passes_per_batch=DERIVED_PASSES,
         attach=stored_pictures(image_pool(run)),
+        inputs={"base": run.base_fingerprint},
     )
     pool, execution = latent_pool(run), run.config.execution
     fill_pool(pool, _rows_of(images, used).select(PICTURE_PLACE), stage, execution=execution)
@@ -372,6 +373,7 @@ def encode_captions(run: Run, used: pa.Table) -> None:
         arguments={"base": run.config.identity.base.model_dump(), "batch_size": DERIVED_BATCH},
         batch_size=DERIVED_BATCH,
         passes_per_batch=DERIVED_PASSES,
+        inputs={"base": run.base_fingerprint},
     )
     captions = [{"caption_sha256": caption_sha256(text), "caption": text} for text in sorted(texts)]
     fill_pool(

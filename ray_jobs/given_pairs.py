@@ -210,6 +210,7 @@ def _encode_given(run: Run, manifest: pa.Table, pictures: Location) -> None:
         batch_size=DERIVED_BATCH,
         passes_per_batch=DERIVED_PASSES,
         attach=stored_pictures(pictures),
+        inputs={"base": run.base_fingerprint},
     )
     wanted = pc.unique(manifest.column("image_id").combine_chunks())
     index = read_index(pictures, IMAGES, wanted=wanted, id_column="image_id")

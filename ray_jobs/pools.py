@@ -83,6 +83,8 @@ class PoolStage:
     """Columns that the worker's rows get from another pool; the manifest then has the `file` column of its index."""
     calls_per_worker: int = 1
     """Batches that a worker is called with at the same time, from as many threads; above 1 it must be made for that."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """What the rows are computed with beside the manifest, in the record of each batch; see `check_pool_inputs`."""
 
 
 def fill_pool(pool: Location, manifest: pa.Table, stage: PoolStage, *, execution: ExecutionConfig) -> pa.Table:
@@ -257,6 +259,7 @@ def _run_batch(batch: _Batch, stage: PoolStage, *, execution: ExecutionConfig) -
         "failed_units": made.filter(pc.invert(good_rows(found))).to_pylist(),
         "attempt": max(batch.attempts),
         "seconds": round(time.time() - started, 3),
+        **({"inputs": dict(stage.inputs)} if stage.inputs else {}),
     }
     (folder / RECORD_FILE).write_bytes(json.dumps(record, indent=2, sort_keys=True).encode())
     (folder / CHECKPOINT_FOLDER).delete()

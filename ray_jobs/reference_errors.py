@@ -112,15 +112,26 @@ def with_reference_errors(
     return replace(data, reference_errors=errors_by_draw(stored))
 
 
-def draws_of_pairs(run: Run, units: Members) -> dict[str, int]:
-    """Return how many distinct draws of each pair the units make together: the draws 0, 1, ... below that number."""
+def draws_of_pairs(run: Run, units: Members, *, steps: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Return how many distinct draws of each pair the units make together: the draws 0, 1, ... below that number.
+
+    `steps` is how many each unit does, by its name; None = those of its settings. Pairs that a validation keeps out of
+    a unit's training are none of that unit's.
+    """
+    from safetydpo.dpo.held_out import held_out_ids
     from safetydpo.dpo.reference import planned_draws
 
     together: dict[str, int] = {}
     for unit in units:
         # The order that `PreferenceData` gives them.
-        pair_ids = sorted(unit.pair_ids)
-        _, draws = planned_draws(unit.dpo, run_seed=run.config.identity.seed, expert=unit.name, num_pairs=len(pair_ids))
+        pair_ids, dpo, run_seed = sorted(unit.pair_ids), unit.dpo, run.config.identity.seed
+        if dpo.validation.every_steps is not None:
+            seed = dpo.draw_seed_of(run_seed)
+            held_out = held_out_ids(pair_ids, rate=dpo.validation.held_out_rate, run_seed=seed)
+            pair_ids = [pair_id for pair_id in pair_ids if pair_id not in held_out]
+        if steps is not None:
+            dpo = dpo.model_copy(update={"steps": steps[unit.name]})
+        _, draws = planned_draws(dpo, run_seed=run_seed, expert=unit.name, num_pairs=len(pair_ids))
         for pair_id, number in zip(pair_ids, draws.tolist(), strict=True):
             together[pair_id] = max(together.get(pair_id, 0), number)
     return together
@@ -146,27 +157,6 @@ def count_stored(run: Run, units: Members) -> tuple[int, int]:
         needed += number
         stored += min(number, read_index(of_pool, REFERENCE_ERRORS, id_column="error_id").num_rows)
     return needed, stored
-
-
-def count_draws(run: Run, units: Members) -> dict[str, int]:
-    """Return how many rows the units use in all their steps (`draw_uses`), and of how many `distinct_draws`.
-
-    Nothing where a validation keeps pairs out and may end a training early: that is not known beforehand.
-    """
-    if any(unit.dpo.validation.every_steps is not None for unit in units):
-        return {}
-    uses = sum(unit.dpo.steps * unit.dpo.pairs_per_step for unit in units)
-    return {"draw_uses": uses, "distinct_draws": sum(draws_of_pairs(run, units).values())}
-
-
-def describe_draws(run: Mapping[str, int], experts: Sequence[Mapping[str, int]], *, reference: str) -> str:
-    """Return the line of the training summary that says how often a draw is used, by one expert and by all."""
-    most = max(counts["draw_uses"] / counts["distinct_draws"] for counts in experts)
-    return (
-        f"draws      {run['draw_uses']:,} uses of {run['distinct_draws']:,} draws of pairs: each "
-        f"{run['draw_uses'] / run['distinct_draws']:.2f} times, by one expert at most {most:.2f} times; "
-        f"reference {reference}"
-    )
 
 
 def _context(run: Run, dpo: DpoConfig, backbone: Backbone | None = None) -> ErrorContext:

@@ -9,7 +9,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ray_jobs.diagnosis import read_overlap, read_winners
+from ray_jobs.draw_uses import read_draw_reuse
 from ray_jobs.evaluate import EvaluatedRow
+from ray_jobs.expert_files import record_folder
 from ray_jobs.final_judges import shared_judges
 from ray_jobs.outcomes import Outcomes, read_outcomes, reference_features
 from ray_jobs.picture_features import measure_pictures, read_measures
@@ -124,7 +126,7 @@ def _write_scores(run: Run, summary: Summary) -> None:
 
 def render_page(run: Run, finished: Finished, summary: Summary, joined: Outcomes, *, redacted: bool) -> str:
     """Return the page of a run."""
-    overlap = read_overlap(run, finished.diagnosis)
+    overlap, pairs = read_overlap(run, finished.diagnosis), finished.pairs
     return render_report(
         summary,
         trials=read_trials(run, finished.search),
@@ -133,6 +135,7 @@ def render_page(run: Run, finished: Finished, summary: Summary, joined: Outcomes
         sheets=_sheets(run, summary, joined),
         overlap=overlap,
         winners=read_winners(run, finished.merged, dict(zip(overlap.names, overlap.categories, strict=True))),
+        draws=None if pairs is None else read_draw_reuse(run, finished.experts, pairs, record_folder(run, pairs)),
         costs=read_costs(run, _by_stage(finished)),
         setup=describe_setup(run, finished.outcomes),
         lineage=read_lineage(run),

@@ -20,6 +20,7 @@ from ray_jobs.resources import workers_for
 from ray_jobs.run import Run, config_for_workers
 from ray_jobs.run_context import current
 from ray_jobs.run_progress import ToldExpert, told_progress
+from ray_jobs.training_tables import check_training_pools
 from safetydpo.artifacts.attempts import clear_attempts
 from safetydpo.artifacts.records import Record, find_closed, write_pointers
 from safetydpo.artifacts.storage import Location
@@ -40,6 +41,8 @@ def train_experts(run: Run, pairs: Record, pairs_folder: Location) -> dict[str, 
     pending = [unit for unit in units if find_closed(run.store, unit.key) is None]
     failures: Mapping[str, str] = {}
     if pending:
+        # Every lane would find it too, after it has loaded the base.
+        check_training_pools(run)
         make_reference_errors(run, pending, pairs_folder)
         failures = _train(run, pending, pairs_folder)
     trained = {unit.name for unit in pending}

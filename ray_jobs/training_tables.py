@@ -12,7 +12,7 @@ import pyarrow as pa
 from ray_jobs.generate_pairs import derived_pool, latent_pool
 from ray_jobs.run import Run
 from safetydpo.artifacts.latents import latent_deviations, latent_means
-from safetydpo.artifacts.pool_index import read_pool
+from safetydpo.artifacts.pool_index import check_pool_inputs, read_pool
 from safetydpo.artifacts.records import read_record
 from safetydpo.artifacts.schemas import (
     IMAGE_MANIFEST,
@@ -71,8 +71,23 @@ def read_pair_tables(pairs_folder: Location) -> PairTables:
     )
 
 
+def check_training_pools(run: Run) -> None:
+    """Refuse latents and caption features of another base model, where their batches say of which one they are.
+
+    Raises:
+        SafetyDPOError: naming both fingerprints.
+    """
+    for pool, what in ((latent_pool(run), "latents"), (derived_pool(run, "captions"), "caption features")):
+        check_pool_inputs(pool, {"base": run.base_fingerprint}, what=what)
+
+
 def read_training_tables(run: Run, pairs_folder: Location) -> TrainingTables:
-    """Read manifest, latents and caption features of a pairs artifact; pictures that failed are not among them."""
+    """Read manifest, latents and caption features of a pairs artifact; pictures that failed are not among them.
+
+    Raises:
+        SafetyDPOError: if latents or features are of another base model.
+    """
+    check_training_pools(run)
     tables = read_pair_tables(pairs_folder)
     wanted = {image_id for image_id, _ in tables.images.values()}
     dpo = run.config.identity.dpo

@@ -7,16 +7,18 @@ pictures would not fit into its memory.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.layout import RECORD_FILE
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import read_table, write_table
+from safetydpo.errors import SafetyDPOError
 
 INDEX_FILE = "index.parquet"
 DATA_FOLDER = "data"
@@ -98,6 +100,27 @@ def read_index(pool: Location, schema: pa.Schema, *, wanted: Wanted = None, id_c
         if sum(part.num_rows for part in parts) >= ROWS_PER_LOOK_UP:
             found, parts = _wanted_rows([found, *parts], values, id_column=id_column), []
     return _best_rows(_wanted_rows([found, *parts], values, id_column=id_column), id_column=id_column)
+
+
+def check_pool_inputs(pool: Location, wanted: Mapping[str, str], *, what: str) -> None:
+    """Refuse a pool with a closed batch whose record says that it was computed with other inputs than `wanted`.
+
+    A batch of an earlier version says nothing of its inputs and passes: its pool is named by them.
+
+    Raises:
+        SafetyDPOError: naming the batch and both values.
+    """
+    records = [file for batch in pool.list() if (file := batch / RECORD_FILE).is_file()]
+    with ThreadPoolExecutor(READERS) as readers:
+        texts = list(readers.map(lambda file: file.read_bytes(), records))
+    for file, text in zip(records, texts, strict=True):
+        found = parse_json(text).get("inputs", {})
+        for name, value in wanted.items():
+            if found.get(name, value) != value:
+                raise SafetyDPOError(
+                    f"expected {what} computed with {name} {value} in {file.parent}, found {name} {found[name]}: "
+                    "delete that folder and run the command again, which computes them anew"
+                )
 
 
 def _wanted_rows(parts: Sequence[pa.Table], wanted: pa.Array | None, *, id_column: str) -> pa.Table:

@@ -6,7 +6,7 @@ Axis legend: `metric` the numbers of `policy_loss`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -31,16 +31,27 @@ def split_held_out(data: PreferenceData, *, rate: float, run_seed: int) -> tuple
     Raises:
         SafetyDPOError: if no pair would be left to train on.
     """
-    count = max(1, round(rate * data.num_pairs))
-    if count >= data.num_pairs:
+    held = held_out_ids(data.pair_ids, rate=rate, run_seed=run_seed)
+    rows: tuple[list[int], list[int]] = ([], [])
+    for row, pair_id in enumerate(data.pair_ids):
+        rows[pair_id in held].append(row)
+    return _choose(data, rows[0]), _choose(data, rows[1])
+
+
+def held_out_ids(pair_ids: Sequence[str], *, rate: float, run_seed: int) -> frozenset[str]:
+    """Return the ids of the pairs that `split_held_out` keeps out of training.
+
+    Raises:
+        SafetyDPOError: if no pair would be left to train on.
+    """
+    count = max(1, round(rate * len(pair_ids)))
+    if count >= len(pair_ids):
         raise SafetyDPOError(
             f"expected more pairs than the {count} that dpo.validation.held_out_rate {rate:g} keeps out of training, "
-            f"found {data.num_pairs}: lower it, or make more pairs"
+            f"found {len(pair_ids)}: lower it, or make more pairs"
         )
-    order = sorted(range(data.num_pairs), key=lambda row: derive_seed(run_seed, "dpo_held_out", data.pair_ids[row]))
-    held = set(order[:count])
-    rows = range(data.num_pairs)
-    return _choose(data, [row for row in rows if row not in held]), _choose(data, [row for row in rows if row in held])
+    order = sorted(pair_ids, key=lambda pair_id: derive_seed(run_seed, "dpo_held_out", pair_id))
+    return frozenset(order[:count])
 
 
 def _choose(data: PreferenceData, rows: list[int]) -> PreferenceData:

@@ -18,6 +18,7 @@ from safetydpo.evaluation.report_checks import ATTACK, evidence_checks, headline
 from safetydpo.evaluation.report_pictures import show_picture
 from safetydpo.evaluation.report_records import (
     ContactSheet,
+    DrawReuse,
     ExpertOverlap,
     LayerWinners,
     LineageEntry,
@@ -79,6 +80,7 @@ def render_report(
     matrix: ExpertMatrix | None = None,
     overlap: ExpertOverlap | None = None,
     winners: Sequence[LayerWinners] = (),
+    draws: DrawReuse | None = None,
     costs: Sequence[StageCost] | None = None,
     setup: Sequence[tuple[str, str]] = (),
     lineage: Sequence[LineageEntry] = (),
@@ -97,6 +99,7 @@ def render_report(
         matrix: Expert x category; None = taken from the summary.
         overlap: How alike the experts are.
         winners: Who supplies which layers, per merge that selects; the first few are shown.
+        draws: How often the experts used the draws of their pairs.
         costs: What each stage took; None = the wall times of the summary.
         setup: (what, value) of the settings behind the numbers: model, prompts, seeds, sampler, judges.
         lineage: Artifacts behind the result.
@@ -106,11 +109,9 @@ def render_report(
     """
     facts = {
         **_results(summary, shared_judges),
-        **_experts(overlap, winners),
+        **_experts(overlap, winners, draws),
         **_pictures(sheets, redacted=redacted),
-        "trials": trials,
-        "search_plot": None if trials is None or not trials.trials else plot_search(trials),
-        "search_details": _search_details(search_details),
+        **_search(trials, search_details),
         "training_plot": plot_training(training) if any(curve.values for curve in training) else None,
         "matrix": matrix if matrix is not None else expert_matrix(summary),
         "costs": _wall_times(summary) if costs is None else costs,
@@ -195,7 +196,7 @@ def _sections(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         **facts,
         "has_pictures": facts["sheets"] or facts["left_out"],
         "has_judges": facts["gaps"] or facts["judge_names"],
-        "has_experts": facts["matrix"] or facts["overlap_plot"] or facts["winners_plots"],
+        "has_experts": facts["matrix"] or facts["overlap_plot"] or facts["winners_plots"] or facts["draws"],
     }
     return [(name, label) for name, label, needed in SECTIONS if not needed or present[needed]]
 
@@ -238,8 +239,11 @@ def _pictures(sheets: Sequence[ContactSheet], *, redacted: bool) -> dict[str, An
     return {"sheets": kept, "left_out": left_out, "num_veiled": sum(sheet["num_veiled"] for sheet in kept)}
 
 
-def _experts(overlap: ExpertOverlap | None, winners: Sequence[LayerWinners]) -> dict[str, Any]:
+def _experts(overlap: ExpertOverlap | None, winners: Sequence[LayerWinners], draws: DrawReuse | None) -> dict[str, Any]:
+    shown = [] if draws is None else sorted(draws.experts, key=lambda expert: -expert.rate)
     return {
+        "draws": draws if shown else None,
+        "draws_by_expert": shown[:MOST_NAMED_EXPERTS],
         "overlap_plot": None if overlap is None or len(overlap.names) < 2 else plot_overlap(overlap),
         "num_experts": 0 if overlap is None else len(overlap.names),
         "clustered": overlap is not None and len(overlap.names) > MOST_NAMED_EXPERTS,
@@ -248,11 +252,15 @@ def _experts(overlap: ExpertOverlap | None, winners: Sequence[LayerWinners]) -> 
     }
 
 
-def _search_details(details: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what the page asks for; empty where a search has none of it, as before there was any."""
+def _search(trials: SearchTrials | None, details: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what the page asks for; details are empty where a search has none, as before there was any."""
     found = {} if details is None else dict(details)
     shown = {name: found.get(name) for name in ("ladder", "finalists", "benchmarks")}
-    return {**shown, "trial": found.get("trial")} if any(shown.values()) else {}
+    return {
+        "trials": trials,
+        "search_plot": None if trials is None or not trials.trials else plot_search(trials),
+        "search_details": {**shown, "trial": found.get("trial")} if any(shown.values()) else {},
+    }
 
 
 def _wall_times(summary: Summary) -> list[StageCost]:

@@ -62,6 +62,42 @@ class TrainingCurve:
 
 
 @dataclass(frozen=True)
+class ExpertDraws:
+    """Rows that the steps of one expert used, and how many distinct draws of its pairs those were."""
+
+    name: str
+    draw_uses: int
+    distinct_draws: int
+
+    @property
+    def rate(self) -> float:
+        """Uses of each draw, mean."""
+        return self.draw_uses / max(self.distinct_draws, 1)
+
+
+@dataclass(frozen=True)
+class DrawReuse:
+    """How often the draws of pairs were used: by each expert, and by all of them together.
+
+    Attributes:
+        experts: One each.
+        draw_uses: Rows of all steps of all experts.
+        distinct_draws: Draws of all experts; one that several experts make counts once.
+        reference: `live` or `cached`: with the latter each draw's reference errors were computed once.
+    """
+
+    experts: tuple[ExpertDraws, ...]
+    draw_uses: int
+    distinct_draws: int
+    reference: str
+
+    @property
+    def rate(self) -> float:
+        """Uses of each draw, mean."""
+        return self.draw_uses / max(self.distinct_draws, 1)
+
+
+@dataclass(frozen=True)
 class ExpertOverlap:
     """How alike experts are, each two of them.
 

@@ -37,7 +37,8 @@ from tests.tiny import MAX_TOKENS, WORDS, build_tokenizer
 
 SIZE = 32
 WIDTH, WIDTH_2, WIDTH_T5 = 16, 24, 48
-FAMILIES = ("sd1", "sd2", "sdxl", "sd3", "flux-dev", "flux-schnell")
+FAMILIES = ("sd1", "sd2", "sdxl", "sd3", "sd3-dual", "flux-dev", "flux-schnell")
+"""`sd3-dual` has the second attention of Stable Diffusion 3.5 medium."""
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 

@@ -15,7 +15,7 @@ import pytest
 from markupsafe import escape
 
 from safetydpo.evaluation.report import render_report
-from safetydpo.evaluation.report_records import ContactSheet, SheetPair, SheetPicture, StageCost
+from safetydpo.evaluation.report_records import ContactSheet, DrawReuse, ExpertDraws, SheetPair, SheetPicture, StageCost
 from safetydpo.evaluation.report_text import shorten_prompt
 from safetydpo.evaluation.summary import dump_summary
 from tests.evaluation.synthetic import (
@@ -87,6 +87,23 @@ def test_the_experts_section_shows_overlap_and_winners_and_says_what_is_grouped(
     alone = {**summary, "rows": [row for row in summary["rows"] if row["kind"] != "expert"]}
     assert 'id="experts"' in render_slim(summary=alone, overlap=make_overlap())
     assert 'id="experts"' not in render_slim(summary=alone, overlap=make_overlap(experts=1))
+
+
+def test_the_experts_section_says_how_often_a_draw_was_used() -> None:
+    """30 + 20 uses of 25 draws in all: 2 each. By name: 30 of 10 are 3, 20 of 20 are 1."""
+    experts = (ExpertDraws("hate", 20, 20), ExpertDraws("self_harm", 30, 10))
+    page = render_slim(draws=DrawReuse(experts, 50, 25, "cached"))
+    assert "used 50 rows, 25 different draws: each 2.00 times." in page
+    assert "errors were computed once for each draw" in page
+    table = re.search(r'aria-label="Uses of draws by expert".*?</table>', page, re.DOTALL)
+    assert table is not None
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.group().split("<tr>")[2:]]
+    assert rows == [["self harm", "30", "10", "3.00"], ["hate", "20", "20", "1.00"]]
+    many = tuple(ExpertDraws(f"c{number}", 10 + number, 10) for number in range(30))
+    page = render_slim(draws=DrawReuse(many, 735, 300, "live"))
+    assert "Of 30 experts the 24 that used a draw most often are shown." in page
+    assert "The reference was asked at each use" in page
+    assert "How often a draw was used" not in render_slim()
 
 
 def test_every_section_is_there(page: str) -> None:

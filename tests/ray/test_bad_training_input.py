@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from ray_jobs.generate_pairs import derived_pool
 from ray_jobs.train_experts import CHECKPOINT_FILE, plan_experts
+from ray_jobs.training_tables import read_training_tables
+from safetydpo.artifacts.layout import RECORD_FILE
+from safetydpo.artifacts.schemas import LATENTS
 from safetydpo.artifacts.storage import open_location
-from tests.ray.closed_artifacts import close_pairs, open_run
+from safetydpo.artifacts.tables import read_table, table_from_rows, write_table
+from tests.ray.closed_artifacts import close_pairs, close_training_data, open_run
 from tests.ray.commands import Command
 
 USAGE = 2
@@ -58,3 +65,48 @@ def test_workers_that_cannot_train_together_are_refused_before_anything_is_made(
     seen = command("train", "identity.dpo.strategy=single", "execution.workers_per_expert=2")
     seen.assert_one_line("identity.dpo.strategy 'single'", "execution.workers_per_expert 1, found 2", code=USAGE)
     assert not any(command.folder.iterdir())
+
+
+@pytest.mark.parametrize("pool", ["latents", "captions"])
+def test_latents_and_features_of_another_base_are_refused(command: Command, pool: str) -> None:
+    """Of the same shape and under the same name: their batch says which base they are of, and nothing is begun."""
+    run = open_run(command.config, command.places)
+    run.open()
+    close_training_data(run)
+    other = "f" * 64
+    record = derived_pool(run, pool) / "batch-by-hand" / RECORD_FILE
+    record.write_bytes(json.dumps({"inputs": {"base": other}}).encode())
+    before = contents(command.folder / "store")
+    command("train").assert_one_line(f"computed with base {run.base_fingerprint} in", f"found base {other}", code=1)
+    assert contents(command.folder / "store") == before
+
+
+def test_a_batch_of_this_base_and_one_that_says_nothing_are_read(command: Command) -> None:
+    """Every batch of an earlier version says nothing."""
+    run = open_run(command.config, command.places)
+    _, folder = close_training_data(run)
+    before = read_training_tables(run, folder)
+    record = derived_pool(run, "latents") / "batch-by-hand" / RECORD_FILE
+    record.write_bytes(json.dumps({"inputs": {"base": run.base_fingerprint}}).encode())
+    assert read_training_tables(run, folder).latents.keys() == before.latents.keys()
+
+
+@pytest.mark.slow
+def test_latents_that_are_not_finite_are_refused_by_the_command(command: Command) -> None:
+    """All latents are NaN: each expert says so, none is published, and pairs and pools stay as they are."""
+    settings = ["identity.dpo.strategy=single", "execution.expert_attempts=1", "execution.num_workers=1"]
+    run = open_run(command.config, [*command.places, *settings])
+    run.open()
+    close_training_data(run)
+    file = derived_pool(run, "latents") / "batch-by-hand" / "data" / "part.parquet"
+    table = read_table(file, LATENTS)
+    rows = table.to_pylist()
+    broken = [{**row, "latent": np.full(len(row["latent"]) // 2, np.nan, np.float16).tobytes()} for row in rows]
+    write_table(file, table_from_rows(broken, LATENTS))
+    before = contents(command.folder / "store")
+    command("train", *settings).assert_one_line(
+        "found NaN or infinity in the latent of picture", "trained experts", code=1
+    )
+    after = contents(command.folder / "store")
+    assert {name: after[name] for name in before} == before
+    assert not [name for name in after if name.startswith("experts/") and name.endswith(RECORD_FILE)]

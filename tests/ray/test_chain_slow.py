@@ -26,6 +26,8 @@ TRIGGERS: dict[str, str] = {
     "evaluate": "outcomes/pool-*/batch-*/data/*.parquet",
 }
 """The file whose appearance says that a stage is in the middle of its work."""
+DRAWS = "The steps of all experts used 80 rows"
+"""Of two experts of 5 steps of 4 pairs, and `all_single` of 10."""
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +69,7 @@ def test_ray_job_submit_runs_the_chain_to_adapter_summary_and_page(finished: Pla
     for name in ("metrics.csv", "metrics.parquet"):
         assert (finished.run_dir / "report" / name).stat().st_size > 1000
     page = (finished.run_dir / "report" / "index.html").read_text()
-    for part in ("<html", "How alike the experts are", "Who won which layers: co_merge", "was not measured"):
+    for part in ("<html", "How alike the experts are", "Who won which layers: co_merge", "was not measured", DRAWS):
         assert part in page
 
 

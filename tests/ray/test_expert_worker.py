@@ -79,4 +79,6 @@ def test_a_training_that_ends_early_is_counted_as_done(command: Command) -> None
     record = find_closed(run.store, unit.key)
     assert record is not None
     assert 0 < record.counts["steps"] < 6
+    assert record.counts["draw_uses"] == record.counts["steps"] * unit.dpo.pairs_per_step
+    assert 0 < record.counts["distinct_draws"] <= record.counts["draw_uses"]
     assert board.counts.count(LABEL) == 6

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from ray_jobs import reference_errors
+from ray_jobs.draw_uses import count_draws
 from ray_jobs.expert_plan import ExpertUnit, plan_experts
-from ray_jobs.reference_errors import count_draws, describe_draws, draws_of_pairs, with_reference_errors
+from ray_jobs.reference_errors import draws_of_pairs, with_reference_errors
 from ray_jobs.run import Run
 from ray_jobs.training_tables import PairTables
 from safetydpo.dpo.draws import pair_order
@@ -70,15 +71,6 @@ def test_a_draw_seed_orders_the_pairs(command: Command) -> None:
 
     assert draws() == draws("identity.dpo.draw_seed=3") != draws("identity.dpo.draw_seed=4")
     assert draws().keys() == draws("identity.dpo.draw_seed=4").keys()
-
-
-def test_the_line_of_the_summary() -> None:
-    """80 uses of 32 draws: 2.5 each."""
-    experts = [{"draw_uses": 20, "distinct_draws": 20}, {"draw_uses": 40, "distinct_draws": 32}]
-    line = describe_draws({"draw_uses": 80, "distinct_draws": 32}, experts, reference="cached")
-    assert line == (
-        "draws      80 uses of 32 draws of pairs: each 2.50 times, by one expert at most 1.25 times; reference cached"
-    )
 
 
 def test_errors_that_are_gone_are_named(command: Command) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ray_jobs.draw_uses import count_draws
 from ray_jobs.expert_plan import ExpertUnit, plan_experts
 from ray_jobs.generate_pairs import generate_pairs, latent_pool
 from ray_jobs.places import image_pool
-from ray_jobs.reference_errors import count_draws, make_reference_errors, with_reference_errors
+from ray_jobs.reference_errors import make_reference_errors, with_reference_errors
 from ray_jobs.run import Run, with_absolute_paths
 from ray_jobs.training_tables import preference_data, read_training_tables
 from ray_jobs.workers import decode_pictures
