@@ -129,7 +129,7 @@ def test_killed_and_run_again_gives_equal_bytes(finished: Place, tmp_path: Path,
 
 
 def test_a_report_killed_while_it_is_written_and_run_again_gives_equal_bytes(finished: Place, tmp_path: Path) -> None:
-    """Killed when its summary stands and its page does not: scores, tables, page, adapter and card are as undisturbed."""
+    """Killed when its summary stands and its page does not: scores, page, adapter and card are as undisturbed."""
     place = finished.before("report", tmp_path)
     shutil.copytree(finished.store / "picture_measures", place.store / "picture_measures")
     report = place.run_dir / "report"
@@ -140,7 +140,14 @@ def test_a_report_killed_while_it_is_written_and_run_again_gives_equal_bytes(fin
     assert place.is_left_alone()
     wanted = finished.report()
     assert place.report() == wanted
-    names = ["concept_rates.parquet", "index.html", "metrics.csv", "metrics.parquet", "outcomes.parquet", "summary.json"]
+    names = [
+        "concept_rates.parquet",
+        "index.html",
+        "metrics.csv",
+        "metrics.parquet",
+        "outcomes.parquet",
+        "summary.json",
+    ]
     adapter = ["merged/README.md", "merged/pytorch_lora_weights.safetensors"]
     assert sorted(wanted) == [*adapter, *(f"report/{name}" for name in names)]
     inputs = [json.loads((one.run_dir / "report" / "record.json").read_text())["inputs"] for one in (place, finished)]
