@@ -154,6 +154,22 @@ def test_a_report_killed_while_it_is_written_and_run_again_gives_equal_bytes(fin
     assert inputs[0] == inputs[1]
 
 
+def test_the_benchmark_of_the_report_times_the_whole_stage_and_leaves_no_made_up_outcome(finished: Place) -> None:
+    """90 prompts at most a row, 9 rows; the store is as it was."""
+    before = finished.files()
+    command = [sys.executable, "-m", "benchmarks.report_stage", str(finished.config), f"store={finished.store}"]
+    command += ["identity.evaluation.prompts_per_category=20", "--pictures", "100", "--side", "32"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=200 * PATIENCE, check=False, env=finished.environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = json.loads(done.stdout.splitlines()[-1])
+    assert printed["raw"]["pictures"] >= 100
+    assert printed["raw"]["rows"] == 9
+    assert printed["raw"]["page_bytes"] > 300_000
+    assert finished.files() == before
+
+
 def test_ctrl_c_in_the_middle_of_training_ends_it_in_one_line(finished: Place, tmp_path: Path) -> None:
     place = finished.before("train", tmp_path)
     done = place.kill_when(lambda: any(place.store.glob(TRIGGERS["train"])), "train", sent=signal.SIGINT)
