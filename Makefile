@@ -53,5 +53,9 @@ demo: setup
 evidence: setup
 	$(BIN)/safetydpo evidence
 
+# Those that need no GPU and no finished run, one after the other; each prints one line of JSON. The rest (GPU, a
+# finished run, hours) stand in benchmarks/, each with its command at the top of its file.
+BENCHMARKS := train merge prompt_import fused_drawing picture_features cached_reference evaluate evaluate_report
 bench: setup
-	for name in train merge; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	$(BIN)/python -m benchmarks.pairs --parts speed --rounds 1

@@ -10,7 +10,8 @@ from ray_jobs.stage_use import price_of_config, stage_cost, stage_utilisation
 from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.layout import stage_folder
 from safetydpo.artifacts.records import Record, read_pointers, read_record
-from safetydpo.artifacts.schemas import TRIALS
+from safetydpo.artifacts.schemas import MEASUREMENTS, TRIALS
+from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import read_table
 from safetydpo.evaluation.report_records import LineageEntry, SearchTrial, SearchTrials, StageCost, TrainingCurve
 from safetydpo.evaluation.report_text import plain_name
@@ -98,7 +99,7 @@ def read_costs(run: Run, records: Mapping[str, Iterable[Record]], *, per_hour: f
                 cpu_seconds=cost.get("cpu_seconds"),
                 gpu_seconds=cost.get("gpu_seconds"),
                 pairs=_total(counts, "pairs") if stage in ("pairs", "train") else None,
-                pictures=_pictures(stage, made),
+                pictures=_pictures(run, stage, made),
                 detail=_made(stage, counts),
                 utilisation=stage_utilisation(run, stage, made),
                 cost=stage_cost(run, stage, per_hour=price),
@@ -107,12 +108,20 @@ def read_costs(run: Run, records: Mapping[str, Iterable[Record]], *, per_hour: f
     return costs
 
 
-def _pictures(stage: str, records: Iterable[Record]) -> int | None:
+def _pictures(run: Run, stage: str, records: Iterable[Record]) -> int | None:
     if stage == "search":
-        # A search without a ladder does not say how many it drew.
-        ladders = [record.details.get("ladder") for record in records]
-        return sum(ladder["pictures"] for ladder in ladders if ladder) if any(ladders) else None
+        # All that it drew, the base's pictures and those of finalists among them; an older search kept no account.
+        drawn = [_drawn(record_folder(run, record) / "measurements") for record in records]
+        known = [number for number in drawn if number is not None]
+        return sum(known) if known else None
     return _total([record.counts for record in records], "pictures")
+
+
+def _drawn(folder: Location) -> int | None:
+    """Return how many pictures the measurements of a search drew."""
+    if not folder.is_folder():
+        return None
+    return sum(read_table(folder, MEASUREMENTS, columns=["pictures"])["pictures"].to_pylist())
 
 
 def _total(counts: Iterable[Mapping[str, int]], name: str) -> int | None:

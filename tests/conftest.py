@@ -12,39 +12,9 @@ from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 from safetydpo.artifacts.storage import Location, open_location
+from tests.checked_modules import CHECKED_MODULES
 from tests.s3_server import BUCKET, S3Server
 
-# Every call of these checks its tensors against the annotated axes. Not listed, because beartype refuses to decorate
-# functions that take `Backbone` or `Engine`, Protocols that are not runtime-checkable: `dpo.step`, `dpo.trainer`,
-# `diffusion.render`. (Making them so would check attribute names at every call and no shape.)
-CHECKED_MODULES = (
-    "safetydpo.artifacts.adapters",
-    "safetydpo.baselines.closed_form",
-    "safetydpo.baselines.guidance",
-    "safetydpo.diffusion.schedule",
-    "safetydpo.dpo.batch",
-    "safetydpo.dpo.draws",
-    "safetydpo.dpo.loss",
-    "safetydpo.dpo.stored_errors",
-    "safetydpo.dpo.variants",
-    "safetydpo.evaluation.damage",
-    "safetydpo.evaluation.distances",
-    "safetydpo.evaluation.feature_metrics",
-    "safetydpo.evaluation.inception_distances",
-    "safetydpo.evaluation.judge_rates",
-    "safetydpo.evaluation.metrics",
-    "safetydpo.judges.layered_distance",
-    "safetydpo.merging.algebra",
-    "safetydpo.merging.methods",
-    "safetydpo.merging.overlap",
-    "safetydpo.merging.votes",
-    "safetydpo.pairs.concepts",
-    "safetydpo.pairs.layout",
-    "safetydpo.pairs.select",
-    "safetydpo.search.recognition",
-    "safetydpo.seeding",
-    "safetydpo.statistics",
-)
 _early = [name for name in CHECKED_MODULES if name in sys.modules]
 if _early:
     raise RuntimeError(

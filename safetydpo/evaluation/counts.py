@@ -28,7 +28,7 @@ from safetydpo.evaluation.metrics import (
 from safetydpo.evaluation.outcomes import ImageOutcome
 from safetydpo.statistics import cluster_bootstrap, paired_difference
 
-Total = tuple[float, int]
+Total = tuple[int | float, int]
 """(hits or sum of values, pictures) of one concept."""
 SCORES = "clip_score"
 MARGIN = "clip_margin"

@@ -56,3 +56,11 @@ def test_no_file_is_large_but_the_demo_weights():
     allowed = Path("safetydpo/demo/weights")
     large = [path for path in files_of_the_project() if path.stat().st_size > 1_000_000]
     assert [path for path in large if not path.relative_to(ROOT).is_relative_to(allowed)] == []
+
+
+def test_make_bench_runs_benchmarks_that_are_there():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (listed,) = (line.partition(":=")[2].split() for line in makefile.splitlines() if line.startswith("BENCHMARKS"))
+    assert len(listed) == len(set(listed))
+    for name in listed:
+        assert "print_result(" in (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")

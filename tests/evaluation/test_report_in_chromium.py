@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from benchmarks import report_screenshots
+from benchmarks.report_screenshots import SHOTS, Theme, browse, take_screenshot
 from safetydpo.evaluation.report import render_report
 from safetydpo.evaluation.report_pictures import VEIL_SIDE
 from tests.evaluation.synthetic import (
@@ -24,10 +27,9 @@ from tests.evaluation.synthetic import (
 )
 from tests.evaluation.test_report import HOSTILE
 
-CHROMIUM = shutil.which("chromium")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium (see apt.txt)"),
+    pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium (see apt.txt)"),
 ]
 # A page around the report that looks into it: the report's own policy lets no foreign script run inside.
 HARNESS = """<!DOCTYPE html><body style="margin:0">
@@ -79,23 +81,6 @@ window.onload = function () {{
 </script></body>"""
 
 
-def browse(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    assert CHROMIUM is not None
-    profile = folder / "profile"
-    options = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --hide-scrollbars --allow-file-access-from-files "
-        "--enable-logging=stderr --virtual-time-budget=8000"
-    )
-    return subprocess.run(
-        [CHROMIUM, *options.split(), f"--user-data-dir={profile}", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=True,
-    )
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("report")
@@ -118,7 +103,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_page_at_two_widths(folder: Path, width: int) -> None:
     harness = folder / f"harness-{width}.html"
     harness.write_text(HARNESS.format(page="index.html", width=width), encoding="utf-8")
-    result = browse(folder, "--dump-dom", f"--window-size={max(width, 500)},1200", harness.as_uri())
+    result = browse("--dump-dom", f"--window-size={max(width, 500)},1200", harness.as_uri())
     found = re.search(r'<pre id="answer">(\{.*?\})</pre>', result.stdout, flags=re.DOTALL)
     assert found is not None, result.stderr[-2000:]
     answer: dict[str, Any] = json.loads(found[1])
@@ -149,11 +134,11 @@ def test_the_watch_for_console_errors_sees_one(folder: Path) -> None:
     """A page that the policy of its own forbids to run a script says so on the console."""
     page = (folder / "index.html").read_text().replace("</main>", "<script>window.stolen = 1</script></main>")
     (folder / "forbidden.html").write_text(page)
-    assert "CONSOLE" in browse(folder, "--dump-dom", (folder / "forbidden.html").as_uri()).stderr
+    assert "CONSOLE" in browse("--dump-dom", (folder / "forbidden.html").as_uri()).stderr
 
 
 def test_a_redacted_page_has_no_veil_and_no_error(folder: Path) -> None:
-    result = browse(folder, "--dump-dom", (folder / "redacted.html").as_uri())
+    result = browse("--dump-dom", (folder / "redacted.html").as_uri())
     assert "CONSOLE" not in result.stderr
     assert "(redacted)</h1>" in result.stdout
     assert 'class="veil"' not in result.stdout
@@ -161,25 +146,35 @@ def test_a_redacted_page_has_no_veil_and_no_error(folder: Path) -> None:
 
 def test_it_prints(folder: Path) -> None:
     target = folder / "page.pdf"
-    browse(folder, f"--print-to-pdf={target}", "--no-pdf-header-footer", (folder / "index.html").as_uri())
+    browse(f"--print-to-pdf={target}", "--no-pdf-header-footer", (folder / "index.html").as_uri())
     assert target.read_bytes().startswith(b"%PDF")
     assert target.stat().st_size > 50_000
 
 
 @pytest.mark.parametrize("width", [1200, 500])
-@pytest.mark.parametrize("scheme", ["0", "1"], ids=["dark", "light"])
-def test_screenshot_is_not_blank_in_either_theme(folder: Path, scheme: str, width: int) -> None:
-    from PIL import Image
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_screenshot_is_not_blank_in_either_theme(folder: Path, theme: Theme, width: int) -> None:
+    file = folder / f"shot-{theme}-{width}.png"
+    take_screenshot(folder / "index.html", file, theme=theme, width=width, height=1600)
+    check_screenshot(file, theme=theme, size=(width, 1600))
 
-    file = folder / f"shot-{scheme}-{width}.png"
-    theme = f"--blink-settings=preferredColorScheme={scheme}"
-    browse(folder, theme, f"--screenshot={file}", f"--window-size={width},1600", (folder / "index.html").as_uri())
+
+def test_the_pictures_of_the_readme_are_taken_by_one_command(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["report_screenshots", str(folder / "index.html"), "--out", str(tmp_path)])
+    report_screenshots.main()
+    assert sorted(file.stem for file in tmp_path.glob("*.png")) == sorted(shot.name for shot in SHOTS)
+    for shot in SHOTS:
+        check_screenshot(tmp_path / f"{shot.name}.png", theme=shot.theme, size=(shot.width, shot.height))
+
+
+def check_screenshot(file: Path, *, theme: Theme, size: tuple[int, int]) -> None:
     with Image.open(file) as picture:
-        size = picture.size
+        assert picture.size == size
         colours = picture.convert("RGB").getcolors(maxcolors=1 << 24)
         corner = picture.convert("L").getpixel((5, 5))
-    assert size[0] == width
     assert colours is not None
     assert len(colours) > 100
     assert isinstance(corner, int)
-    assert (corner < 60) is (scheme == "0")
+    assert (corner < 60) is (theme == "dark")

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,11 @@ STAGE_FOLDERS = {
     "merge": ("layer_inputs", "distilled", "merged", "diagnosis"),
     "search": ("search",),
     "evaluate": ("outcomes",),
+    # What it writes for people stands in the run's folder.
+    "report": ("picture_measures",),
 }
+TIMES = ("timing.json", "cost.json")
+"""Files of a run folder that every stage adds to."""
 MARK = "SAFETYDPO_TEST_MARK"
 PATIENCE = float(os.environ.get("SAFETYDPO_TEST_PATIENCE", "1"))
 """Factor on all waiting times, for a machine whose cores are busy with other work."""
@@ -180,7 +185,29 @@ class Place:
             searched = pointers.pop("merged:searched")
             if searched not in pointers.values():
                 shutil.rmtree(place.store / searched["stage"] / searched["folder"])
+        if stage == "report":
+            # It tells what the stages before it took.
+            place.run_dir.mkdir(parents=True)
+            for name in TIMES:
+                took = json.loads((self.run_dir / name).read_text())
+                took.pop("report")
+                (place.run_dir / name).write_text(json.dumps(took))
         return place
+
+    def report(self) -> dict[str, bytes]:
+        """Every file that the report's stage writes for people, but its record, which holds the time.
+
+        A file that a killed command was writing lies hidden beside the others.
+        """
+        folders = (self.run_dir / "report", self.run_dir / "merged")
+        files = [file for folder in folders for file in folder.glob("[!.]*") if file.name != "record.json"]
+        return {str(file.relative_to(self.run_dir)): file.read_bytes() for file in files}
+
+
+def cpu_seconds_of_commands() -> float:
+    """CPU time of all commands that have ended, and of the processes that they saw end; it grows from call to call."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def wait_for(condition: Callable[[], bool], *, seconds: float) -> bool:
