@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -25,7 +25,7 @@ from ray_jobs.merge_searcher import BudgetError, run_trials, values_of
 from ray_jobs.prompt_tables import chosen_pairs, split_prompts, spread_prompts, what_to_add
 from ray_jobs.resources import task_options
 from ray_jobs.run import Run
-from ray_jobs.search_checks import check_benchmarks
+from ray_jobs.search_checks import NOTHING_NAMED, check_benchmarks, named_benchmarks
 from ray_jobs.search_files import BASE_FILE, BASE_RUNGS_FILE
 from ray_jobs.search_judges import JUDGES_SETTING, asks_demo_judge, fingerprint_search_judges, model_places
 from ray_jobs.search_space import search_space, shared_weights
@@ -87,9 +87,11 @@ def search_merges(
     searched = Searched(members, aids, prompts, search_space(run, members), pairs, pairs_folder)
     key = search_key(run, searched)
     # Looked at each time, also where the search is closed: its prompts must not be in a benchmark.
-    texts, folder = [prompt.text for prompt in prompts], run.config.execution.benchmarks
-    guard = check_benchmarks(identity.search.benchmarks, texts, folder=folder)
+    guard = check_benchmarks(named_benchmarks(run.config), [prompt.text for prompt in prompts])
     record = run.build("search", key, lambda folder: _search(run, folder, searched, guard))
+    if guard != NOTHING_NAMED:
+        # A closed search may have been compared with others: what is told is what was looked at now.
+        record = replace(record, details={**record.details, "benchmarks": guard})
     candidate = Candidate.from_json(str(record.details["candidate"]))
     return record, _searched_adapter(run, candidate, members, aids)
 
@@ -228,7 +230,7 @@ def _search(run: Run, folder: Location, searched: Searched, guard: Mapping[str, 
         details |= choose_finalist(run, log, measurements, evaluator, base=full)
     if search.ladder:
         details["ladder"] = describe_ladder(run, log, measurements, num_prompts=len(searched.prompts))
-    if search.benchmarks:
+    if guard != NOTHING_NAMED:
         details["benchmarks"] = dict(guard)
     return {**made, "details": details}
 

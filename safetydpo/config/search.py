@@ -81,8 +81,8 @@ class SearchConfig(Frozen):
     clip: str = added_field("demo", min_length=1)
     """That CLIP model: `demo` (ships with the package, knows drawings) or a local folder, transformers format."""
     benchmarks: Distinct[str] = added_field(())
-    """What the search must not use prompts of: prompt files of any format that `safetydpo prompts check` reads, and
-    benchmarks as `NAME=FILE`, or as NAME where `execution.benchmarks` holds the file."""
+    """What the search must not use prompts of, beside `identity.evaluation.benchmarks`: prompt files of any format that
+    `safetydpo prompts check` reads, and benchmarks as `NAME=FILE`, or as NAME where `execution.benchmarks` holds it."""
 
     @model_validator(mode="after")
     def _sampler_can_search_this(self) -> Self:
