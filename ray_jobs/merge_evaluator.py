@@ -82,7 +82,7 @@ class MergeEvaluator:
 
     def swap(self, candidate: Candidate | None) -> None:
         """Merge the experts as a candidate says and put the result into the base; None = take any adapter out."""
-        self.put(None if candidate is None else self.merge(candidate).layers)
+        self.put(None if candidate is None or candidate.is_base else self.merge(candidate).layers)
 
     def merge(self, candidate: Candidate) -> MergeResult:
         """Merge the experts as a candidate says; the base stays as it is."""

@@ -102,9 +102,7 @@ def _list_folder(source: Location, suffixes: Sequence[str]) -> Listing:
     size = max(1, min(FILES_AT_ONCE, len(pictures) // (4 * READERS)))
     parts = [pictures[start : start + size] for start in range(0, len(pictures), size)]
     with ThreadPoolExecutor(READERS) as readers:
-        listed = [
-            picture for part in readers.map(lambda names: [look(name) for name in names], parts) for picture in part
-        ]
+        listed = [picture for part in readers.map(lambda names: [look(name) for name in names], parts) for picture in part]
     known = set(pictures)
     return Listing(source, listed, [name for name in files if name not in known])
 

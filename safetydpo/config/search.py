@@ -56,8 +56,8 @@ class SearchConfig(Frozen):
     """`cmaes` needs one method and continuous settings only; `nsga2` looks for trade-offs instead of one price;
     `random` is for comparison."""
     first_trials: Literal["plain", "known"] = added_field("plain")
-    """`plain`: each method at its plain scales. `known`: before those each expert alone, their average, TIES, and
-    Co-Merge where `methods` has it."""
+    """`plain`: each method at its plain scales. `known`: before those the base without an adapter, each expert
+    alone, their average, TIES, and Co-Merge where `methods` has it."""
     weights: Literal["auto", "expert", "category", "none"] = added_field("auto")
     """Who has a coefficient of its own: each expert, each category, or nobody (the global scale is all there is).
     `auto` = each expert up to 20 of them, above that each category."""

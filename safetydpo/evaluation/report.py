@@ -91,7 +91,8 @@ def render_report(
     Args:
         summary: Checked scores.
         trials: The search, if there was one.
-        search_details: What its record says of it (`ladder`, `finalists`, `benchmarks`), as far as there is.
+        search_details: What its record says of it (`ladder`, `finalists`, `benchmarks`, `failures`,
+            `base_is_better`), as far as there is.
         training: One curve per expert.
         sheets: Base and aligned pictures side by side.
         matrix: Expert x category; None = taken from the summary.
@@ -251,7 +252,7 @@ def _experts(overlap: ExpertOverlap | None, winners: Sequence[LayerWinners]) -> 
 def _search_details(details: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return what the page asks for; empty where a search has none of it, as before there was any."""
     found = {} if details is None else dict(details)
-    shown = {name: found.get(name) for name in ("ladder", "finalists", "benchmarks")}
+    shown = {name: found.get(name) for name in ("ladder", "finalists", "benchmarks", "failures", "base_is_better")}
     return {**shown, "trial": found.get("trial")} if any(shown.values()) else {}
 
 
