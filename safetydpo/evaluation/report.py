@@ -91,8 +91,7 @@ def render_report(
     Args:
         summary: Checked scores.
         trials: The search, if there was one.
-        search_details: What its record says of it (`ladder`, `finalists`, `benchmarks`, `failures`,
-            `base_is_better`), as far as there is.
+        search_details: What its record says of it (see `_search_details`), as far as there is.
         training: One curve per expert.
         sheets: Base and aligned pictures side by side.
         matrix: Expert x category; None = taken from the summary.
