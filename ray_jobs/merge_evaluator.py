@@ -73,7 +73,8 @@ class MergeEvaluator:
         clip = Path(places["clip"])
         self.judge = load_prompt_judge(self.run.config, prompts, captions, clip=clip, device=worker_device())
         methods = first_methods(self.run.config.identity.search)
-        self._prepared = prepare_experts(load_experts(self.run, folders), **read_aids(self.run, aids, methods=methods))
+        found = read_aids(self.run, aids, methods=methods)
+        self._prepared = prepare_experts(load_experts(self.run, folders), **found, keep=True)
         self._prompts = list(prompts)
         self._pairs_folder = pairs_folder
         self._questions: dict[int, Any] = {}
