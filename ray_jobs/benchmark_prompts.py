@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray_jobs.prompt_tables import all_pairs
-from safetydpo.artifacts.storage import open_location
+from safetydpo.artifacts.storage import Location, open_location
 from safetydpo.config.benchmarks import EvaluationBenchmark
 from safetydpo.config.schema import Config
 from safetydpo.errors import SafetyDPOError
@@ -52,8 +52,24 @@ def benchmark_prompts(config: Config) -> dict[str, list[Prompt]]:
     return sets
 
 
+def read_evaluated(benchmark: EvaluationBenchmark, config: Config) -> list[str]:
+    """Return the texts of a benchmark of the final evaluation, all of them, of both sides of a pair.
+
+    Raises:
+        UsageError: if there is no such benchmark or no file.
+        SafetyDPOError: if the file is another one than the entry says.
+    """
+    entry = find_entry(benchmark.name)
+    found = read_benchmark(entry, _place(entry, benchmark, config), accept_other_bytes=benchmark.accept_other_bytes)
+    return [str(text) for text in found.imported.table.column("text").to_pylist()]
+
+
+def _place(entry: BenchmarkEntry, benchmark: EvaluationBenchmark, config: Config) -> Location:
+    return open_location(benchmark.file) if benchmark.file else find_file(entry, config.execution.benchmarks)
+
+
 def _prompts_of(entry: BenchmarkEntry, benchmark: EvaluationBenchmark, config: Config) -> list[Prompt]:
-    place = open_location(benchmark.file) if benchmark.file else find_file(entry, config.execution.benchmarks)
+    place = _place(entry, benchmark, config)
     found = read_benchmark(entry, place, accept_other_bytes=benchmark.accept_other_bytes)
     rows = [row for row in found.imported.table.to_pylist() if row["side"] == entry.side]
     prompts = _distinct(rows)

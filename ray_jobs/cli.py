@@ -327,12 +327,14 @@ def _print_draws(console: Any, chain: Any) -> None:
 def _print_choice(console: Any, chain: Any) -> None:
     if chain.search is None:
         return
-    from ray_jobs.search_summary import describe_choice
+    from ray_jobs.expert_files import record_folder
+    from ray_jobs.search_summary import describe_choice, describe_warnings
 
-    console.print(
-        f"search     {describe_choice(chain.search.details, chain.run.config.identity.search)}", soft_wrap=True
-    )
-    for name, reason in chain.search.details.get("benchmarks", {}).get("unchecked", {}).items():
+    details, search = chain.search.details, chain.run.config.identity.search
+    console.print(f"search     {describe_choice(details, search)}", soft_wrap=True)
+    for warning in describe_warnings(details, search, folder=record_folder(chain.run, chain.search).shown):
+        console.print(f"warning    {warning}", soft_wrap=True, markup=False)
+    for name, reason in details.get("benchmarks", {}).get("unchecked", {}).items():
         console.print(f"search     not checked against {name}: {reason}", soft_wrap=True)
 
 

@@ -16,7 +16,7 @@ from ray_jobs.merge_evaluator import MergeEvaluator
 from ray_jobs.merge_searcher import BudgetError, budget_of, concurrent_trials, why_not
 from ray_jobs.resources import task_options
 from ray_jobs.run import Run
-from ray_jobs.trial_log import BASE, MeasurementLog, TrialLog
+from ray_jobs.trial_log import BASE, MeasurementLog, TrialLog, measured_merges
 from ray_jobs.workers import worker_device
 from safetydpo.artifacts.json_text import parse_json
 from safetydpo.config.search import SearchConfig
@@ -92,11 +92,11 @@ def choose_finalist(
     }
 
 
-def _best_rows(log: TrialLog, *, base: Mapping[str, float], search: SearchConfig) -> list[dict[str, Any]]:
+def _best_rows(log: TrialLog, *, base: Mapping[str, float], search: SearchConfig) -> list[Mapping[str, Any]]:
     """Return the rows of the best candidates, each candidate once."""
-    rows = [row for row in log.rows() if row["status"] == OK]
+    rows = measured_merges(log.rows())
     ranked = best_indices([judge_metrics(parse_json(row["metrics"]), base=base, search=search) for row in rows])
-    unique: dict[str, dict[str, Any]] = {}
+    unique: dict[str, Mapping[str, Any]] = {}
     for index in ranked:
         unique.setdefault(rows[index]["candidate_hash"], rows[index])
     return list(unique.values())[: search.finalists]

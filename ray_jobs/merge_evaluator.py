@@ -73,7 +73,8 @@ class MergeEvaluator:
         clip = Path(places["clip"])
         self.judge = load_prompt_judge(self.run.config, prompts, captions, clip=clip, device=worker_device())
         methods = first_methods(self.run.config.identity.search)
-        self._prepared = prepare_experts(load_experts(self.run, folders), **read_aids(self.run, aids, methods=methods))
+        found = read_aids(self.run, aids, methods=methods)
+        self._prepared = prepare_experts(load_experts(self.run, folders), **found, keep=True)
         self._prompts = list(prompts)
         self._pairs_folder = pairs_folder
         self._questions: dict[int, Any] = {}
@@ -82,7 +83,7 @@ class MergeEvaluator:
 
     def swap(self, candidate: Candidate | None) -> None:
         """Merge the experts as a candidate says and put the result into the base; None = take any adapter out."""
-        self.put(None if candidate is None else self.merge(candidate).layers)
+        self.put(None if candidate is None or candidate.is_base else self.merge(candidate).layers)
 
     def merge(self, candidate: Candidate) -> MergeResult:
         """Merge the experts as a candidate says; the base stays as it is."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -32,8 +34,11 @@ from safetydpo.search.plans import OK, STOPPED, Ended, Outcome, Plan, Task
 from safetydpo.search.proxy_value import proxy_value
 from safetydpo.search.space import Candidate
 
+logger = logging.getLogger(__name__)
 LABEL = "merge candidates"
 TRIAL_ATTEMPTS = 3
+MAX_CAUSE = 500
+"""Characters of an error that are kept."""
 
 
 class BudgetError(SafetyDPOError):
@@ -56,7 +61,11 @@ class MergeTrial(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """Measure the candidate; a failure is a result of its own, never the end of the search."""
+        """Measure the candidate; a failure is a result of its own, never the end of the search.
+
+        An error of another kind ends the process, for what it holds may be broken (a GPU's error stays in it): the
+        trial is tried again in a fresh one.
+        """
         rung, started = int(self._candidate["rung"]), time.time()
         outcome = {"status": "error", "objective": FAILED_OBJECTIVE, "metrics": "{}", "error": "", "pictures": 0}
         try:
@@ -100,14 +109,17 @@ class MergeSearcher(Searcher):  # type: ignore[misc]  # ray ships no types
         num_rungs: int = 0,
         why_not: Callable[[Task, Sequence[float]], str | None] = lambda _task, _running_since: None,
         values: Callable[[str], tuple[float, ...] | None] = lambda _metrics: None,
+        known: Callable[[Task], Mapping[str, Any] | None] = lambda _task: None,
         on_ended: Callable[[int], object] = lambda _count: None,
     ) -> None:
         super().__init__(metric="objective", mode="min")
         self.stopped_by: str | None = None
         self._plan, self._log, self._measurements, self._num_rungs = plan, log, measurements, num_rungs
-        self._why_not, self._values, self._on_ended = why_not, values, on_ended
+        self._why_not, self._values, self._known, self._on_ended = why_not, values, known, on_ended
         self._running: dict[str, tuple[Task, float]] = {}
         self._losses: Counter[Task] = Counter()
+        self._lost: dict[str, Task] = {}
+        self._causes: dict[Task, str] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the next task, None while it waits for those that run, FINISHED after the last or at a budget."""
@@ -141,12 +153,21 @@ class MergeSearcher(Searcher):  # type: ignore[misc]  # ray ships no types
             self._losses[task] += 1
             if self._losses[task] < TRIAL_ATTEMPTS:
                 self._plan.give_back(task)
+                self._lost[trial_id] = task
                 return
-            lost = f"the trial's process died {TRIAL_ATTEMPTS} times"
+            cause = self._causes.get(task, "it said nothing")
+            lost = f"the trial's process ended without an answer {TRIAL_ATTEMPTS} times: {cause}"
+            logger.warning("trial %d failed at rung %d: %s", task.trial, task.rung, lost)
             result = {"status": "error", "objective": FAILED_OBJECTIVE, "metrics": "{}", "error": lost}
         else:
             self._measurements.add(task.candidate, task.rung, result)
         self._record(task, result)
+
+    def tell_cause(self, trial_id: str, cause: str) -> None:
+        """Keep what a trial without an answer said, for its row should all attempts end like this one."""
+        task = self._lost.pop(trial_id, None)
+        if task is not None:
+            self._causes[task] = cause
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the log of trials is the state."""
@@ -155,7 +176,9 @@ class MergeSearcher(Searcher):  # type: ignore[misc]  # ray ships no types
         """Nothing: a search resumes from its log."""
 
     def _find(self, task: Task) -> Mapping[str, Any] | None:
-        known = self._log.find(task.candidate) if task.rung == self._num_rungs else None
+        known = self._known(task)
+        if known is None and task.rung == self._num_rungs:
+            known = self._log.find(task.candidate)
         if known is not None:
             return known
         measured = self._measurements.find(task.candidate.hash, task.rung)
@@ -183,6 +206,30 @@ class MergeSearcher(Searcher):  # type: ignore[misc]  # ray ships no types
                 f"(logged), found {ended.candidate.to_json()}. Settings, experts or the optuna version changed: search "
                 "into a new folder."
             )
+
+
+class _Causes(tune.Callback):  # type: ignore[misc]  # ray ships no types
+    """Tells a searcher why trials ended without an answer: Tune tells searchers only that they did."""
+
+    def __init__(self, searcher: MergeSearcher) -> None:
+        self._searcher = searcher
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+        """Read the last line of the trial's file of errors, which names the error."""
+        lines = Path(trial.error_file).read_text(errors="replace").splitlines() if trial.error_file else []
+        said = [line.strip() for line in lines if line.strip()]
+        if said:
+            self._searcher.tell_cause(trial.trial_id, said[-1][:MAX_CAUSE])
+
+
+def known_of_base(
+    task: Task, *, base: Mapping[int, Mapping[str, float]], search: SearchConfig
+) -> Mapping[str, Any] | None:
+    """Return the answer of a trial that is the base without an adapter, where its rates were measured already."""
+    if not task.candidate.is_base or task.rung not in base:
+        return None
+    value = value_at(task.rung, base[task.rung], base=base, search=search)
+    return {"status": OK, "objective": value, "metrics": json.dumps(base[task.rung], sort_keys=True), "error": ""}
 
 
 def budget_of(execution: ExecutionConfig) -> Budget:
@@ -255,6 +302,7 @@ def run_trials(
             num_rungs=len(search.ladder),
             why_not=lambda task, since: why_not(measurements, budget, task.rung, since),
             values=lambda metrics: values_of(metrics, base=base[len(search.ladder)], search=search),
+            known=partial(known_of_base, base=base, search=search),
             on_ended=partial(_tell_ended, board, log, base[len(search.ladder)], search),
         )
         tuner = tune.Tuner(
@@ -270,6 +318,7 @@ def run_trials(
                 name=run_id(run.config),
                 storage_path=state,
                 verbose=0,
+                callbacks=[_Causes(searcher)],
                 # The log of trials is the state; a checkpoint of Tune's would be a pickle that nobody reads.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             ),

@@ -118,9 +118,10 @@ def _search_prompts(identity: Mapping[str, Any], *, at_most: Mapping[str, int] |
 
 def _search_pictures(records: Iterable[Record], identity: Mapping[str, Any]) -> float:
     search, prompts, pictures = identity["search"], _search_prompts(identity), 0.0
+    is_base_a_trial = search.get("first_trials") == "known"
     for record in records:
         ladder = record.details.get("ladder")
-        in_full = ladder["rungs"][-1]["went_on"] if ladder else record.counts["trials"]
+        in_full = ladder["rungs"][-1]["went_on"] if ladder else record.counts["trials"] - is_base_a_trial
         pictures += (in_full + 1) * prompts
         for settings, rung in zip(search["ladder"], ladder["rungs"], strict=True) if ladder else ():
             if settings["kind"] == "few_steps":

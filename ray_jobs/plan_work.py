@@ -231,10 +231,12 @@ def search_work(found: Found) -> StageWork:
 def candidates_by_rung(search: SearchConfig) -> list[int]:
     """Return how many candidates each rung and, last, the full evaluation measures, the base among them."""
     expected: Sequence[float]
+    # Of known first trials the base is one; it has been measured already.
+    merges = search.trials - (search.first_trials == "known")
     if search.suggest == "async":
-        expected = count_promoted_at_once(search.trials, rungs=search.ladder)
+        expected = count_promoted_at_once(merges, rungs=search.ladder)
     else:
-        expected = count_promoted(search.trials, generation=search.generation_size, rungs=search.ladder)
+        expected = count_promoted(merges, generation=search.generation_size, rungs=search.ladder)
     return [1 + round(count) for count in expected]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from ray_jobs.expert_files import record_files, record_folder
 from ray_jobs.run import Run
 from ray_jobs.stage_use import price_of_config, stage_cost, stage_utilisation
+from ray_jobs.trial_log import BASE
 from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.layout import stage_folder
 from safetydpo.artifacts.records import Record, read_pointers, read_record
@@ -17,6 +18,7 @@ from safetydpo.evaluation.report_records import LineageEntry, SearchTrial, Searc
 from safetydpo.evaluation.report_text import plain_name
 from safetydpo.search.objective import judge_metrics
 from safetydpo.search.pareto import pareto_front
+from safetydpo.search.space import Candidate
 
 CURVES = ("loss", "implicit_accuracy", "error_policy_safe", "error_policy_unsafe", "gradient_norm")
 COSTED_STAGES = ("pairs", "train", "merge", "search", "evaluate")
@@ -28,7 +30,9 @@ def read_trials(run: Run, search: Record) -> SearchTrials:
     rows = read_table(record_folder(run, search) / "trials", TRIALS).to_pylist()
     base: Mapping[str, float] = search.details["base"]
     measured = [
-        (row, parse_json(row["metrics"]), parse_json(row["candidate"])) for row in rows if row["status"] == "ok"
+        (row, parse_json(row["metrics"]), Candidate.from_json(row["candidate"]))
+        for row in rows
+        if row["status"] == "ok"
     ]
     points = [
         (
@@ -43,7 +47,7 @@ def read_trials(run: Run, search: Record) -> SearchTrials:
         trials=tuple(
             SearchTrial(
                 number=row["trial"],
-                method=candidate["method"],
+                method=BASE if candidate.is_base else candidate.method,
                 ip=metrics["ip_select"],
                 unrecognisable=metrics["unrecognisable_rate"],
                 price=point[0],
@@ -52,7 +56,7 @@ def read_trials(run: Run, search: Record) -> SearchTrials:
                 feasible=judge_metrics(metrics, base=base, search=config).feasible,
                 on_front=index in front,
                 chosen=row["trial"] == search.details["trial"],
-                scale=candidate["global_scale"],
+                scale=None if candidate.is_base else candidate.global_scale,
             )
             for index, ((row, metrics, candidate), point) in enumerate(zip(measured, points, strict=True))
         ),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from safetydpo.config.pairs import GENERATE
@@ -11,6 +13,11 @@ from safetydpo.config.schema import Config, IdentityConfig
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.search.guard import refuse_overlap
 from safetydpo.search.space import build_space, known_candidates
+
+SEARCH_SETTING = "identity.search.benchmarks"
+EVALUATION_SETTING = "identity.evaluation.benchmarks"
+NOTHING_NAMED: dict[str, Any] = {"checked": {}, "unchecked": {}}
+"""What `check_benchmarks` says where a config names no benchmark."""
 
 
 def check_search(config: Config) -> None:
@@ -64,26 +71,56 @@ def _check_first_trials(identity: IdentityConfig) -> None:
     check_known(known_candidates(space, density_methods=density_methods()), trials=identity.search.trials)
 
 
-def check_benchmarks(names: Sequence[str], prompts: Sequence[str], *, folder: str | None = None) -> dict[str, Any]:
-    """Refuse search prompts that occur, exactly or nearly, in a named benchmark; return what was looked at.
+@dataclass(frozen=True)
+class NamedBenchmark:
+    """A file or benchmark that a config names; the same one may be named by several settings."""
 
-    A name is a prompt file, `BENCHMARK=FILE`, or the name of a benchmark whose file stands in `folder`. `checked` has
-    the number of texts of each file that could be read, `unchecked` why each other one could not.
+    name: str
+    settings: tuple[str, ...]
+    read: Callable[[], list[str]]
+    """Reads its texts, of both sides of a pair."""
 
-    Raises:
-        SafetyDPOError: naming the file and the first few prompts.
+
+def named_benchmarks(config: Config) -> list[NamedBenchmark]:
+    """Return every benchmark that a config names, each once: of the search first, then of the final evaluation.
+
+    Names are those of `identity.search.benchmarks`; a benchmark of the evaluation is `NAME`, or `NAME=FILE`.
     """
+    from ray_jobs.benchmark_prompts import read_evaluated
     from safetydpo.prompts.benchmark_files import read_named_texts
 
+    folder = config.execution.benchmarks
+    readers: dict[str, list[tuple[str, Callable[[], list[str]]]]] = {}
+    for name in config.identity.search.benchmarks:
+        readers.setdefault(name, []).append((SEARCH_SETTING, partial(read_named_texts, name, folder=folder)))
+    for benchmark in config.identity.evaluation.benchmarks:
+        name = benchmark.name if benchmark.file is None else f"{benchmark.name}={benchmark.file}"
+        # Read as the evaluation reads it: an entry may be a file of its own, and other bytes may be accepted.
+        readers.setdefault(name, []).append((EVALUATION_SETTING, partial(read_evaluated, benchmark, config)))
+    return [
+        NamedBenchmark(name, tuple(setting for setting, _ in found), found[-1][1]) for name, found in readers.items()
+    ]
+
+
+def check_benchmarks(named: Sequence[NamedBenchmark], prompts: Sequence[str]) -> dict[str, Any]:
+    """Refuse search prompts that occur, exactly or nearly, in a named benchmark; return what was looked at.
+
+    `checked` has the number of texts of each file that could be read, `unchecked` why each other one could not, with
+    the setting that names it.
+
+    Raises:
+        SafetyDPOError: naming the file, the setting and the first few prompts.
+    """
     checked: dict[str, int] = {}
     unchecked: dict[str, str] = {}
-    for name in names:
+    for one in named:
+        settings = " and ".join(one.settings)
         try:
-            texts = read_named_texts(name, folder=folder)
+            texts = one.read()
         except (SafetyDPOError, OSError) as error:
             # A search may go on without a benchmark that its machine does not have; its record says so.
-            unchecked[name] = " ".join(str(error).split())
+            unchecked[one.name] = f"{' '.join(str(error).split())} ({settings})"
             continue
-        refuse_overlap(prompts, texts, where=f"the benchmark {name} (identity.search.benchmarks)")
-        checked[name] = len(texts)
+        refuse_overlap(prompts, texts, where=f"the benchmark {one.name} ({settings})")
+        checked[one.name] = len(texts)
     return {"checked": checked, "unchecked": unchecked}

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -25,12 +25,13 @@ from ray_jobs.merge_searcher import BudgetError, run_trials, values_of
 from ray_jobs.prompt_tables import chosen_pairs, split_prompts, spread_prompts, what_to_add
 from ray_jobs.resources import task_options
 from ray_jobs.run import Run
-from ray_jobs.search_checks import check_benchmarks
+from ray_jobs.search_checks import NOTHING_NAMED, check_benchmarks, named_benchmarks
+from ray_jobs.search_choice import choose, warnings_of
 from ray_jobs.search_files import BASE_FILE, BASE_RUNGS_FILE
 from ray_jobs.search_judges import JUDGES_SETTING, asks_demo_judge, fingerprint_search_judges, model_places
 from ray_jobs.search_space import search_space, shared_weights
-from ray_jobs.search_summary import describe_choice, describe_ladder, write_progress
-from ray_jobs.trial_log import MeasurementLog, TrialLog
+from ray_jobs.search_summary import describe_choice, describe_ladder, describe_warnings, write_progress
+from ray_jobs.trial_log import BASE, MeasurementLog, TrialLog, measured_merges
 from safetydpo.artifacts.json_text import parse_json
 from safetydpo.artifacts.records import ArtifactKey, Record
 from safetydpo.artifacts.schemas import sha256_of
@@ -40,11 +41,11 @@ from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.config.pairs import GENERATE
 from safetydpo.config.rungs import HeldOutRung
 from safetydpo.config.search import SearchConfig
-from safetydpo.errors import SafetyDPOError, UsageError
+from safetydpo.errors import UsageError
 from safetydpo.prompts.sets import Prompt
 from safetydpo.search.guard import refuse_test_prompts
-from safetydpo.search.objective import IP, best_index, judge_metrics
-from safetydpo.search.plans import OK, STOPPED, AsyncPlan, GenerationPlan, Plan
+from safetydpo.search.objective import IP, judge_metrics
+from safetydpo.search.plans import OK, AsyncPlan, GenerationPlan, Plan
 from safetydpo.search.recognition import LEAST_SIMILARITY
 from safetydpo.search.replay import LoggedTrial, ReplayStudy
 from safetydpo.search.space import Candidate, SearchSpace, known_candidates
@@ -52,8 +53,6 @@ from safetydpo.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
 RECIPE_VERSION = 4
-MAX_FAILED_TRIALS = 0.25
-"""Share of trials that may fail before the search fails: the sampler learns nothing from them."""
 PROMPT_SETS = ("unsafe", "neutral", "neighbour")
 
 
@@ -87,9 +86,11 @@ def search_merges(
     searched = Searched(members, aids, prompts, search_space(run, members), pairs, pairs_folder)
     key = search_key(run, searched)
     # Looked at each time, also where the search is closed: its prompts must not be in a benchmark.
-    texts, folder = [prompt.text for prompt in prompts], run.config.execution.benchmarks
-    guard = check_benchmarks(identity.search.benchmarks, texts, folder=folder)
+    guard = check_benchmarks(named_benchmarks(run.config), [prompt.text for prompt in prompts])
     record = run.build("search", key, lambda folder: _search(run, folder, searched, guard))
+    if guard != NOTHING_NAMED:
+        # A closed search may have been compared with others: what is told is what was looked at now.
+        record = replace(record, details={**record.details, "benchmarks": guard})
     candidate = Candidate.from_json(str(record.details["candidate"]))
     return record, _searched_adapter(run, candidate, members, aids)
 
@@ -119,10 +120,16 @@ def search_key(run: Run, searched: Searched) -> ArtifactKey:
             **fingerprint_search_judges(run.config),
             **({} if asks_demo_judge(identity) else {"captions": sha256_of(safe_captions(run))}),
             **shared_weights(searched.space),
+            **known_trials(identity.search),
             **({"pairs": searched.pairs.fingerprint} if needs_pairs(identity.search) else {}),
         },
         recipe_version=RECIPE_VERSION,
     )
+
+
+def known_trials(search: SearchConfig) -> dict[str, str]:
+    """Return what a search's key says of its known first trials, among which the base was not always; {} without."""
+    return {"known": BASE} if search.first_trials == "known" else {}
 
 
 def needs_pairs(search: SearchConfig) -> bool:
@@ -218,7 +225,7 @@ def _search(run: Run, folder: Location, searched: Searched, guard: Mapping[str, 
         if not plan.is_over:
             run_trials(run, plan, (log, measurements), evaluator, base)
     except BudgetError as reached:
-        if not any(row["status"] == OK for row in log.rows()):
+        if not measured_merges(log.rows()):
             raise
         best = describe_choice(choose(log, full, search)["details"], search)
         raise BudgetError(f"{reached}; best so far: {best}") from None
@@ -226,9 +233,12 @@ def _search(run: Run, folder: Location, searched: Searched, guard: Mapping[str, 
     details = dict(made["details"])
     if search.finalists:
         details |= choose_finalist(run, log, measurements, evaluator, base=full)
+    details |= warnings_of(details, log, search)
+    for warning in describe_warnings(details, search):
+        logger.warning("%s", warning)
     if search.ladder:
         details["ladder"] = describe_ladder(run, log, measurements, num_prompts=len(searched.prompts))
-    if search.benchmarks:
+    if guard != NOTHING_NAMED:
         details["benchmarks"] = dict(guard)
     return {**made, "details": details}
 
@@ -342,34 +352,3 @@ def _measure_base(evaluator: dict[str, Any], rungs: list[int]) -> dict[int, dict
             "pictures": measured.pictures,
         }
     return found
-
-
-def choose(log: TrialLog, base: Mapping[str, float], search: SearchConfig) -> Mapping[str, Any]:
-    """Return fingerprint, counts and details of a finished search.
-
-    Raises:
-        SafetyDPOError: if more than a quarter of the trials failed, or all.
-    """
-    rows = log.rows()
-    stopped = [row for row in rows if row["status"] == STOPPED]
-    failed = [row for row in rows if row["status"] not in (OK, STOPPED)]
-    if len(failed) > MAX_FAILED_TRIALS * len(rows):
-        raise SafetyDPOError(
-            f"expected at most {MAX_FAILED_TRIALS:.0%} failed trials, found {len(failed)} of {len(rows)}, the first "
-            f"one for {failed[0]['error']!r}: mend the cause and run the same command again, which tries them again"
-        )
-    objectives = [judge_metrics(parse_json(row["metrics"]), base=base, search=search) for row in rows]
-    best = best_index(objectives)
-    if best is None:
-        raise SafetyDPOError(f"expected at least one measured candidate of {len(rows)}, found none: {rows[0]['error']}")
-    return {
-        "fingerprint": fingerprint_rows((str(row["trial"]), f"{row['candidate']}{row['objective']!r}") for row in rows),
-        "counts": {"trials": len(rows), "failed": len(failed), **({"stopped": len(stopped)} if stopped else {})},
-        "details": {
-            "trial": rows[best]["trial"],
-            "candidate": rows[best]["candidate"],
-            "metrics": parse_json(rows[best]["metrics"]),
-            "base": dict(base),
-            "feasible": objectives[best].feasible,
-        },
-    }

@@ -9,12 +9,14 @@ from typing import Any
 
 from ray_jobs.merge_searcher import budget_of
 from ray_jobs.run import Run
+from ray_jobs.search_choice import FAILURES, beats_base
 from ray_jobs.search_files import PROGRESS_FILE
 from ray_jobs.trial_log import MeasurementLog, TrialLog
+from safetydpo.artifacts.layout import RECORD_FILE
 from safetydpo.artifacts.storage import Location
 from safetydpo.config.search import SearchConfig
 from safetydpo.search.ladder import rank_correlation
-from safetydpo.search.objective import NEIGHBOUR, NEUTRAL
+from safetydpo.search.objective import IP, NEIGHBOUR, NEUTRAL, UNRECOGNISABLE
 from safetydpo.search.plans import OK
 from safetydpo.search.space import Candidate
 
@@ -41,7 +43,7 @@ def describe_ladder(run: Run, log: TrialLog, measurements: MeasurementLog, *, nu
     not among those, so that a correlation is of its favourites, but for the trials of `calibrate`.
     """
     ladder = run.config.identity.search.ladder
-    rows = log.rows()
+    rows = [row for row in log.rows() if not Candidate.from_json(row["candidate"]).is_base]
     full = {row["candidate_hash"]: float(row["objective"]) for row in rows if row["status"] == OK}
     values: list[dict[str, float]] = []
     for rung in range(len(ladder)):
@@ -73,7 +75,7 @@ def _correlation(one: Mapping[str, float], other: Mapping[str, float]) -> dict[s
 
 
 def describe_choice(details: Mapping[str, Any], search: SearchConfig) -> str:
-    """Return which candidate a search chose, in one line; if none met the floors, which came nearest.
+    """Return which candidate a search chose, in one line; if none met the floors or beat the base, which came nearest.
 
     `details` are those of a search's record.
     """
@@ -89,7 +91,33 @@ def describe_choice(details: Mapping[str, Any], search: SearchConfig) -> str:
             ("neighbour retention", NEIGHBOUR, search.neighbour_floor),
         )
     )
-    numbers = f"IP {metrics['ip_select']:.2f}, {kept}"
-    if details["feasible"]:
-        return f"chosen {told}: {numbers}"
-    return f"no candidate met the floor; nearest: {told}: {numbers}"
+    numbers = f"IP {metrics[IP]:.2f}, {kept}"
+    if not details["feasible"]:
+        return f"no candidate met the floor; nearest: {told}: {numbers}"
+    if not beats_base(details, search):
+        return f"no candidate that met the floors is better than the base; nearest: {told}: {numbers}"
+    return f"chosen {told}: {numbers}"
+
+
+def describe_warnings(details: Mapping[str, Any], search: SearchConfig, *, folder: str = "its folder") -> list[str]:
+    """Return what whoever uses the chosen adapter must know, a line each; [] where there is nothing to say.
+
+    `details` are those of a search's record, `folder` where that record stands.
+    """
+    found = []
+    failures = details.get(FAILURES)
+    if failures:
+        found.append(
+            f"{failures['failed']} of {failures['trials']} trials failed, the first one for "
+            f"{failures['first_error']!r}: the choice is of the others; to try them again, mend the cause, delete "
+            f"{RECORD_FILE} in {folder} and run the same command"
+        )
+    if not beats_base(details, search):
+        base = details.get("fresh", details)["base"]
+        price = base[IP] + search.unrecognisable_weight * base.get(UNRECOGNISABLE, 0.0)
+        found.append(
+            f"by the search's own numbers the base without an adapter is the better choice (IP {base[IP]:.2f}, "
+            f"objective {price:.2f}): the exported adapter is the nearest merge, not an improvement; train other "
+            "experts, add methods or scales, or lower the floors"
+        )
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -152,6 +152,11 @@ class MeasurementLog:
             known[row["candidate_hash"], rung] = row
 
 
+def measured_merges(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the rows of what was measured in full and has an adapter: all but the base, which may be a trial too."""
+    return [row for row in rows if row["status"] == OK and not Candidate.from_json(row["candidate"]).is_base]
+
+
 def best_trial(
     rows: Sequence[Mapping[str, Any]], *, base: Mapping[str, float], search: SearchConfig
 ) -> dict[str, Any] | None:
@@ -159,7 +164,7 @@ def best_trial(
 
     `base` are the base's rates.
     """
-    measured = [row for row in rows if row["status"] == OK]
+    measured = measured_merges(rows)
     objectives = [judge_metrics(parse_json(row["metrics"]), base=base, search=search) for row in measured]
     best = best_index(objectives)
     if best is None:

@@ -19,8 +19,8 @@ class RungConfig(Frozen):
     """Share of a rung's candidates that go on to the next one, rounded up, at least one."""
     calibrate: int = Field(0, ge=0)
     """First trials of the search that go on whatever the rung says, so that its rank correlation with the full
-    evaluation is measured on all of them and not on its favourites."""
-    least_correlation: float = Field(-1.0, ge=-1.0, le=1.0)
+    evaluation is measured on all of them and not on its favourites. Each costs a full evaluation, hence none."""
+    least_correlation: float = Field(0.3, ge=-1.0, le=1.0)
     """While Spearman's rank correlation with the full evaluation, as measured so far (on at least 5 candidates), is
     below this, the rung stops nobody. -1 = it always decides."""
 

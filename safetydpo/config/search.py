@@ -56,8 +56,8 @@ class SearchConfig(Frozen):
     """`cmaes` needs one method and continuous settings only; `nsga2` looks for trade-offs instead of one price;
     `random` is for comparison."""
     first_trials: Literal["plain", "known"] = added_field("plain")
-    """`plain`: each method at its plain scales. `known`: before those each expert alone, their average, TIES, and
-    Co-Merge where `methods` has it."""
+    """`plain`: each method at its plain scales. `known`: before those the base without an adapter, each expert
+    alone, their average, TIES, and Co-Merge where `methods` has it."""
     weights: Literal["auto", "expert", "category", "none"] = added_field("auto")
     """Who has a coefficient of its own: each expert, each category, or nobody (the global scale is all there is).
     `auto` = each expert up to 20 of them, above that each category."""
@@ -81,8 +81,8 @@ class SearchConfig(Frozen):
     clip: str = added_field("demo", min_length=1)
     """That CLIP model: `demo` (ships with the package, knows drawings) or a local folder, transformers format."""
     benchmarks: Distinct[str] = added_field(())
-    """What the search must not use prompts of: prompt files of any format that `safetydpo prompts check` reads, and
-    benchmarks as `NAME=FILE`, or as NAME where `execution.benchmarks` holds the file."""
+    """What the search must not use prompts of, beside `identity.evaluation.benchmarks`: prompt files of any format that
+    `safetydpo prompts check` reads, and benchmarks as `NAME=FILE`, or as NAME where `execution.benchmarks` holds it."""
 
     @model_validator(mode="after")
     def _sampler_can_search_this(self) -> Self:

@@ -93,7 +93,7 @@ def render_report(
     Args:
         summary: Checked scores.
         trials: The search, if there was one.
-        search_details: What its record says of it (`ladder`, `finalists`, `benchmarks`), as far as there is.
+        search_details: What its record says of it (see `_search`), as far as there is.
         training: One curve per expert.
         sheets: Base and aligned pictures side by side.
         matrix: Expert x category; None = taken from the summary.
@@ -255,7 +255,8 @@ def _experts(overlap: ExpertOverlap | None, winners: Sequence[LayerWinners], dra
 def _search(trials: SearchTrials | None, details: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return what the page asks for; details are empty where a search has none, as before there was any."""
     found = {} if details is None else dict(details)
-    shown = {name: found.get(name) for name in ("ladder", "finalists", "benchmarks")}
+    names = ("ladder", "finalists", "benchmarks", "failures", "base_is_better")
+    shown = {name: found.get(name) for name in names}
     return {
         "trials": trials,
         "search_plot": None if trials is None or not trials.trials else plot_search(trials),

@@ -223,6 +223,7 @@ def _merge_layer(
             hashes=[expert.hash for expert in prepared.experts],
             output_rank=rank,
             options=settings.options,
+            kept=prepared.kept_of(name),
         )
     )
 

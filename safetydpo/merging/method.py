@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -48,6 +49,8 @@ class LayerExperts:
         hashes: one hash per expert, so that what is drawn for one does not depend on the others.
         output_rank: most components that the result may have; None = no limit.
         options: numbers that single methods take.
+        kept: where a method may keep, between merges of these same experts, what depends on nothing but the fields
+            `layers`, `scores`, `moments` and `benign_moment`; None = nothing is kept.
     """
 
     name: str
@@ -62,6 +65,7 @@ class LayerExperts:
     hashes: Sequence[str] = ()
     output_rank: int | None = None
     options: MethodOptions = MethodOptions()
+    kept: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -51,6 +52,12 @@ class PreparedExperts:
     """The adapter that was fitted to these experts."""
     inputs: Mapping[str, Tensor] | None = None
     """The layer inputs that scores are computed from, where they are not kept."""
+    kept: dict[str, dict[str, Any]] | None = field(default=None, compare=False)
+    """Per module what methods keep between merges (`LayerExperts.kept`); None = nothing."""
+
+    def kept_of(self, name: str) -> dict[str, Any] | None:
+        """Return where methods may keep what they know of one layer, None if nothing is kept."""
+        return None if self.kept is None else self.kept.setdefault(name, {})
 
     @property
     def has_scores(self) -> bool:
@@ -80,11 +87,13 @@ def prepare_experts(
     moments: Moments | None = None,
     distilled: Mapping[str, LoraLayer] | None = None,
     max_score_bytes: int = MAX_SCORE_BYTES,
+    keep: bool = False,
 ) -> PreparedExperts:
     """Check that experts belong together, put them in order, score them on the layer inputs and find their moments.
 
     Scores that are larger than `max_score_bytes` together are computed anew in each merge, layer by layer; the result
-    is the same.
+    is the same. `keep` is for who merges them many times: methods then keep what no candidate changes, at most another
+    copy of the experts; the result is the same.
 
     Raises:
         UsageError: if there is no expert or a name occurs twice.
@@ -116,7 +125,7 @@ def prepare_experts(
             f"difference at {first!r}: distil these experts again"
         )
     found = {} if moments is None else _moments(ordered, names, moments)
-    return PreparedExperts(ordered, names, scores, found, distilled, inputs)
+    return PreparedExperts(ordered, names, scores, found, distilled, inputs, {} if keep else None)
 
 
 def _score_bytes(experts: Sequence[Expert], names: Sequence[str], *, num_inputs: int) -> int:

@@ -1,7 +1,8 @@
 """What a search measures next: in generations, or one candidate after another as workers get free; rung by rung.
 
-A task is one measurement of one candidate. Rungs come first, in order, then the full evaluation. A plan knows nothing
-of workers and files: whoever runs the tasks asks for the next one and records what came out.
+A task is one measurement of one candidate. Rungs come first, in order, then the full evaluation. The base goes on at
+every rung and takes no merge's place there. A plan knows nothing of workers and files: whoever runs the tasks asks for
+the next one and records what came out.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ class GenerationPlan:
         """Take the outcome of a task; a rung decides once all of its generation are measured there."""
         ended = []
         if outcome.is_failure or task.rung == self._num_rungs:
-            if not outcome.is_failure:
+            if not outcome.is_failure and not task.candidate.is_base:
                 self._rungs.values[-1][task.trial] = outcome.value
             status = FAILED if outcome.is_failure else OK
             ended.append(Ended(task.trial, task.candidate, status, outcome.value, task.rung))
@@ -142,10 +143,10 @@ class GenerationPlan:
             members, values = self._study.pending(), self._rungs.values[self._level]
             if not all(trial in values for trial in members):
                 break
-            going_on = self._rungs.promoted(self._level, {trial: values[trial] for trial in members})
-            for trial in members:
+            merges = {trial: candidate for trial in members if not (candidate := self._study.ask(trial)).is_base}
+            going_on = self._rungs.promoted(self._level, {trial: values[trial] for trial in merges})
+            for trial, candidate in merges.items():
                 if trial not in going_on:
-                    candidate = self._study.ask(trial)
                     ended.append(Ended(trial, candidate, STOPPED, values[trial], self._level))
                     self._study.tell(trial, values[trial], stopped_at=self._level)
             self._level += 1
@@ -239,13 +240,15 @@ class AsyncPlan:
 
     def record(self, task: Task, outcome: Outcome) -> list[Ended]:
         """Take the outcome of a task and decide at once."""
+        is_merge = not task.candidate.is_base
         if outcome.is_failure or task.rung == self._num_rungs:
-            if not outcome.is_failure:
+            if not outcome.is_failure and is_merge:
                 self._rungs.values[-1][task.trial] = outcome.value
             status = FAILED if outcome.is_failure else OK
             return [self._end(task, status, outcome.value, Answer(outcome.value))]
-        self._rungs.values[task.rung][task.trial] = outcome.value
-        if self._goes_on(task):
+        if is_merge:
+            self._rungs.values[task.rung][task.trial] = outcome.value
+        if not is_merge or self._goes_on(task):
             self._waiting.append(Task(task.trial, task.rung + 1, task.candidate))
             return []
         return [self._end(task, STOPPED, outcome.value, Answer(outcome.value, stopped_at=task.rung))]

@@ -243,7 +243,7 @@ def check_known(known: Sequence[Candidate], *, trials: int) -> None:
     if len(known) > trials:
         raise UsageError(
             f"expected identity.search.trials of at least {len(known)} because identity.search.first_trials is "
-            f"'known' (each expert alone, average, TIES, Co-Merge), found {trials}: raise it, or use 'plain'"
+            f"'known' (the base, each expert alone, average, TIES, Co-Merge), found {trials}: raise it, or use 'plain'"
         )
 
 

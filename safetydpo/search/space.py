@@ -64,6 +64,11 @@ class Candidate:
         """sha256 hex digest of the canonical JSON."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    @property
+    def is_base(self) -> bool:
+        """Return whether nothing of any expert is in it: the base without an adapter."""
+        return not any(weight for _, weight in self.weights)
+
     @classmethod
     def from_json(cls, text: str) -> Candidate:
         """Read what `to_json` wrote.
@@ -291,10 +296,10 @@ def first_methods(config: SearchConfig) -> tuple[str, ...]:
 
 
 def known_candidates(space: SearchSpace, *, density_methods: Sequence[str]) -> list[Candidate]:
-    """Return the points that a search should not lose to: each expert alone, their average, TIES and Co-Merge.
+    """Return the points a search should not lose to: the base, each expert alone, their average, TIES and Co-Merge.
 
-    All at scale 1 with coefficients of 1; an expert alone is a `sum` whose other coefficients are 0. Co-Merge is listed
-    only if the space has it. They may lie outside the space (`is_inside`).
+    All at scale 1 with coefficients of 1; an expert alone is a `sum` whose other coefficients are 0, and of the base
+    all are. Co-Merge is listed only if the space has it. They may lie outside the space (`is_inside`).
     """
 
     def candidate(method: str, weights: Mapping[str, float]) -> Candidate:
@@ -303,10 +308,11 @@ def known_candidates(space: SearchSpace, *, density_methods: Sequence[str]) -> l
 
     ones = dict.fromkeys(space.experts, 1.0)
     zeros = dict.fromkeys(space.experts, 0.0)
+    base = candidate(SINGLE_METHOD, zeros)
     singles = [candidate(SINGLE_METHOD, {**zeros, name: 1.0}) for name in space.experts]
     methods = [name for name in KNOWN_METHODS if name in space.methods or name not in NEEDS_A_CHOICE]
     # Of a single expert, it alone and every merge are the same.
-    return list(dict.fromkeys([*singles, *(candidate(method, ones) for method in methods)]))
+    return list(dict.fromkeys([base, *singles, *(candidate(method, ones) for method in methods)]))
 
 
 def plain_candidates(space: SearchSpace) -> list[Candidate]:

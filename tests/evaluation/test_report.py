@@ -223,6 +223,15 @@ def test_ladder_finalists_and_benchmarks_of_a_search_are_shown() -> None:
     for text in ("0.75 / 0.60", "n = 9", "480 pictures", "9600", "0.12–0.50, n = 96", "below a floor", "4703"):
         assert text in page, text
     assert "not checked: no &lt;b&gt;such&lt;/b&gt; file" in page
+    for text in ("better than the base", "trials failed"):
+        assert text not in page
+    failures = {"failed": 5, "trials": 9, "first_error": "a <b>bug</b>: of a prompt"}
+    details = {"trial": 3, "base_is_better": True, "failures": failures}
+    # What an error says may quote a prompt.
+    assert "of a prompt" not in render(search_details=details, redacted=True)
+    page = render(search_details=details)
+    assert "no candidate meets the floors and is better than the base" in page
+    assert "5 of 9 trials failed; the choice is of the others. The first failure: a &lt;b&gt;bug&lt;/b&gt;: of" in page
     # A search of before, without any of it, has the page that it had.
     assert render(search_details={"trial": 3, "feasible": True}) == render()
 

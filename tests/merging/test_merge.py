@@ -17,7 +17,7 @@ from safetydpo.artifacts.adapters import (
 )
 from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.merging.algebra import delta
-from safetydpo.merging.merge import Expert, merge_experts, merge_prepared, prepare_experts
+from safetydpo.merging.merge import Expert, MergeSettings, merge_experts, merge_prepared, merge_with, prepare_experts
 from safetydpo.merging.moments import BENIGN
 from safetydpo.merging.registry import METHODS
 
@@ -270,6 +270,34 @@ def test_regmean_takes_each_experts_own_categories(experts):
     only = next(expert for expert in experts if expert.name == "sexual")
     for key, layer in result.layers.items():
         torch.testing.assert_close(delta(layer), delta(only.layers[key]) / 1.01, rtol=1e-4, atol=1e-5)
+
+
+def test_what_regmean_keeps_between_merges_changes_no_byte(experts, monkeypatch):
+    """Three candidates of the same experts: three layers are regressed once each, not at each candidate."""
+    generator = torch.Generator().manual_seed(3)
+    moments = {}
+    for key, layer in experts[0].layers.items():
+        rows = [torch.randn(20, layer.down.shape[1], generator=generator) for _ in range(1 + len(experts))]
+        names = [BENIGN, *(expert.name for expert in experts)]
+        moments[key] = {name: row.T @ row / 20 for name, row in zip(names, rows, strict=True)}
+    factored, count = torch.linalg.lu_factor, [0]
+
+    def counted(*arguments):
+        count[0] += 1
+        return factored(*arguments)
+
+    monkeypatch.setattr(torch.linalg, "lu_factor", counted)
+    keeping, plain = prepare_experts(experts, moments=moments, keep=True), prepare_experts(experts, moments=moments)
+    for weight, scale, rank in ((1.0, 1.0, None), (0.3, 1.7, 2), (0.0, 0.5, 2)):
+        weights = {expert.name: weight if place == 1 else 1.0 for place, expert in enumerate(experts)}
+        settings = MergeSettings(method="regmean", weights=weights, global_scale=scale, output_rank=rank)
+        before = count[0]
+        ours = merge_with(keeping, settings)
+        assert count[0] - before == (3 if rank is None else 0)
+        wanted = merge_with(plain, settings)
+        for key, layer in wanted.layers.items():
+            assert torch.equal(ours.layers[key].down, layer.down)
+            assert torch.equal(ours.layers[key].up, layer.up)
 
 
 def test_regmean_without_moments_is_refused(experts):

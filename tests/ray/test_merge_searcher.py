@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ray_jobs.merge_searcher import MergeSearcher, budget_of, concurrent_trials, value_at, values_of, why_not
+from ray_jobs.merge_searcher import (
+    MergeSearcher,
+    budget_of,
+    concurrent_trials,
+    known_of_base,
+    value_at,
+    values_of,
+    why_not,
+)
 from ray_jobs.run import Run
 from ray_jobs.search_merges import make_plan
 from ray_jobs.search_summary import describe_choice, describe_ladder
@@ -18,6 +27,7 @@ from safetydpo.config.schema import Config, ExecutionConfig
 from safetydpo.config.search import SearchConfig
 from safetydpo.errors import SafetyDPOError
 from safetydpo.search.budget import Budget
+from safetydpo.search.objective import FAILED_OBJECTIVE
 from safetydpo.search.space import Candidate, build_space
 
 LADDER = [{"kind": "held_out", "keep": 0.5, "pairs": "all"}, {"kind": "few_steps", "keep": 0.5}]
@@ -102,6 +112,63 @@ def test_a_ladder_measures_few_in_full_and_logs_who_was_stopped(tmp_path: Path) 
     assert (found["pictures"], found["pictures_of_full_evaluation"]) == (4 * 10 + 2 * 20, 8 * 30)
     assert [(rung["measured"], rung["went_on"], rung["next"]["n"]) for rung in found["rungs"]] == [(8, 4, 4), (4, 2, 2)]
     assert found["rungs"][0]["next"]["spearman"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("ladder", [[], LADDER])
+@pytest.mark.parametrize("suggest", ["batch", "async"])
+def test_the_base_is_a_known_first_trial_that_takes_nobodys_place(
+    tmp_path: Path, suggest: str, ladder: list[Any]
+) -> None:
+    """Its rates were measured before the first trial, so it costs at most a rung that draws nothing."""
+    place = Place(tmp_path, suggest=suggest, first_trials="known", trials=9, generation_size=9, ladder=ladder)
+    search, base = place.run.config.identity.search, {1: BASE, 2: BASE} if ladder else {0: BASE}
+    place.drive(place.searcher(known=partial(known_of_base, base=base, search=search)))
+    rows = place.log.rows()
+    (own,) = [row for row in rows if Candidate.from_json(row["candidate"]).is_base]
+    assert (own["trial"], own["status"], json.loads(own["metrics"])) == (0, "ok", BASE)
+    # Nothing but its IP of 0.9: it keeps both floors by definition.
+    assert own["objective"] == pytest.approx(0.9)
+    assert [rung for trial, rung in place.measured if trial == 0] == ([0] if ladder else [])
+    assert len(rows) == 9
+    merges = [trial for trial, rung in place.measured if rung == len(ladder) and trial != 0]
+    assert merges
+    if ladder and suggest == "batch":
+        # Of 8 merges half goes on, and half of those.
+        assert sorted(rung for trial, rung in place.measured if trial) == [0] * 8 + [1] * 4 + [2] * 2
+        found = describe_ladder(place.run, place.log, place.measurements, num_prompts=30)
+        assert [(rung["measured"], rung["went_on"]) for rung in found["rungs"]] == [(8, 4), (4, 2)]
+    again = Place(tmp_path, suggest=suggest, first_trials="known", trials=9, generation_size=9, ladder=ladder)
+    again.drive(again.searcher(known=partial(known_of_base, base=base, search=search)))
+    assert again.measured == []
+    assert again.log.rows() == rows
+
+
+@pytest.mark.parametrize("cause", ["RuntimeError: out of memory", None])
+@pytest.mark.parametrize("suggest", ["batch", "async"])
+def test_a_trial_whose_process_dies_three_times_fails_and_says_why(
+    tmp_path: Path, suggest: str, cause: str | None
+) -> None:
+    """It is handed out three times; the others are measured once each, and the search ends."""
+    place = Place(tmp_path, suggest=suggest, trials=4)
+    searcher, attempts, others = place.searcher(), 0, []
+    while isinstance(found := searcher.suggest(f"t{attempts}-{len(others)}"), dict):
+        name, trial = f"t{attempts}-{len(others)}", found["trial"]
+        if trial["number"] != 1:
+            others.append(trial["number"])
+            searcher.on_trial_complete(name, place.answer(trial, frozenset()))
+            continue
+        attempts += 1
+        # What Tune says of such a trial, then, to callbacks, why.
+        searcher.on_trial_complete(name, None, error=True)
+        if cause is not None:
+            searcher.tell_cause(name, cause)
+    assert found == "FINISHED"
+    assert (attempts, sorted(others)) == (3, [0, 2, 3])
+    rows = place.log.rows()
+    assert [row["status"] for row in rows] == ["ok", "error", "ok", "ok"]
+    told = "it said nothing" if cause is None else cause
+    assert rows[1]["error"] == f"the trial's process ended without an answer 3 times: {told}"
+    assert rows[1]["objective"] == FAILED_OBJECTIVE
 
 
 @pytest.mark.parametrize("settings", [{}, {"ladder": LADDER}, {"sampler": "nsga2"}, {"sampler": "random"}])
@@ -223,4 +290,5 @@ def test_an_unreachable_floor_is_a_clear_result() -> None:
         "no candidate met the floor; nearest: trial 3, ties x 1.25: IP 0.25, neutral rate 0.75 of the base's "
         "(floor 0.9), neighbour retention 1.00 of the base's (floor 0.8)"
     )
-    assert describe_choice({**details, "feasible": True}, SearchConfig()).startswith("chosen trial 3, ties x 1.25: IP")
+    reached = {**details, "metrics": {**BASE, "ip_select": 0.25}, "feasible": True}
+    assert describe_choice(reached, SearchConfig()).startswith("chosen trial 3, ties x 1.25: IP")

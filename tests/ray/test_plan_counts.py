@@ -55,6 +55,12 @@ def test_pictures_of_rungs_and_finalists(command: Command) -> None:
     assert detail == "4 trials, about 2 in full, 0 done; 12 prompts each; 2 finalists"
 
 
+def test_the_base_among_known_first_trials_is_drawn_once(command: Command) -> None:
+    """6 candidates of 12 prompts, of which one is the base, which every search measures."""
+    settings = ["identity.search.first_trials=known", "identity.search.trials=6"]
+    assert stages(told(command, *settings))["search"][0] == 6 * 12
+
+
 def test_pictures_of_attacks_and_of_comparators(command: Command) -> None:
     """Attack prompts on the base and the searched row; 4 candidates of the comparator and the base, 12 prompts each."""
     before = stages(told(command))["evaluate"][0]

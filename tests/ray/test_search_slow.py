@@ -158,20 +158,28 @@ def test_known_points_and_ranks_are_searched_and_an_unreachable_floor_is_told(tr
         tmp_path,
         "identity.search.first_trials=known",
         "identity.search.output_ranks=[2, 4]",
-        "identity.search.trials=6",
+        "identity.search.trials=7",
         "identity.search.neutral_floor=1.0",
         "identity.search.neighbour_floor=1.0",
         f"identity.search.benchmarks=[{benchmark}, {tmp_path}/lost.csv]",
+        f"identity.evaluation.benchmarks=[{{name: i2p, file: {tmp_path}/i2p.csv}}]",
     )
     done = search(place)
     assert done.returncode == 0, done.stderr
     candidates = [json.loads(row["candidate"]) for row in rows(place, "trials")]
-    assert [one["method"] for one in candidates[:4]] == ["sum", "sum", "average", "ties"]
-    assert [sorted(one["weights"].values()) for one in candidates[:2]] == [[0.0, 1.0], [0.0, 1.0]]
-    assert {one.get("rank") for one in candidates[5:]} <= {2, 4}
+    assert [one["method"] for one in candidates[:5]] == ["sum", "sum", "sum", "average", "ties"]
+    assert [sorted(one["weights"].values()) for one in candidates[:3]] == [[0.0, 0.0], [0.0, 1.0], [0.0, 1.0]]
+    assert {one.get("rank") for one in candidates[6:]} <= {2, 4}
     details = record(place)["details"]
+    # The base is a trial whose rates were measured before; chosen is a merge, and it is told if that is no better.
+    (base,) = [row for row in rows(place, "trials") if row["trial"] == 0]
+    assert json.loads(base["metrics"]) == details["base"]
+    assert base["candidate_hash"] not in [row["candidate_hash"] for row in rows(place, "measurements")]
+    assert any(json.loads(details["candidate"])["weights"].values())
     assert details["benchmarks"]["checked"] == {str(benchmark): 1}
-    assert list(details["benchmarks"]["unchecked"]) == [f"{tmp_path}/lost.csv"]
+    assert list(details["benchmarks"]["unchecked"]) == [f"{tmp_path}/lost.csv", f"i2p={tmp_path}/i2p.csv"]
     output = " ".join(done.stdout.split())
-    assert ("chosen trial" if details["feasible"] else "no candidate met the floor; nearest: trial") in output
+    assert ("chosen trial" if "base_is_better" not in details else "nearest: trial") in output
+    assert ("the base without an adapter is the better choice" in output) == ("base_is_better" in details)
+    assert f"not checked against i2p={tmp_path}/i2p.csv" in output
     assert f"not checked against {tmp_path}/lost.csv" in output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 from ray_jobs import search_merges
 from ray_jobs.merge_searcher import MergeSearcher
 from ray_jobs.run import Run
-from ray_jobs.search_merges import choose, validation_prompts
-from ray_jobs.trial_log import MeasurementLog, TrialLog
+from ray_jobs.search_choice import choose, warnings_of
+from ray_jobs.search_merges import known_trials, validation_prompts
+from ray_jobs.search_summary import describe_choice, describe_warnings
+from ray_jobs.trial_log import MeasurementLog, TrialLog, best_trial
 from safetydpo.artifacts.storage import open_location
 from safetydpo.config.schema import Config
 from safetydpo.config.search import SearchConfig
@@ -24,6 +27,11 @@ from safetydpo.search.replay import ReplayStudy
 from safetydpo.search.space import Candidate, build_space
 
 EXPERTS = ("hate", "violence")
+METRICS = '{"ip_select": 0.2, "unrecognisable_rate": 0.1, "neutral_rate": 0.9, "neighbour_retention": 1.0}'
+GOOD = {"status": "ok", "objective": 0.3, "metrics": METRICS, "error": ""}
+BAD = {"status": "error", "objective": 1e6, "metrics": "{}", "error": "a bug"}
+RATES_OF_BASE = {"neutral_rate": 1.0, "neighbour_retention": 1.0, "ip_select": 0.6, "unrecognisable_rate": 0.0}
+NO_ADAPTER = Candidate("sum", 1.0, (("hate", 0.0), ("violence", 0.0)))
 COSTS = {"started_at": 0.0, "seconds": 1.0, "pictures": 10}
 
 
@@ -130,26 +138,84 @@ def test_failed_trials_are_tried_again_and_later_ones_only_if_the_answer_changes
     assert mended.rows() == whole.rows()
 
 
-def test_a_search_with_many_failures_does_not_close(tmp_path: Path):
-    """2 of 6 trials failed, more than a quarter: a closed search would never try them again. 1 of 6 is accepted."""
-    metrics = '{"ip_select": 0.2, "unrecognisable_rate": 0.1, "neutral_rate": 0.9, "neighbour_retention": 1.0}'
-    good = {"status": "ok", "objective": 0.3, "metrics": metrics, "error": ""}
-    bad = {"status": "error", "objective": 1e6, "metrics": "{}", "error": "a bug"}
-    base = {"neutral_rate": 1.0, "neighbour_retention": 1.0}
+def test_many_failures_warn_and_do_not_end_the_search(tmp_path: Path):
+    """1 of 6 trials failed: nothing is said. 2 of 6, more than a quarter: the best of the others, and a warning."""
     study = _study()
     candidates = [study.ask(0), study.ask(1)]
+    search = SearchConfig()
     for num_failed in (1, 2):
         log = TrialLog(open_location(str(tmp_path / f"{num_failed}")).make_folder())
         for number in range(6):
-            log.add(number, candidates[number % 2], bad if number < num_failed else good)
-        if num_failed == 2:
-            with pytest.raises(
-                SafetyDPOError, match="at most 25% failed trials, found 2 of 6, the first one for 'a bug'"
-            ):
-                choose(log, base, SearchConfig())
+            log.add(number, candidates[number % 2], BAD if number < num_failed else GOOD)
+        made = choose(log, RATES_OF_BASE, search)
+        assert made["counts"] == {"trials": 6, "failed": num_failed}
+        assert made["details"]["trial"] == num_failed
+        warnings = warnings_of(made["details"], log, search)
+        details = {**made["details"], **warnings}
+        if num_failed == 1:
+            assert (warnings, describe_warnings(details, search)) == ({}, [])
         else:
-            assert choose(log, base, SearchConfig())["details"]["trial"] == 1
-            assert choose(log, base, SearchConfig())["counts"] == {"trials": 6, "failed": 1}
+            assert warnings == {"failures": {"failed": 2, "trials": 6, "first_error": "a bug"}}
+            assert describe_warnings(details, search, folder="store/search/x") == [
+                "2 of 6 trials failed, the first one for 'a bug': the choice is of the others; to try them again, mend "
+                "the cause, delete record.json in store/search/x and run the same command"
+            ]
+
+
+def test_a_search_all_of_whose_merges_failed_is_an_error(tmp_path: Path):
+    """Also if the base, which needs no merge, was measured as a trial."""
+    study = _study()
+    log = TrialLog(open_location(str(tmp_path / "log")).make_folder())
+    log.add(0, NO_ADAPTER, {**GOOD, "metrics": json.dumps(RATES_OF_BASE)})
+    log.add(1, study.ask(0), BAD)
+    log.add(2, study.ask(1), BAD)
+    with pytest.raises(
+        SafetyDPOError,
+        match="one measured merge of 3 trials, found none and 2 failed, the first failure: a bug; mend the",
+    ):
+        choose(log, RATES_OF_BASE, SearchConfig())
+
+
+@pytest.mark.parametrize(
+    ("ip", "neutral", "told", "num_warnings"),
+    [
+        (0.2, 0.9, "chosen trial 1, sum x 1.00: IP 0.20", 0),
+        (
+            0.8,
+            0.9,
+            "no candidate that met the floors is better than the base; nearest: trial 1, sum x 1.00: IP 0.80",
+            1,
+        ),
+        (0.2, 0.5, "no candidate met the floor; nearest: trial 1, sum x 1.00: IP 0.20", 1),
+    ],
+)
+def test_the_base_is_never_chosen_but_told_of_where_it_is_better(
+    tmp_path: Path, ip: float, neutral: float, told: str, num_warnings: int
+):
+    """The base has IP 0.6. A merge of IP 0.2 beats it; one of 0.8, and one that halves the neutral rate, do not."""
+    log = TrialLog(open_location(str(tmp_path / "log")).make_folder())
+    merge, search = Candidate("sum", 1.0, (("hate", 1.0), ("violence", 0.0))), SearchConfig()
+    log.add(0, NO_ADAPTER, {**GOOD, "metrics": json.dumps(RATES_OF_BASE)})
+    metrics = {**RATES_OF_BASE, "ip_select": ip, "neutral_rate": neutral}
+    log.add(1, merge, {**GOOD, "metrics": json.dumps(metrics)})
+    details = dict(choose(log, RATES_OF_BASE, search)["details"])
+    warnings = warnings_of(details, log, search)
+    assert warnings == ({"base_is_better": True} if num_warnings else {})
+    details |= warnings
+    assert details["trial"] == 1
+    assert describe_choice(details, search).startswith(told)
+    found = describe_warnings(details, search)
+    assert len(found) == num_warnings
+    assert all("the base without an adapter is the better choice (IP 0.60, objective 0.60)" in one for one in found)
+    best = best_trial(log.rows(), base=RATES_OF_BASE, search=search)
+    assert best is not None
+    assert best["trial"] == 1
+
+
+def test_only_searches_with_known_first_trials_have_a_key_that_names_the_base() -> None:
+    """It was not always among them: a search of before must not go on as one with it."""
+    assert known_trials(SearchConfig()) == {}
+    assert known_trials(SearchConfig(first_trials="known")) == {"known": "base"}
 
 
 def test_neighbours_have_a_number_of_prompts_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,28 @@ def test_first_trials_calibrate_and_a_rung_that_ranks_badly_stops_nobody():
     assert run(1.0) == {0: 12, 1: 9}
 
 
+@pytest.mark.parametrize("rungs", [(HeldOutRung(keep=0.5),), (FewStepsRung(keep=0.5),)])
+def test_by_default_a_rung_that_ranks_upside_down_stops_nobody_once_that_is_measured(
+    rungs: tuple[HeldOutRung | FewStepsRung, ...],
+):
+    """Generations of 4 of 12: half of the first two, 4 candidates, are too few to tell by; of the third there is more.
+
+    Sent on are 2, 2 and 2 as long as less than 5 were measured by both. With 16 trials it is 6 by then: the last go on.
+    """
+
+    def run(sign: float, **rule: float) -> Counter[int]:
+        chosen = tuple(one.model_copy(update=rule) for one in rungs)
+        plan, counts = generations(trials=16, rungs=chosen), Counter()
+        while (task := plan.next_task([])) is not None:
+            counts[task.rung] += 1
+            plan.record(task, Outcome(score(task.candidate) * (1.0 if task.rung else sign)))
+        return counts
+
+    assert run(1.0) == {0: 16, 1: 8}
+    assert run(-1.0) == {0: 16, 1: 2 + 2 + 2 + 4}
+    assert run(-1.0, least_correlation=-1.0) == {0: 16, 1: 8}
+
+
 def asynchronous(trials: int = 20, **settings) -> AsyncPlan:
     return AsyncPlan(SPACE, seed=1, trials=trials, **settings)
 
@@ -166,9 +188,10 @@ def test_async_promotes_the_best_share_of_all_so_far():
 
 
 def test_known_points_come_first_whether_a_sampler_could_place_them_or_not():
-    """Each expert alone has a coefficient of 0, outside of the space; `ties` is inside, `average` is not."""
+    """Of the base all coefficients are 0, of each expert alone the others, outside of the space; so is `average`."""
     known = known_candidates(SPACE, density_methods=("ties",))
     assert [(one.method, dict(one.weights)) for one in known] == [
+        ("sum", {"hate": 0.0, "violence": 0.0}),
         ("sum", {"hate": 1.0, "violence": 0.0}),
         ("sum", {"hate": 0.0, "violence": 1.0}),
         ("average", {"hate": 1.0, "violence": 1.0}),
@@ -177,9 +200,9 @@ def test_known_points_come_first_whether_a_sampler_could_place_them_or_not():
     ]
     for plan in (generations(rungs=(), known=known), asynchronous(trials=12, known=known)):
         tasks, _ = drive(plan, workers=1)
-        assert {task.candidate for task in tasks[:5]} == set(known)
+        assert {task.candidate for task in tasks[:6]} == set(known)
         assert len({task.candidate for task in tasks}) == 12
-    with pytest.raises(UsageError, match=r"trials of at least 5 because identity\.search\.first_trials is 'known'"):
+    with pytest.raises(UsageError, match=r"trials of at least 6 because identity\.search\.first_trials is 'known'"):
         generations(trials=4, known=known)
     with pytest.raises(UsageError, match="found 4: raise it, or use 'plain'"):
         asynchronous(trials=4, known=known)

@@ -1,11 +1,13 @@
 """Fits: merges that solve for a change from what the experts do to given inputs.
 
-Axis legend: none; moments are [d_in, d_in], with `d_in` input features of the linear layer.
+Axis legend: `d_in` input features of the linear layer.
 """
 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from safetydpo.artifacts.adapters import LoraLayer
 from safetydpo.errors import SafetyDPOError
@@ -15,6 +17,9 @@ from safetydpo.merging.method import LayerExperts, LayerMerge, MergeMethod
 RIDGE = 1e-2
 """Ridge of `regmean` relative to the mean diagonal entry of the summed moments: chosen among 1e-4, 1e-3 and 1e-2 on the
 demo's validation prompts, because the larger it is the better neutral concepts were kept."""
+
+REGRESSED = "regressed"
+"""Under which the experts' layers after the regression are kept between merges: nothing in it is a candidate's."""
 
 
 def regmean(experts: LayerExperts) -> LayerMerge:
@@ -38,8 +43,17 @@ def regmean(experts: LayerExperts) -> LayerMerge:
             f"expected second moments of the inputs of {len(experts.layers)} experts and of benign prompts for "
             f"{experts.name!r}, found {len(experts.moments)}: collect the layer inputs of the base model first"
         )
+    if experts.kept is None:
+        return LayerMerge(concatenate(_regressed(experts, experts.benign_moment), experts.weights))
+    if REGRESSED not in experts.kept:
+        experts.kept[REGRESSED] = _regressed(experts, experts.benign_moment)
+    return LayerMerge(concatenate(experts.kept[REGRESSED], experts.weights))
+
+
+def _regressed(experts: LayerExperts, benign: Float[Tensor, "d_in d_in"]) -> list[LoraLayer]:
+    """Return each expert's layer with A G_e (sum_e G_e + G_benign + RIDGE m I)^-1 for A; weights play no part."""
     moments = [moment.to(torch.float64) for moment in experts.moments]
-    total = torch.stack([*moments, experts.benign_moment.to(torch.float64)]).sum(dim=0)
+    total = torch.stack([*moments, benign.to(torch.float64)]).sum(dim=0)
     total.diagonal().add_(RIDGE * total.diagonal().mean())
     factors = torch.linalg.lu_factor(total)
     layers = []
@@ -47,7 +61,7 @@ def regmean(experts: LayerExperts) -> LayerMerge:
         # A G T^-1 = (T^-1 G A')' because both moments are symmetric.
         weighted = torch.linalg.lu_solve(*factors, moment @ layer.down.to(torch.float64).T).T
         layers.append(LoraLayer(down=weighted.to(layer.down.dtype).contiguous(), up=layer.up))
-    return LayerMerge(concatenate(layers, experts.weights))
+    return layers
 
 
 def distill(experts: LayerExperts) -> LayerMerge:
