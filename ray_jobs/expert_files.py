@@ -23,7 +23,7 @@ MOMENTS_FILE = "moments.safetensors"
 MAX_EXPERT_BYTES = 2 << 30
 """Experts whose files are larger than this together are not kept in memory while they are merged."""
 MAX_INPUT_BYTES = 1 << 30
-"""Layer inputs that are larger are read one layer at a time."""
+"""Layer inputs that are larger are read one layer at a time, and moments likewise."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def read_aids(run: Run, folders: Mapping[str, str], *, methods: Sequence[str]) -
     """
     from safetydpo.merging.activations import METADATA_KEY, inputs_from_bytes
     from safetydpo.merging.collected import open_collected
-    from safetydpo.merging.moments import moments_from_bytes
+    from safetydpo.merging.moments import moments_from_bytes, open_moments
 
     chosen = [find_method(name) for name in methods]
     found: dict[str, Any] = dict.fromkeys(("inputs", "moments", "distilled"))
@@ -142,7 +142,10 @@ def read_aids(run: Run, folders: Mapping[str, str], *, methods: Sequence[str]) -
             found["inputs"] = inputs_from_bytes(location.read_bytes(), source=str(location), **collected)
     if "layer_inputs" in folders and any(method.needs_moments for method in chosen):
         location = Location(run.store.filesystem, folders["layer_inputs"]) / MOMENTS_FILE
-        found["moments"] = moments_from_bytes(location.read_bytes(), source=str(location), **collected)
+        if location.size_bytes() > MAX_INPUT_BYTES:
+            found["moments"] = open_moments(location, **collected)
+        else:
+            found["moments"] = moments_from_bytes(location.read_bytes(), source=str(location), **collected)
     if "distilled" in folders and any(method.needs_distilled for method in chosen):
         found["distilled"], _ = read_adapter(Location(run.store.filesystem, folders["distilled"]) / ADAPTER_FILE)
     return found

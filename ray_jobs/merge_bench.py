@@ -41,11 +41,12 @@ SPREAD = "merge_evidence"
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged adapter and what is known of it."""
+    """A merged adapter and what is known of it; `suppliers` is the mean number of experts that supply a layer."""
 
     layers: Any
     adapter: str
     truncation_error: float
+    suppliers: float | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ class MergeBench:
             self._plain = made, self.evaluator.merge(Candidate(method, 1.0, self._weights, tuning.density))
         result = self._plain[1]
         layers = {name: scale_layer(layer, tuning.scale) for name, layer in result.layers.items()}
-        return Merged(layers, adapter_hash(layers), result.overall_truncation_error)
+        suppliers = None if result.num_suppliers is None else result.num_suppliers["mean"]
+        return Merged(layers, adapter_hash(layers), result.overall_truncation_error, suppliers)
 
     def validate(self, merged: Merged | None, prompts: Sequence[Prompt], *, steps: int | None) -> Measurement:
         """Return the tally of a merge, or of the base for None, by the `select` judge."""

@@ -174,7 +174,9 @@ class _Work:
         for tuning in self._unit.tunings:
             merged = self._merge(tuning)
             tally = self._validate("small", merged)
-            candidates.append(MeasuredTuning(tuning, merged.adapter, merged.truncation_error, tally))
+            candidates.append(
+                MeasuredTuning(tuning, merged.adapter, merged.truncation_error, tally, suppliers=merged.suppliers)
+            )
         small = [one.small for one in candidates]
         best = shortlist(small, base["small"], retention=settings.retention, count=settings.validated)
         full: list[Tally] = []

@@ -18,7 +18,7 @@ from ray_jobs.expert_files import (
     load_experts,
     read_aids,
 )
-from ray_jobs.layer_inputs import chosen_prompts, collect_layer_inputs, layer_inputs_key
+from ray_jobs.layer_inputs import Content, collect_layer_inputs, find_layer_inputs
 from ray_jobs.merge_settings import merge_request, requested_methods, run_merge
 from ray_jobs.resources import task_options
 from ray_jobs.run import Run
@@ -64,7 +64,7 @@ def merge_aids(
 
     start = _start_methods(run, methods)
     needs_base = any(method.needs_base for method in (*methods, *start))
-    aids = MergeAids(layer_inputs=collect_layer_inputs(run) if needs_base else None)
+    aids = MergeAids(layer_inputs=collect_layer_inputs(run, wanted_content(run, methods)) if needs_base else None)
     if not start:
         return aids
     distilled = distill_experts(run, experts, pairs, pairs_folder, aids=aids.needed_by(start))
@@ -80,7 +80,7 @@ def find_aids(
     start = _start_methods(run, methods)
     aids = MergeAids()
     if any(method.needs_base for method in (*methods, *start)):
-        aids = MergeAids(layer_inputs=find_closed(run.store, layer_inputs_key(run, chosen_prompts(run))))
+        aids = MergeAids(layer_inputs=find_layer_inputs(run, wanted_content(run, methods)))
         if aids.layer_inputs is None:
             return None
     if not start:
@@ -88,6 +88,21 @@ def find_aids(
     key = distilled_key(run, experts, pairs, pairs_folder, aids=aids.needed_by(start))
     distilled = find_closed(run.store, key)
     return None if distilled is None else replace(aids, distilled=distilled)
+
+
+def wanted_content(run: Run, methods: Sequence[MergeMethod]) -> Content:
+    """Return what is collected for these methods and all others that the run itself merges by.
+
+    A run asks for one content at every stage, so that what it has merged keeps its key when the search comes.
+    """
+    from ray_jobs.search_judges import can_search
+    from safetydpo.merging.registry import find_method
+
+    identity = run.config.identity
+    searched = [find_method(name) for name in identity.search.methods] if can_search(identity) else []
+    every = [*methods, *plain_methods(run), *searched]
+    needs_moments = any(method.needs_moments for method in (*every, *_start_methods(run, every)))
+    return Content.INPUTS_AND_MOMENTS if needs_moments else Content.INPUTS
 
 
 def _start_methods(run: Run, methods: Sequence[MergeMethod]) -> list[MergeMethod]:

@@ -71,6 +71,7 @@ def merge_page(measured: Measured, *, images: Sequence[tuple[str, str]] = ()) ->
         _screen(measured),
         *(f"![{description}]({path})" for path, description in images),
         _grid(measured),
+        _suppliers(measured),
         _factors(measured),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -172,6 +173,29 @@ def _grid(measured: Measured) -> str:
         f"of the seeds (least to most, failed):\n\n{curve}\n\n"
         "IP of the tested candidates, all seeds pooled, with its exact 95 % interval, and their retention:\n\n"
         f"{tested}"
+    )
+
+
+def _suppliers(measured: Measured) -> str:
+    """Return how many experts supply a layer over numbers of experts, of the methods whose records say it."""
+    known = [unit for unit in measured.units if unit.suppliers is not None and unit.factor == "main"]
+    methods, counts = sorted({unit.method for unit in known}), sorted({unit.count for unit in known})
+    if not known:
+        return ""
+
+    def cell(method: str, count: int) -> str:
+        found = [
+            one.suppliers for one in known if (one.method, one.count) == (method, count) and one.suppliers is not None
+        ]
+        return f"{sum(found) / len(found):.1f}" if found else NONE
+
+    return (
+        "### Distinct suppliers per layer\n\nExperts that supply at least one row of a layer, mean over the layers of "
+        "the tested candidates and over the seeds:\n\n"
+        + _table(
+            ["method", *map(_experts, counts)],
+            [[f"`{name}`", *(cell(name, one) for one in counts)] for name in methods],
+        )
     )
 
 

@@ -32,6 +32,8 @@ class MeasuredTuning:
         truncation_error: Relative Frobenius error of the reduction to the output rank.
         small: What the small measurement counted.
         full: What the full one did; None if it was not among the best.
+        suppliers: Mean over layers of how many experts supply at least one row; None for methods that blend, and in
+            records of before.
     """
 
     tuning: Tuning
@@ -39,6 +41,7 @@ class MeasuredTuning:
     truncation_error: float
     small: Tally
     full: Tally | None = None
+    suppliers: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,11 @@ class MergeUnit:
     counts: RowCounts
 
     @property
+    def suppliers(self) -> float | None:
+        """Mean number of distinct suppliers per layer of the tested candidate; None if it is not known."""
+        return self.candidates[self.chosen].suppliers
+
+    @property
     def validated(self) -> list[tuple[int, Tally]]:
         """Positions and counts of the fully validated candidates."""
         return [(index, one.full) for index, one in enumerate(self.candidates) if one.full is not None]
@@ -133,6 +141,8 @@ def dump_merge_unit(unit: MergeUnit) -> str:
                 "truncation_error": one.truncation_error,
                 "small": _plain(one.small),
                 "full": None if one.full is None else _plain(one.full),
+                # Left out where there is none, as in records of before.
+                **({} if one.suppliers is None else {"suppliers": one.suppliers}),
             }
             for one in unit.candidates
         ],
@@ -185,6 +195,12 @@ def parse_merge_unit(text: str, *, source: str) -> MergeUnit:
         raise SafetyDPOError(
             f"expected the record of a measured merge in {source}, found {error!r}: {again}"
         ) from error
+    wrong = [one.suppliers for one in unit.candidates if not 0 <= (one.suppliers or 0) <= unit.count]
+    if wrong:
+        raise SafetyDPOError(
+            f"expected 0 to {unit.count} suppliers per layer of {unit.count} experts in {source}, found {wrong[0]}: "
+            f"{again}"
+        )
     if unit.chosen not in [index for index, _ in unit.validated]:
         raise SafetyDPOError(
             f"expected a fully validated candidate to be the chosen one in {source}, found number {unit.chosen}: "
@@ -194,13 +210,14 @@ def parse_merge_unit(text: str, *, source: str) -> MergeUnit:
 
 
 def _parse_candidate(row: Mapping[str, Any], source: str) -> MeasuredTuning:
-    density = row["density"]
+    density, suppliers = row["density"], row.get("suppliers")
     return MeasuredTuning(
         Tuning(float(row["scale"]), None if density is None else float(density)),
         str(row["adapter"]),
         float(row["truncation_error"]),
         parse_tally(row["small"], source=source),
         None if row["full"] is None else parse_tally(row["full"], source=source),
+        None if suppliers is None else float(suppliers),
     )
 
 

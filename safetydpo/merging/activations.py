@@ -17,14 +17,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from safetydpo.artifacts.storage import Location
 from safetydpo.config.schema import SamplerConfig
 from safetydpo.diffusion.backbone import Backbone
 from safetydpo.diffusion.render import initial_noise
 from safetydpo.errors import SafetyDPOError, UsageError
-from safetydpo.merging.collected import collected_from_bytes, collected_to_bytes
+from safetydpo.merging.collected import collected_from_bytes, collected_to_bytes, open_collected, write_collected
 from safetydpo.seeding import derive_seed
 
 METADATA_KEY = "safetydpo_layer_inputs"
+WHAT = "layer inputs"
 
 
 def collect_inputs(
@@ -90,36 +92,75 @@ def collect_inputs(
 
 
 def join_inputs(
-    parts: Mapping[str, Mapping[str, Float[Tensor, "part token d_in"]]], groups: Sequence[str]
-) -> dict[str, Float[Tensor, "input token d_in"]]:
-    """Return the inputs of all prompts in their order, from those that were collected group by group.
+    parts: Mapping[str, Float[Tensor, "part token d_in"]], groups: Sequence[str], *, module: str
+) -> Float[Tensor, "input token d_in"]:
+    """Return one module's inputs of all prompts in their order, from those that were collected group by group.
 
     Args:
-        parts: group -> module -> inputs of the group's prompts, in the order of the prompts.
+        parts: group -> inputs of the group's prompts, in the order of the prompts.
         groups: the group of each prompt.
+        module: the module's name, for messages.
 
     Raises:
-        SafetyDPOError: if a group is missing, or parts differ in modules or do not have as many inputs per prompt.
+        SafetyDPOError: if a group is missing, or parts do not have as many inputs per prompt.
     """
     missing = next((group for group in groups if group not in parts), None)
     if missing is not None or not groups:
         raise SafetyDPOError(f"expected layer inputs of every group of prompts, found none of {missing!r}")
     rows = {group: [row for row, name in enumerate(groups) if name == group] for group in parts}
-    modules = sorted(parts[groups[0]])
-    joined: dict[str, Tensor] = {}
+    first = parts[groups[0]]
+    per_prompt = len(first) // len(rows[groups[0]])
+    values = first.new_empty(len(groups), per_prompt, *first.shape[1:])
+    for group, part in parts.items():
+        if len(part) != per_prompt * len(rows[group]):
+            raise SafetyDPOError(
+                f"expected {per_prompt} inputs of {module!r} for each of {len(rows[group])} prompts of group "
+                f"{group!r}, found {len(part)} in all: collect them again"
+            )
+        values[rows[group]] = part.unflatten(0, (-1, per_prompt))
+    return values.flatten(0, 1)
+
+
+def join_input_files(
+    location: Location, parts: Mapping[str, Location], groups: Sequence[str], *, base_fingerprint: str
+) -> tuple[str, int]:
+    """Write the inputs of several groups' files as one, a module at a time; return (its SHA-256, number of modules).
+
+    Args:
+        location: the file.
+        parts: group -> the file of its inputs.
+        groups: the group of each prompt.
+        base_fingerprint: of the base model.
+
+    Raises:
+        SafetyDPOError: if a part is truncated, is none of ours, was collected on another base model, or has other
+            modules than the others; and as `join_inputs`.
+    """
+    opened = {
+        group: open_collected(part, kind=METADATA_KEY, what=WHAT, base_fingerprint=base_fingerprint)
+        for group, part in parts.items()
+    }
+    modules = sorted(set().union(*opened.values()))
+    for group, part in opened.items():
+        if list(part) != modules:
+            raise SafetyDPOError(
+                f"expected inputs of {len(modules)} layers of group {group!r}, found {len(part)}: collect them again"
+            )
+    counts = {group: groups.count(group) for group in opened}
+    shapes = {}
     for module in modules:
-        first = parts[groups[0]][module]
-        per_prompt = len(first) // len(rows[groups[0]])
-        values = first.new_empty(len(groups), per_prompt, *first.shape[1:])
-        for group, part in parts.items():
-            if sorted(part) != modules or len(part[module]) != per_prompt * len(rows[group]):
-                raise SafetyDPOError(
-                    f"expected {per_prompt} inputs of {len(modules)} layers for each of {len(rows[group])} prompts of "
-                    f"group {group!r}, found {len(part.get(module, ()))} of {len(part)}: collect them again"
-                )
-            values[rows[group]] = part[module].unflatten(0, (-1, per_prompt))
-        joined[module] = values.flatten(0, 1)
-    return joined
+        some = next(iter(opened))
+        length, *rest = opened[some].shape(module)
+        shapes[module] = (length // max(1, counts[some]) * len(groups), *rest)
+    sha256 = write_collected(
+        location,
+        shapes,
+        lambda module: join_inputs({group: part[module] for group, part in opened.items()}, groups, module=module),
+        number="F16",
+        kind=METADATA_KEY,
+        base_fingerprint=base_fingerprint,
+    )
+    return sha256, len(modules)
 
 
 def inputs_to_bytes(inputs: Mapping[str, Float[Tensor, "input token d_in"]], *, base_fingerprint: str) -> bytes:
@@ -136,9 +177,7 @@ def inputs_from_bytes(
     Raises:
         SafetyDPOError: if the file is truncated, is none of ours, or was collected on another base model.
     """
-    return collected_from_bytes(
-        data, kind=METADATA_KEY, what="layer inputs", source=source, base_fingerprint=base_fingerprint
-    )
+    return collected_from_bytes(data, kind=METADATA_KEY, what=WHAT, source=source, base_fingerprint=base_fingerprint)
 
 
 def _check_request(

@@ -23,11 +23,7 @@ def check_experts(experts: Sequence[tuple[str, Mapping[str, LoraLayer], AdapterM
         UsageError: if there is no expert or a name occurs twice.
         SafetyDPOError: if experts differ in base model, targets or shapes, or hold NaN or infinity.
     """
-    if not experts:
-        raise UsageError("expected at least one expert to merge, found none: train or list some")
-    repeated = [name for name, count in Counter(name for name, _, _ in experts).items() if count > 1]
-    if repeated:
-        raise UsageError(f"expected every expert once, found {repeated[0]!r} twice: give each another name")
+    check_names([name for name, _, _ in experts])
     first_name, first_layers, first_metadata = experts[0]
     for name, layers, metadata in experts[1:]:
         if metadata.base_fingerprint != first_metadata.base_fingerprint:
@@ -39,6 +35,19 @@ def check_experts(experts: Sequence[tuple[str, Mapping[str, LoraLayer], AdapterM
         _check_same_layers(first_name, first_layers, name=name, layers=layers)
     for name, layers, _ in experts:
         _check_finite(name, layers)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse an empty list of experts, or one that names one twice.
+
+    Raises:
+        UsageError: names the first that occurs twice.
+    """
+    if not names:
+        raise UsageError("expected at least one expert to merge, found none: train or list some")
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise UsageError(f"expected every expert once, found {repeated[0]!r} twice: give each another name")
 
 
 def check_same_signature(experts: Sequence[tuple[str, Mapping[str, LoraLayer]]], *, method: str) -> None:

@@ -1,7 +1,8 @@
 """Merge experts into one adapter, layer by layer.
 
 `prepare_experts` checks a set of experts once and keeps what does not depend on scale, weights or method (the
-activation scores), so that a search can merge the same experts many times; `merge_experts` is both in one call.
+activation scores), so that a search can merge the same experts many times; `add_experts` makes the set larger at the
+cost of the new ones; `merge_experts` prepares and merges in one call.
 
 One layer is held at a time beside the result: with experts that are read as they are needed
 (`artifacts.lazy_tensors.LazyLayers`) and an output rank, memory hardly grows with their number.
@@ -30,7 +31,7 @@ from safetydpo.merging.algebra import (
 )
 from safetydpo.merging.method import LayerExperts, LayerMerge, MergeMethod
 from safetydpo.merging.moments import Moments
-from safetydpo.merging.prepare import Expert, PreparedExperts, prepare_experts
+from safetydpo.merging.prepare import Expert, PreparedExperts, add_experts, prepare_experts
 from safetydpo.merging.registry import find_method
 from safetydpo.merging.settings import MergeSettings, check_needs, check_numbers, expert_coefficients, layer_factors
 
@@ -39,6 +40,7 @@ __all__ = [
     "MergeResult",
     "MergeSettings",
     "PreparedExperts",
+    "add_experts",
     "merge_experts",
     "merge_prepared",
     "merge_with",
@@ -207,6 +209,8 @@ def _merge_layer(
         # No expert acts in this block.
         empty = LoraLayer(torch.zeros_like(layers[0].down[:1]), torch.zeros_like(layers[0].up[:, :1]))
         return LayerMerge(empty, suppliers=(0,) * len(layers) if method.selects else None)
+    # One access, which may read a file.
+    moments = prepared.moments[name] if method.needs_moments else ()
     return method.function(
         LayerExperts(
             name=name,
@@ -215,8 +219,8 @@ def _merge_layer(
             density=settings.density,
             scores=prepared.layer_scores(name, layers) if method.needs_inputs else (),
             seed=settings.seed,
-            moments=prepared.moments[name][:-1] if method.needs_moments else (),
-            benign_moment=prepared.moments[name][-1] if method.needs_moments else None,
+            moments=moments[:-1],
+            benign_moment=moments[-1] if moments else None,
             distilled=flatten_kernel(prepared.distilled[name])
             if method.needs_distilled and prepared.distilled
             else None,

@@ -7,7 +7,7 @@ needs no other pass over the layer inputs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -15,8 +15,8 @@ from torch import Tensor
 from safetydpo.artifacts.adapters import AdapterMetadata, LoraLayer
 from safetydpo.errors import SafetyDPOError
 from safetydpo.merging.algebra import flatten_kernel
-from safetydpo.merging.compatible import check_experts, shapes_of
-from safetydpo.merging.moments import BENIGN, Moments, expert_moment
+from safetydpo.merging.compatible import check_experts, check_names, shapes_of
+from safetydpo.merging.moments import ExpertMoments, Moments
 from safetydpo.merging.votes import NeuronScores, score_neurons
 
 MAX_SCORE_BYTES = 2 << 30
@@ -47,7 +47,7 @@ class PreparedExperts:
     scores: Mapping[str, tuple[NeuronScores, ...]] = field(default_factory=dict)
     """Per module the scores of each expert; empty without inputs, or if they would be too large to keep."""
     moments: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
-    """Per module the second moments of each expert's inputs, and last that of benign prompts."""
+    """Per module the second moments of each expert's inputs, and last that of benign prompts; read when asked for."""
     distilled: Mapping[str, LoraLayer] | None = None
     """The adapter that was fitted to these experts."""
     inputs: Mapping[str, Tensor] | None = None
@@ -97,10 +97,47 @@ def prepare_experts(
 
     Raises:
         UsageError: if there is no expert or a name occurs twice.
-        SafetyDPOError: if experts differ in base model, target layers or shapes, hold NaN, or a layer has no inputs
-            or no distilled change.
+        SafetyDPOError: if experts differ in base model, target layers or shapes, hold NaN, or a layer has no inputs,
+            no moments or no distilled change.
     """
     check_experts([(expert.name, expert.layers, expert.metadata) for expert in experts])
+    made = _prepare(experts, None, inputs, moments, distilled, max_score_bytes)
+    return replace(made, kept={}) if keep else made
+
+
+def add_experts(
+    prepared: PreparedExperts,
+    experts: Sequence[Expert],
+    *,
+    inputs: Mapping[str, Tensor] | None = None,
+    moments: Moments | None = None,
+    distilled: Mapping[str, LoraLayer] | None = None,
+    max_score_bytes: int = MAX_SCORE_BYTES,
+) -> PreparedExperts:
+    """Return what `prepare_experts` makes of the prepared experts and these together; only these are scored.
+
+    Inputs and moments must be those that the others were prepared with; a distilled adapter is fitted to all of them.
+
+    Raises:
+        UsageError: if a name occurs twice.
+        SafetyDPOError: as `prepare_experts`, or if the others were scored on another number of inputs.
+    """
+    # Numbers of the others were looked at when they were prepared: one of them stands for all.
+    check_names([expert.name for expert in (*prepared.experts, *experts)])
+    check_experts([(one.name, one.layers, one.metadata) for one in (prepared.experts[0], *experts)])
+    made = _prepare([*prepared.experts, *experts], prepared, inputs, moments, distilled, max_score_bytes)
+    # What methods kept was of the former experts alone.
+    return made if prepared.kept is None else replace(made, kept={})
+
+
+def _prepare(
+    experts: Sequence[Expert],
+    known: PreparedExperts | None,
+    inputs: Mapping[str, Tensor] | None,
+    moments: Moments | None,
+    distilled: Mapping[str, LoraLayer] | None,
+    max_score_bytes: int,
+) -> PreparedExperts:
     ordered = tuple(sorted(experts, key=lambda expert: (expert.hash, expert.name)))
     names = tuple(sorted(ordered[0].layers))
     scores: dict[str, tuple[NeuronScores, ...]] = {}
@@ -112,11 +149,7 @@ def prepare_experts(
                 "collect them again with the same lora.targets"
             )
         if _score_bytes(ordered, names, num_inputs=inputs[names[0]].shape[0]) <= max_score_bytes:
-            for name in names:
-                layers = [flatten_kernel(expert.layers[name]) for expert in ordered]
-                # Once for all experts: it takes as long as the scores of one.
-                values = inputs[name].to(layers[0].down.dtype)
-                scores[name] = tuple(score_neurons(layer, values) for layer in layers)
+            scores = {name: _scores(ordered, name, inputs, known) for name in names}
             inputs = None
     if distilled is not None and set(distilled) != set(names):
         first = sorted(set(distilled) ^ set(names))[0]
@@ -124,8 +157,32 @@ def prepare_experts(
             f"expected a distilled adapter of the experts' {len(names)} layers, found {len(distilled)} and a first "
             f"difference at {first!r}: distil these experts again"
         )
-    found = {} if moments is None else _moments(ordered, names, moments)
-    return PreparedExperts(ordered, names, scores, found, distilled, inputs, {} if keep else None)
+    found: Mapping[str, tuple[Tensor, ...]] = {}
+    if moments is not None:
+        found = ExpertMoments(moments, names, [(expert.name, expert.metadata.categories) for expert in ordered])
+    return PreparedExperts(ordered, names, scores, found, distilled, inputs)
+
+
+def _scores(
+    ordered: Sequence[Expert], name: str, inputs: Mapping[str, Tensor], known: PreparedExperts | None
+) -> tuple[NeuronScores, ...]:
+    """Return the scores of all experts in one layer, those of known ones as they are."""
+    first = flatten_kernel(ordered[0].layers[name])
+    # Once for all experts: it takes as long as the scores of one.
+    values = inputs[name].to(first.down.dtype)
+    have: dict[str, NeuronScores] = {}
+    if known is not None and name in known.scores:
+        have = {expert.name: one for expert, one in zip(known.experts, known.scores[name], strict=True)}
+        wrong = next((one for one in have.values() if one.up.shape[1] != len(values)), None)
+        if wrong is not None:
+            raise SafetyDPOError(
+                f"expected the {wrong.up.shape[1]} layer inputs that the prepared experts were scored on, found "
+                f"{len(values)} for {name!r}: prepare all experts anew"
+            )
+    return tuple(
+        have[expert.name] if expert.name in have else score_neurons(flatten_kernel(expert.layers[name]), values)
+        for expert in ordered
+    )
 
 
 def _score_bytes(experts: Sequence[Expert], names: Sequence[str], *, num_inputs: int) -> int:
@@ -133,16 +190,3 @@ def _score_bytes(experts: Sequence[Expert], names: Sequence[str], *, num_inputs:
     first = experts[0].layers
     units = sum(down[0] + up[0] for down, up in (shapes_of(first, name) for name in names))
     return 4 * units * num_inputs * len(experts)
-
-
-def _moments(ordered: Sequence[Expert], names: Sequence[str], moments: Moments) -> dict[str, tuple[Tensor, ...]]:
-    found: dict[str, tuple[Tensor, ...]] = {}
-    for name in names:
-        if BENIGN not in moments.get(name, {}):
-            raise SafetyDPOError(
-                f"expected moments of the inputs of every LoRA target, on benign prompts too, found none for {name!r}: "
-                "collect them again with the same lora.targets"
-            )
-        own = [expert_moment(moments[name], expert=e.name, categories=e.metadata.categories) for e in ordered]
-        found[name] = (*own, moments[name][BENIGN])
-    return found

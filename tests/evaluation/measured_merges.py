@@ -31,10 +31,13 @@ def make_merge(
     chosen: int = 0,
     tested: Tally = GOOD,
     identity_hash: str = "an identity",
+    suppliers: float | None = None,
 ) -> MergeUnit:
     """Return a unit of as many candidates as there are small measurements."""
     candidates = [
-        MeasuredTuning(Tuning(0.5 + index, 0.3 if method == "ties" else None), f"adapter {index}", 0.25, one, whole)
+        MeasuredTuning(
+            Tuning(0.5 + index, 0.3 if method == "ties" else None), f"adapter {index}", 0.25, one, whole, suppliers
+        )
         for index, (one, whole) in enumerate(zip(small, full, strict=True))
     ]
     rates = {"ip": {"bomb": (tested["ip"][0], 10)}}

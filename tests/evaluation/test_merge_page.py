@@ -61,6 +61,22 @@ def test_factors_name_what_was_changed() -> None:
     assert "![a plot](images/x.png)" in page
 
 
+def test_suppliers_over_numbers_of_experts_are_shown_where_records_say_them() -> None:
+    """Seeds with 2.5 and 3.5 suppliers a layer: 3.0 on average; a blend has none, and a factor is another matter."""
+    known = [
+        make_merge("co_merge", 1, suppliers=1.0),
+        make_merge("co_merge", suppliers=2.5),
+        make_merge("co_merge", seed=1, suppliers=3.5),
+        make_merge("element", suppliers=9.25),
+        make_merge("co_merge", factor="independent", suppliers=7.0),
+    ]
+    page = merge_page(measured([*UNITS, *known]))
+    assert (
+        "| method | 1 expert | 10 experts |\n|---|---|---|\n| `co_merge` | 1.0 | 3.0 |\n| `element` | – | 9.2 |\n"
+    ) in page
+    assert "Distinct suppliers" not in merge_page(measured(UNITS))
+
+
 def test_what_is_not_measured_is_left_out() -> None:
     page = merge_page(measured([make_merge("ties", 1)]))
     assert "Screen" not in page

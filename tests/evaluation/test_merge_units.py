@@ -37,9 +37,23 @@ def test_the_points_of_a_curve_begin_with_the_base() -> None:
     assert unit.points("test") == [CurvePoint(1.0, 1.0), CurvePoint(0.95, 0.1)]
 
 
+def test_suppliers_stand_in_new_records_and_are_not_asked_of_older_ones() -> None:
+    blend, chosen = dump_merge_unit(make_merge()), dump_merge_unit(make_merge("co_merge", suppliers=3.25))
+    assert "suppliers" not in blend
+    assert parse_merge_unit(blend, source="it").suppliers is None
+    again = parse_merge_unit(chosen, source="it")
+    assert again.suppliers == 3.25
+    assert dump_merge_unit(again) == chosen
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            lambda one: one["candidates"][1].update(suppliers=10.5),
+            "expected 0 to 10 suppliers per layer of 10 experts in it, found 10.5: delete that file",
+        ),
+        (lambda one: one["candidates"][1].update(suppliers="many"), "found ValueError"),
         (lambda one: one.update(schema_version=2), "expected a measured merge of schema_version 1 in it, found 2"),
         (lambda one: one.pop("tested"), r"expected the record of a measured merge in it, found KeyError\('tested'\)"),
         (lambda one: one["tested"].update(ip=[11, 10]), "expected hits between 0 and n in it, found 11 of 10 at ip"),

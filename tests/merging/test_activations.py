@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,10 +8,17 @@ import pytest
 import torch
 
 from safetydpo.artifacts.adapters import LoraLayer, LoraSignature
+from safetydpo.artifacts.storage import Location
 from safetydpo.config.schema import SamplerConfig
 from safetydpo.diffusion.stable_diffusion import StableDiffusion
 from safetydpo.errors import SafetyDPOError, UsageError
-from safetydpo.merging.activations import collect_inputs, inputs_from_bytes, inputs_to_bytes, join_inputs
+from safetydpo.merging.activations import (
+    collect_inputs,
+    inputs_from_bytes,
+    inputs_to_bytes,
+    join_input_files,
+    join_inputs,
+)
 from safetydpo.seeding import derive_seed
 from tests.tiny import build_tiny_model
 
@@ -159,7 +167,7 @@ def test_inputs_beyond_float16_are_refused(tmp_path: Path):
         collect(loaded)
 
 
-def test_parts_made_apart_have_the_bytes_of_the_whole(backbone):
+def test_parts_made_apart_have_the_bytes_of_the_whole(backbone, store: Location):
     """Three prompts in batches of two, taken as rows {0, 2} and {1}: neither starts where a batch does."""
     groups = ["odd", "even", "odd"]
     observed: dict[str, list[tuple[str, int, bytes]]] = {"whole": [], "odd": [], "even": []}
@@ -177,8 +185,13 @@ def test_parts_made_apart_have_the_bytes_of_the_whole(backbone):
         )
 
     whole = part("whole", None)
-    joined = join_inputs({"odd": part("odd", [0, 2]), "even": part("even", [1])}, groups)
-    assert inputs_to_bytes(joined, base_fingerprint="b") == inputs_to_bytes(whole, base_fingerprint="b")
+    for name, rows in (("odd", [0, 2]), ("even", [1])):
+        (store / name).write_bytes(inputs_to_bytes(part(name, rows), base_fingerprint="b"))
+    files = {name: store / name for name in ("odd", "even")}
+    sha256, modules = join_input_files(store / "joined", files, groups, base_fingerprint="b")
+    expected = inputs_to_bytes(whole, base_fingerprint="b")
+    assert (store / "joined").read_bytes() == expected
+    assert (sha256, modules) == (hashlib.sha256(expected).hexdigest(), len(whole))
     # Moments are sums of what is observed, in this order.
     for name in ("odd", "even"):
         assert observed[name] == [entry for entry in observed["whole"] if groups[entry[1]] == name]
@@ -195,21 +208,31 @@ def test_rows_that_are_not_there_cannot_be_chosen(backbone, chosen):
 def test_inputs_are_joined_prompt_by_prompt():
     """Two timesteps per prompt; prompts of groups a, b, a: inputs a0 a1 | b0 b1 | a2 a3."""
     a, b = torch.arange(4.0).reshape(4, 1, 1), torch.tensor([10.0, 11.0]).reshape(2, 1, 1)
-    joined = join_inputs({"b": {"q": b}, "a": {"q": a}}, ["a", "b", "a"])
-    assert joined["q"].flatten().tolist() == [0, 1, 10, 11, 2, 3]
+    joined = join_inputs({"b": b, "a": a}, ["a", "b", "a"], module="q")
+    assert joined.flatten().tolist() == [0, 1, 10, 11, 2, 3]
 
 
 @pytest.mark.parametrize(
     ("parts", "text"),
     [
-        ({"a": {"q": torch.ones(2, 1, 1)}}, "of every group of prompts, found none of 'b'"),
+        ({"a": torch.ones(2, 1, 1)}, "of every group of prompts, found none of 'b'"),
         (
-            {"a": {"q": torch.ones(2, 1, 1)}, "b": {}},
-            "expected 2 inputs of 1 layers for each of 1 prompts of group 'b'",
+            {"a": torch.ones(2, 1, 1), "b": torch.ones(3, 1, 1)},
+            "2 inputs of 'q' for each of 1 prompts of group 'b', found 3 in all: collect them again",
         ),
-        ({"a": {"q": torch.ones(2, 1, 1)}, "b": {"q": torch.ones(3, 1, 1)}}, "found 3 of 1: collect them again"),
     ],
 )
 def test_parts_that_do_not_belong_together_are_refused(parts, text):
     with pytest.raises(SafetyDPOError, match=text):
-        join_inputs(parts, ["a", "b"])
+        join_inputs(parts, ["a", "b"], module="q")
+
+
+def test_a_file_of_other_modules_is_not_joined(store: Location):
+    for group, modules in (("a", ("k", "q")), ("b", ("q",))):
+        inputs = dict.fromkeys(modules, torch.ones(2, 1, 1))
+        (store / group).write_bytes(inputs_to_bytes(inputs, base_fingerprint="x"))
+    files = {group: store / group for group in ("a", "b")}
+    with pytest.raises(SafetyDPOError, match="inputs of 2 layers of group 'b', found 1: collect them again"):
+        join_input_files(store / "joined", files, ["a", "b"], base_fingerprint="x")
+    with pytest.raises(SafetyDPOError, match="expected layer inputs of base 'other' at .*/a, found base 'x'"):
+        join_input_files(store / "joined", files, ["a", "b"], base_fingerprint="other")

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 import torch
 
 from safetydpo.artifacts.lazy_tensors import LazyTensors
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError
-from safetydpo.merging.collected import collected_from_bytes, collected_to_bytes, open_collected
+from safetydpo.merging.collected import collected_from_bytes, collected_to_bytes, open_collected, write_collected
 
 
 def read(data: bytes, *, kind: str = "votes", base: str = "base") -> dict[str, torch.Tensor]:
@@ -48,3 +50,35 @@ def test_tensors_are_read_when_they_are_asked_for(store: Location):
         read_lazily(kind="moments")
     with pytest.raises(SafetyDPOError, match="expected layer inputs of base 'other' at .*x, found base 'base'"):
         read_lazily(base="other")
+
+
+@pytest.mark.parametrize(("number", "dtype"), [("F16", torch.float16), ("F32", torch.float32)])
+def test_a_file_that_is_written_tensor_by_tensor_has_the_same_bytes(store: Location, number, dtype):
+    """Names that sort around the slash, need escapes or more than a byte; tensors not contiguous, or empty; none."""
+    names = ["a/q", "a b/q", 'ü "x"/\n', "b/k", "a/k.0"]
+    tensors = {name: torch.arange(6.0).reshape(2, 3).T.to(dtype) + place for place, name in enumerate(names)}
+    tensors["empty"] = torch.ones(0, 4, dtype=dtype)
+    for kept in (tensors, {}):
+        shapes = {name: tensor.shape for name, tensor in kept.items()}
+        asked: list[str] = []
+        sha256 = write_collected(
+            store / "new" / "x",
+            shapes,
+            lambda name, asked=asked: asked.append(name) or tensors[name],
+            number=number,
+            kind="votes",
+            base_fingerprint="base",
+        )
+        expected = collected_to_bytes(kept, kind="votes", base_fingerprint="base")
+        assert (store / "new" / "x").read_bytes() == expected
+        assert sha256 == hashlib.sha256(expected).hexdigest()
+        assert asked == sorted(kept)
+
+
+def test_a_tensor_of_another_shape_than_was_said_is_refused(store: Location):
+    with pytest.raises(
+        SafetyDPOError, match=r"a tensor of shape \[2, 3\] for 'a' in .*x, found \[3, 2\]: collect them"
+    ):
+        write_collected(
+            store / "x", {"a": (2, 3)}, lambda _: torch.ones(3, 2), number="F32", kind="votes", base_fingerprint="base"
+        )

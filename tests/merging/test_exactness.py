@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from safetydpo.merging.algebra import (
     truncate,
 )
 from safetydpo.merging.merge import Expert, MergeSettings, merge_with, prepare_experts
+from safetydpo.merging.moments import BENIGN
 from safetydpo.merging.registry import METHODS
 
 LIMITS = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -111,6 +113,19 @@ def test_one_expert_with_convolutions_comes_back(method):
         assert merged.layers[name].down.shape[1:] == layer.down.shape[1:]
         expected = change(layer)
         assert np.linalg.norm(change(merged.layers[name]) - expected) <= 1e-6 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("kind", ["inputs", "moments"])
+def test_what_is_collected_of_linear_layers_only_refuses_a_convolution(kind):
+    expert = make_expert(0, rank=2, alpha=3.0, dtype=torch.float32)
+    linear = {name: layer for name, layer in expert.layers.items() if name != CONV}
+    collected = {
+        "inputs": {name: torch.ones(4, 2, flatten_kernel(layer).down.shape[1]) for name, layer in linear.items()},
+        "moments": {name: {"hate": torch.eye(2), BENIGN: torch.eye(2)} for name in linear},
+    }
+    with_category = replace(expert, metadata=replace(expert.metadata, categories=("hate",)))
+    with pytest.raises(SafetyDPOError, match="found none for '.*conv'"):
+        prepare_experts([with_category], **{kind: collected[kind]})
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,24 @@
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
 
+from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError
-from safetydpo.merging.moments import BENIGN, MomentSums, expert_moment, moments_from_bytes, moments_to_bytes
+from safetydpo.merging.moments import (
+    BENIGN,
+    ExpertMoments,
+    MomentSums,
+    expert_moment,
+    join_moments,
+    moments_from_bytes,
+    moments_to_bytes,
+    open_moments,
+    write_moments,
+)
 
 
 def test_moments_by_hand():
@@ -63,3 +76,62 @@ def test_infinite_moments_are_refused_by_module():
     sums("down.q", 0, torch.full((1, 2), 1e20))
     with pytest.raises(SafetyDPOError, match="finite second moments of the inputs of 'down.q', found NaN or infinity"):
         sums.means()
+
+
+def sums_of(groups: list[str], seed: int) -> MomentSums:
+    generator = torch.Generator().manual_seed(seed)
+    sums = MomentSums(groups)
+    for row in range(len(groups)):
+        for module, width in (("up.q", 3), ("down.k", 2), ("up.q", 3)):
+            sums(module, row, torch.randn(4, width, generator=generator))
+    return sums
+
+
+def test_files_written_and_joined_tensor_by_tensor_have_the_same_bytes(store: Location):
+    one, other = sums_of(["hate", "hate"], 0), sums_of([BENIGN], 1)
+    for name, sums in (("one", one), ("other", other)):
+        expected = moments_to_bytes(sums.means(), base_fingerprint="base")
+        assert write_moments(store / name, sums, base_fingerprint="base") == hashlib.sha256(expected).hexdigest()
+        assert (store / name).read_bytes() == expected
+    whole = {module: groups | other.means()[module] for module, groups in one.means().items()}
+    expected = moments_to_bytes(whole, base_fingerprint="base")
+    sha256 = join_moments(store / "joined", [store / "other", store / "one"], base_fingerprint="base")
+    assert (store / "joined").read_bytes() == expected
+    assert sha256 == hashlib.sha256(expected).hexdigest()
+    with pytest.raises(SafetyDPOError, match="moments of layer inputs of base 'x' at .*other, found base 'base'"):
+        join_moments(store / "joined", [store / "other"], base_fingerprint="x")
+
+
+def test_infinite_moments_are_not_written(store: Location):
+    sums = MomentSums(["hate"])
+    sums("down.q", 0, torch.full((1, 2), 1e20))
+    with pytest.raises(SafetyDPOError, match="finite second moments of the inputs of 'down.q', found NaN or infinity"):
+        write_moments(store / "x", sums, base_fingerprint="base")
+
+
+def test_moments_are_read_when_they_are_asked_for(store: Location):
+    moments = sums_of(["hate", "sexual", BENIGN], 0).means()
+    (store / "x").write_bytes(moments_to_bytes(moments, base_fingerprint="base"))
+    found = open_moments(store / "x", base_fingerprint="base")
+    assert {module: set(groups) for module, groups in found.items()} == {
+        module: set(groups) for module, groups in moments.items()
+    }
+    experts = [("a", ("hate",)), ("b", ("hate", "sexual")), ("c", ("hate",))]
+    stored, kept = (ExpertMoments(which, ["up.q", "down.k"], experts) for which in (found, moments))
+    assert all(torch.equal(*pair) for pair in zip(stored["up.q"], kept["up.q"], strict=True))
+    # Nothing of the file was kept.
+    (store / "x").delete()
+    with pytest.raises(SafetyDPOError, match="expected a readable file"):
+        stored["up.q"]
+    assert torch.equal(kept["down.k"][1], moments["down.k"]["hate"] + moments["down.k"]["sexual"])
+    first, _, third, _ = kept["down.k"]
+    assert first is third
+    assert len(kept) == 2
+
+
+def test_missing_moments_are_refused_before_any_is_read():
+    moments = {"q": {"hate": torch.eye(2), BENIGN: torch.eye(2)}, "k": {"hate": torch.eye(2)}}
+    with pytest.raises(SafetyDPOError, match="on benign prompts too, found none for 'k'"):
+        ExpertMoments(moments, ["q", "k"], [("e", ("hate",))])
+    with pytest.raises(SafetyDPOError, match=r"categories of expert 'e' \(violence\), found benign, hate"):
+        ExpertMoments(moments, ["q"], [("e", ("violence",))])

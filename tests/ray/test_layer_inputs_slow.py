@@ -10,7 +10,7 @@ import pytest
 
 from ray_jobs import layer_inputs
 from ray_jobs.expert_files import INPUTS_FILE, MOMENTS_FILE, record_folder
-from ray_jobs.layer_inputs import chosen_prompts, collect_layer_inputs
+from ray_jobs.layer_inputs import Content, chosen_prompts, collect_layer_inputs
 from ray_jobs.run import Run, with_absolute_paths
 from safetydpo.artifacts.schemas import sha256_of
 from safetydpo.config.schema import Config
@@ -78,7 +78,7 @@ def expected(place: Path) -> dict[str, bytes]:
 
 
 def check(run: Run, expected: dict[str, bytes]) -> None:
-    record = collect_layer_inputs(run)
+    record = collect_layer_inputs(run, Content.INPUTS_AND_MOMENTS)
     folder = record_folder(run, record)
     assert {name: (folder / name).read_bytes() for name in expected} == expected
     assert record.fingerprint == sha256_of([hashlib.sha256(data).hexdigest() for data in expected.values()])
@@ -103,3 +103,13 @@ def test_a_worker_that_dies_in_the_middle_changes_no_byte(
     check(run, expected)
     (artifact,) = (run.store / "layer_inputs").list()
     assert (artifact / "died").is_file()
+
+
+def test_without_moments_the_same_inputs_and_nothing_else(place: Path, expected: dict[str, bytes]) -> None:
+    run = open_run(place, "inputs-only", workers=1)
+    record = collect_layer_inputs(run, Content.INPUTS)
+    folder = record_folder(run, record)
+    assert (folder / INPUTS_FILE).read_bytes() == expected[INPUTS_FILE]
+    assert record.fingerprint == sha256_of([hashlib.sha256(expected[INPUTS_FILE]).hexdigest()])
+    assert record.counts["prompts"] == 9
+    assert sorted(file.name for file in folder.walk()) == [INPUTS_FILE, "record.json"]

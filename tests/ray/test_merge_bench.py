@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from safetydpo.diffusion.build import load_backbone
 from safetydpo.dpo.engine import lora_signature
 from safetydpo.errors import SafetyDPOError
 from safetydpo.evaluation.merge_curve import Tuning
+from safetydpo.evaluation.merge_units import dump_merge_unit, parse_merge_unit
 from safetydpo.prompts.sets import Prompt
 from safetydpo.search.space import Candidate
 from tests.ray.closed_artifacts import close_pairs
@@ -90,6 +92,15 @@ def test_a_candidate_is_the_merge_at_its_scale(bench: MergeBench, method: str, d
         found = merged.layers[name].up @ merged.layers[name].down
         assert layer.down.shape[0] == 4
         assert (found - change).norm() <= 1e-5 * change.norm()
+
+
+def test_a_selection_says_how_many_experts_supply_a_layer(bench: MergeBench) -> None:
+    """Of two experts at random, both supply rows of nearly every layer."""
+    suppliers = bench.merge("max_magnitude", Tuning(1.0)).suppliers
+    assert suppliers is not None
+    assert 1.5 < suppliers <= 2
+    assert suppliers == bench.merge("max_magnitude", Tuning(0.5)).suppliers
+    assert bench.merge("sum", Tuning(1.0)).suppliers is None
 
 
 def test_prompts_of_a_measurement(config: Config) -> None:
@@ -216,3 +227,10 @@ def test_the_measurement_from_the_first_unit_to_the_page(opened: Opened, config:
     cache = Path(plan_merges(config)[0].run.store.path) / "merge_evidence"
     assert all(len(file.stem) == 64 for file in cache.glob("*.json"))
     assert any(cache.iterdir())
+
+
+def test_the_record_of_a_selection_says_how_many_experts_supply_a_layer(opened: Opened, config: Config) -> None:
+    unit = replace(next(unit for unit in plan_merges(config) if unit.method == "ties"), method="max_magnitude")
+    measured = measure_unit(unit, opened, version=("c0ffee", False))
+    assert measured.suppliers == opened.bench.merge("max_magnitude", Tuning(1.0)).suppliers
+    assert parse_merge_unit(dump_merge_unit(measured), source="it").suppliers == measured.suppliers
