@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 
+from ray_jobs.hand_back import HandBack
 from ray_jobs.metrics import GpuGauge, count
 from ray_jobs.pool_context import checkpointing
 from ray_jobs.progress import progress_bar
@@ -278,6 +279,7 @@ def _execute(
     options: dict[str, Any] = {"num_cpus": execution.cpus_per_worker}
     if execution.gpus_per_worker > 0:
         options = {"num_gpus": execution.gpus_per_worker}
+    block = rows_per_block(rows, batch_size=stage.batch_size, workers=workers)
     arguments = {
         "worker": stage.worker,
         "arguments": dict(stage.arguments),
@@ -286,11 +288,11 @@ def _execute(
         "label": stage.label,
         "context": current().told(),
         "attach": stage.attach,
+        "batches_per_task": block // stage.batch_size,
     }
     # Reading a filesystem and a path, never a URI, keeps local disks and S3 on one code path.
     # One read task for the one file: it still streams, and more would only make empty ones that want a process each.
     dataset = ray.data.read_parquet(manifest.path, filesystem=manifest.filesystem, override_num_blocks=1)
-    block = rows_per_block(rows, batch_size=stage.batch_size, workers=workers)
     dataset = dataset.repartition(target_num_rows_per_block=block)
     dataset = dataset.map_batches(
         CountingWorker,
@@ -324,6 +326,7 @@ class CountingWorker:
         label: str,
         context: Mapping[str, str],
         attach: Attachment | None,
+        batches_per_task: int,
     ) -> None:
         import torch
 
@@ -334,15 +337,18 @@ class CountingWorker:
         self._label = label
         self._attach = attach
         self._gpu = GpuGauge()
+        self._hand_back = HandBack(batches_per_task)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return one output row per input row."""
+        self._hand_back.before_batch()
         if self._attach is not None:
             table = attach_columns(table, self._attach)
         result = self._worker(table)
         self._board.add.remote(self._label, table.num_rows)
         count("safetydpo_rows", table.num_rows, work=self._label)
         self._gpu.look()
+        self._hand_back.after_batch()
         return result
 
 
