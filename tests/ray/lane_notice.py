@@ -87,7 +87,6 @@ def _lines(file: Path) -> int:
     return file.read_text().count("\n") if file.is_file() else 0
 
 
-
 def main() -> None:
     """Print what happened, the hash of the expert, and that of the same expert trained undisturbed."""
     # Ray's processes inherit it; Ray Train looks for notices as often as it does by itself.

@@ -1,4 +1,4 @@
-"""A node on which a pool's actor works gets a notice: the actor hands back what it cannot finish, and nothing is lost."""
+"""A node on which a pool's actor works gets a notice: the actor hands back what it cannot make, and nothing is lost."""
 
 from __future__ import annotations
 
