@@ -22,6 +22,7 @@ from itertools import islice
 from typing import Any
 
 from ray_jobs.background import in_background
+from ray_jobs.looks import Looks
 from ray_jobs.resources import own_nodes
 from ray_jobs.run import Run, run_id
 from ray_jobs.state_folder import ray_state_folder
@@ -53,8 +54,6 @@ from safetydpo.planning.schedule import (
 )
 
 OVERTAKEN = "a later attempt began"
-STEPS_PER_LOOK = 10
-"""Optimizer steps between two questions whether to leave; with several workers each is a barrier."""
 
 
 class Interrupted(Exception):  # noqa: N818 (no error)
@@ -108,7 +107,7 @@ class LaneWorker:
         self._held: Attempt | None = None
         self._stale: Attempt | None = None
         self._is_leaving = False
-        self._steps = 0
+        self._looks = Looks(is_alone=self.world_size == 1)
 
     def work(self, do: Callable[[Turn], None]) -> str | None:
         """Call `do` for one task after another until none is free; return why the lane ended before, if it did.
@@ -140,12 +139,14 @@ class LaneWorker:
         """
         import ray.train
 
-        self._steps += 1
-        if self._steps % STEPS_PER_LOOK:
+        # With several workers each look is a barrier, hence not after every step that is short.
+        if not self._looks.is_due():
             return False
         self._is_leaving = ray.train.get_preemption_info() is not None
         is_stale = self._held is not None and self._stale is self._held
-        return bool(self._share([int(is_stale)])[0]) or self._is_leaving
+        is_stale_for_all, steps = self._share([int(is_stale), self._looks.next_steps()])
+        self._looks.begin(steps)
+        return bool(is_stale_for_all) or self._is_leaving
 
     def _next(self) -> Turn | None:
         attempt, index = self._take() if self.rank == 0 else (None, -1)

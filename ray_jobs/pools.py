@@ -24,6 +24,7 @@ import ray
 import ray.data
 
 from ray_jobs.deadly_rows import DeadlyRows
+from ray_jobs.hand_back import HandBack
 from ray_jobs.metrics import GpuGauge, count
 from ray_jobs.pool_context import checkpointing
 from ray_jobs.progress import progress_bar
@@ -283,6 +284,7 @@ def _execute(batch: _Batch, data: Location, stage: PoolStage, *, execution: Exec
     options: dict[str, Any] = {"num_cpus": execution.cpus_per_worker}
     if execution.gpus_per_worker > 0:
         options = {"num_gpus": execution.gpus_per_worker}
+    block = rows_per_block(rows, batch_size=stage.batch_size, workers=workers)
     arguments = {
         "worker": stage.worker,
         "arguments": dict(stage.arguments),
@@ -294,11 +296,11 @@ def _execute(batch: _Batch, data: Location, stage: PoolStage, *, execution: Exec
         "id_column": stage.id_column,
         "output": stage.output,
         "again": again,
+        "batches_per_task": block // stage.batch_size,
     }
     # Reading a filesystem and a path, never a URI, keeps local disks and S3 on one code path.
     # One read task for the one file: it still streams, and more would only make empty ones that want a process each.
     dataset = ray.data.read_parquet(manifest.path, filesystem=manifest.filesystem, override_num_blocks=1)
-    block = rows_per_block(rows, batch_size=stage.batch_size, workers=workers)
     dataset = dataset.repartition(target_num_rows_per_block=block)
     dataset = dataset.map_batches(
         CountingWorker,
@@ -346,6 +348,7 @@ class CountingWorker:
         id_column: str,
         output: pa.Schema,
         again: bool,
+        batches_per_task: int,
     ) -> None:
         import torch
 
@@ -358,15 +361,18 @@ class CountingWorker:
         self._label = label
         self._attach = attach
         self._gpu = GpuGauge()
+        self._hand_back = HandBack(batches_per_task)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return one output row per input row."""
+        self._hand_back.before_batch()
         if self._attach is not None:
             table = attach_columns(table, self._attach)
         result = self._worker(table)
         self._board.add.remote(self._label, table.num_rows)
         count("safetydpo_rows", table.num_rows, work=self._label)
         self._gpu.look()
+        self._hand_back.after_batch()
         return result
 
 

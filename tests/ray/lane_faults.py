@@ -10,20 +10,19 @@ import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
 from ray.cluster_utils import Cluster
-from ray.core.generated import autoscaler_pb2
 
 from ray_jobs.run import Run
 from ray_jobs.train_experts import plan_experts, train_experts
 from safetydpo.artifacts.attempts import newest_file
 from safetydpo.artifacts.storage import Location
 from tests.ray.closed_artifacts import close_training_data, open_run
+from tests.ray.draining import drain
 from tests.ray.smoke_place import SMOKE, wait_for
 from tests.ray.undisturbed import undisturbed_experts
 
@@ -64,31 +63,19 @@ class Faults:
 
     def happen(self) -> None:
         self._wait_for_attempt(1)
-        os.kill(self._lease(1)["pid"], signal.SIGKILL)
+        os.kill(lease_of(self.folder, 1)["pid"], signal.SIGKILL)
         self.done.append("killed")
         self._wait_for_attempt(2)
-        client = ray._raylet.GcsClient(address=self.cluster.address)
-        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        deadline = int((time.time() + 120) * 1000)
-        accepted, why = client.drain_node(self._node_of(2).node_id, reason, "a test", deadline)
-        assert accepted, why
+        drain(self.cluster.address, node_of(self.cluster, self.folder, 2).node_id, seconds=120)
         self.done.append("preempted")
         self._wait_for_attempt(3)
-        self.cluster.remove_node(self._node_of(3), allow_graceful=False)
+        self.cluster.remove_node(node_of(self.cluster, self.folder, 3), allow_graceful=False)
         self.done.append("node lost")
 
     def _wait_for_attempt(self, number: int) -> None:
         file = self.folder / f"attempt-{number}" / CHECKPOINT
         assert wait_for(file.is_file, seconds=200), f"attempt {number} has no checkpoint; {self.done}"
         self.checkpoints.append(steps_in(file))
-
-    def _lease(self, number: int) -> Any:
-        return json.loads((self.folder / "lease" / f"attempt-{number}").read_bytes())
-
-    def _node_of(self, number: int) -> Any:
-        ancestors = {process.pid for process in psutil.Process(self._lease(number)["pid"]).parents()}
-        nodes = [node for node in self.cluster.worker_nodes if _raylet(node) in ancestors]
-        return nodes[0]
 
 
 class Resumed:
@@ -107,6 +94,18 @@ class Resumed:
                     return
             file = newest_file(self.folder, CHECKPOINT, before=number)
             self.steps.append(0 if file is None else steps_in(file))
+
+
+def lease_of(folder: Location, number: int) -> Any:
+    """The lease of an attempt."""
+    return json.loads((folder / "lease" / f"attempt-{number}").read_bytes())
+
+
+def node_of(cluster: Cluster, folder: Location, number: int) -> Any:
+    """The node on which an attempt is at work."""
+    ancestors = {process.pid for process in psutil.Process(lease_of(folder, number)["pid"]).parents()}
+    nodes = [node for node in cluster.worker_nodes if _raylet(node) in ancestors]
+    return nodes[0]
 
 
 def _raylet(node: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -113,3 +114,22 @@ class MeetingWorker(LengthWorker):
         with self._threads:
             self._inside -= 1
         return made.set_column(1, OUTPUT.field("length"), pa.array([seen] * table.num_rows))
+
+
+class NotingWorker:
+    """Measures names at a slow pace, and notes each call as it begins: when, on which node, which rows."""
+
+    def __init__(self, folder: str, seconds: float) -> None:
+        import ray
+
+        self._file = os.path.join(folder, f"{os.getpid()}.jsonl")
+        self._node, self._seconds = ray.get_runtime_context().get_node_id(), seconds
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        names = table.column("row_id").to_pylist()
+        with open(self._file, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"at": time.time(), "node": self._node, "pid": os.getpid(), "rows": names}) + "\n")
+        time.sleep(self._seconds)
+        return pa.table(
+            {"row_id": names, "length": [len(name) for name in names], "status": ["ok"] * len(names)}, schema=OUTPUT
+        )
