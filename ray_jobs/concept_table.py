@@ -16,6 +16,7 @@ from safetydpo.artifacts.schemas import MEMBERSHIPS, SELECTIONS
 from safetydpo.artifacts.storage import Location
 from safetydpo.artifacts.tables import read_table
 from safetydpo.config.pairs import PairsConfig
+from safetydpo.errors import shown_name
 from safetydpo.pairs.concepts import NO_CONCEPT, concepts_below, count_reasons, fewest_kept_first
 from safetydpo.pairs.select import KEPT
 
@@ -63,7 +64,7 @@ def concept_warnings(concepts: Mapping[str, Counter[str]], record: Record, rules
     minimum = max(1, rules.min_kept_per_concept)
     short = concepts_below(concepts, minimum=minimum)
     if short:
-        listed = ", ".join(f"{concept}: {count}" for concept, count in short.items())
+        listed = ", ".join(f"{shown_name(concept)}: {count}" for concept, count in short.items())
         named = len(set(concepts) - {""})
         warnings.append(
             f"expected at least {minimum} kept pairs per concept (identity.pairs.min_kept_per_concept), found fewer "

@@ -32,6 +32,11 @@ def shown(value: Any, *, most: int = MAX_SHOWN) -> str:
     return text if len(text) <= most else f"{text[:most]} …"
 
 
+def shown_name(name: str) -> str:
+    """Return a name as a list of names in an error repeats it: as it is if it is short and plain, else as `shown`."""
+    return name if name.isprintable() and len(name) <= MAX_SHOWN else shown(name)
+
+
 def visible(text: str) -> str:
     """Return a text with control characters, halves of surrogate pairs and marks of direction written out.
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from safetydpo.config.experts import ExpertsConfig, GroupQuery
-from safetydpo.errors import SafetyDPOError, UsageError
+from safetydpo.errors import SafetyDPOError, UsageError, shown_name
 from safetydpo.prompts.sets import PromptPair
 
 SLUG_LENGTH = 40
@@ -163,7 +163,7 @@ def _unknown(name: str, column: str, value: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(value, known, n=1, cutoff=0.6) or [
         other for other in known if other.casefold() == value.casefold()
     ]
-    advice = f"did you mean {near[0]!r}?" if near else f"known here: {_listed(known)}"
+    advice = f"did you mean {near[0]!r}?" if near else f"known here: {_listed(list(map(shown_name, known)))}"
     return f"expected a {column} of the pair store in identity.experts.groups.{name}, found {value!r}; {advice}"
 
 
@@ -212,7 +212,7 @@ def _lost_concepts(
 
 def _small(groups: Iterable[PairGroup], labels: Mapping[str, str], config: ExpertsConfig, *, refuse: bool) -> list[str]:
     short = [group for group in groups if len(group.pair_ids) < config.min_pairs]
-    found = [f"{labels.get(group.name, group.name)} ({len(group.pair_ids)})" for group in short]
+    found = [f"{shown_name(labels.get(group.name, group.name))} ({len(group.pair_ids)})" for group in short]
     if found and refuse:
         remedy = (
             "widen their queries (identity.experts.groups) or take them out"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -140,6 +141,15 @@ def test_what_no_pair_has_is_refused(settings: dict[str, object], message: str):
     with pytest.raises(UsageError) as caught:
         group(group_by="none", **settings)
     assert message in str(caught.value)
+
+
+def test_a_hostile_concept_stays_in_the_one_line_of_its_error():
+    rows = [replace(row, concept="axe\nerror: forged" if row.concept == "axe" else row.concept) for row in MEMBERS]
+    config = ExpertsConfig.model_validate({"group_by": "concept", "min_pairs": 9})
+    with pytest.raises(SafetyDPOError) as caught:
+        group_pairs(rows, TEXTS, kept=["p1", "p2"], categories=CATEGORIES, config=config)
+    assert "\n" not in str(caught.value)
+    assert "'axe\\nerror: forged' (2)" in str(caught.value)
 
 
 def test_small_groups_are_refused_or_left_out():
