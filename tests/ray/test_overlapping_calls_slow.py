@@ -53,7 +53,9 @@ def test_test_pictures_of_two_calls_are_those_of_one(small: Config, tmp_path: Pa
         index = fill_pool(pool, table, stage, execution=run.config.execution)
         found = read_rows(pool, OUTCOMES, index, id_column="image_id")
         expected = in_fresh_process(_one_after_another, run.config.model_dump(mode="json"), table)
-    assert found.to_pylist() == sorted(expected, key=lambda row: str(row["image_id"]))
+    wanted = sorted(expected, key=lambda row: str(row["image_id"]))
+    for name in OUTCOMES.names:
+        assert found.column(name).to_pylist() == [row[name] for row in wanted], name
 
 
 def _one_after_another(config: dict[str, object], table: object) -> list[dict[str, object]]:
