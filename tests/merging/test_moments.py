@@ -122,7 +122,7 @@ def test_moments_are_read_when_they_are_asked_for(store: Location):
     # Nothing of the file was kept.
     (store / "x").delete()
     with pytest.raises(SafetyDPOError, match="expected a readable file"):
-        stored["up.q"]
+        found["up.q"]["hate"]
     assert torch.equal(kept["down.k"][1], moments["down.k"]["hate"] + moments["down.k"]["sexual"])
     first, _, third, _ = kept["down.k"]
     assert first is third
