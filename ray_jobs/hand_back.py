@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 from dataclasses import dataclass
 
@@ -48,8 +49,11 @@ class Pace:
         return self.batch_seconds is None or rest * self.batch_seconds <= seconds_left
 
 
-class HandBack:
-    """Ends the actor's process before a batch if its node drains and the task would not end in time."""
+class HandBack(threading.local):
+    """Ends the actor's process before a batch if its node drains and the task would not end in time.
+
+    Each thread of an actor works at a task of its own, at its own pace.
+    """
 
     def __init__(self, batches_per_task: int) -> None:
         import ray

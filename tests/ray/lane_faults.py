@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import ray
 from ray.cluster_utils import Cluster
 
 from ray_jobs.run import Run
@@ -23,6 +22,7 @@ from safetydpo.artifacts.attempts import newest_file
 from safetydpo.artifacts.storage import Location
 from tests.ray.closed_artifacts import close_training_data, open_run
 from tests.ray.draining import drain
+from tests.ray.small_cluster import small_cluster
 from tests.ray.smoke_place import SMOKE, wait_for
 from tests.ray.undisturbed import undisturbed_experts
 
@@ -120,20 +120,15 @@ def main() -> None:
     run: Run = open_run(SMOKE, [f"store={place}/store", f"run_dir={place}/run", *SETTINGS])
     pairs, pairs_folder = close_training_data(run)
     undisturbed = undisturbed_experts(run, pairs, pairs_folder)
-    head = {"num_cpus": 0, "object_store_memory": 80_000_000, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(3):
-        cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
-    cluster.wait_for_nodes()
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    (unit,) = plan_experts(run, pairs, pairs_folder)
-    folder = run.folder(unit.key)
-    faults, resumed = Faults(cluster, folder), Resumed(folder)
-    faults.thread.start()
-    resumed.thread.start()
-    (record,) = train_experts(run, pairs, pairs_folder).values()
-    faults.thread.join(timeout=10)
-    resumed.stop.set()
+    with small_cluster(nodes=3, cpus=1) as cluster:
+        (unit,) = plan_experts(run, pairs, pairs_folder)
+        folder = run.folder(unit.key)
+        faults, resumed = Faults(cluster, folder), Resumed(folder)
+        faults.thread.start()
+        resumed.thread.start()
+        (record,) = train_experts(run, pairs, pairs_folder).values()
+        faults.thread.join(timeout=10)
+        resumed.stop.set()
     found = {
         "hash": record.fingerprint,
         "undisturbed": undisturbed[unit.name],
@@ -144,8 +139,6 @@ def main() -> None:
         "resumed_at": record.counts["resumed_at"],
     }
     print(json.dumps(found))
-    ray.shutdown()
-    cluster.shutdown()
 
 
 if __name__ == "__main__":

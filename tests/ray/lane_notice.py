@@ -1,4 +1,4 @@
-"""Train an expert in a lane on a node that gets a notice of 30 s in the middle; for `test_lanes_slow`.
+"""Train an expert in a lane on a node that gets a notice of 30 s in the middle; for `test_lane_notice_slow`.
 
 Usage: python -m tests.ray.lane_notice FOLDER
 """
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import ray
 from ray.cluster_utils import Cluster
 
 from ray_jobs.run import Run
@@ -25,6 +24,7 @@ from safetydpo.artifacts.storage import Location
 from tests.cluster.metadata_server import metadata_server
 from tests.ray.closed_artifacts import close_training_data, open_run
 from tests.ray.lane_faults import CHECKPOINT, ENVIRONMENT, lease_of, node_of, steps_in
+from tests.ray.small_cluster import small_cluster
 from tests.ray.smoke_place import ROOT, SMOKE, wait_for
 from tests.ray.undisturbed import undisturbed_experts
 
@@ -96,21 +96,14 @@ def main() -> None:
     run: Run = open_run(SMOKE, [f"store={place}/store", f"run_dir={place}/run", *SETTINGS])
     pairs, pairs_folder = close_training_data(run)
     undisturbed = undisturbed_experts(run, pairs, pairs_folder)
-    head = {"num_cpus": 0, "object_store_memory": 80_000_000, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(2):
-        cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
-    cluster.wait_for_nodes()
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    (unit,) = plan_experts(run, pairs, pairs_folder)
-    notice = Notice(cluster, run.folder(unit.key))
-    notice.thread.start()
-    (record,) = train_experts(run, pairs, pairs_folder).values()
-    notice.thread.join(timeout=60)
+    with small_cluster(nodes=2, cpus=1) as cluster:
+        (unit,) = plan_experts(run, pairs, pairs_folder)
+        notice = Notice(cluster, run.folder(unit.key))
+        notice.thread.start()
+        (record,) = train_experts(run, pairs, pairs_folder).values()
+        notice.thread.join(timeout=60)
     about = {"hash": record.fingerprint, "undisturbed": undisturbed[unit.name], "attempt": record.details["attempt"]}
     print(json.dumps({**notice.found, **about, "resumed_at": record.counts["resumed_at"]}))
-    ray.shutdown()
-    cluster.shutdown()
 
 
 if __name__ == "__main__":

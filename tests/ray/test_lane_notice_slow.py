@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from ray.cluster_utils import Cluster
 
 from ray_jobs.lanes import Task, run_lanes
@@ -23,7 +19,8 @@ from safetydpo.config.schema import Config
 from tests.ray.draining import drain
 from tests.ray.lane_faults import ENVIRONMENT, node_of
 from tests.ray.lane_notice import STEPS
-from tests.ray.smoke_place import PATIENCE, ROOT, wait_for
+from tests.ray.small_cluster import small_cluster, told_by
+from tests.ray.smoke_place import PATIENCE, wait_for
 from tests.ray.toy_lanes import STATE_FILE, toy_lane
 
 pytestmark = pytest.mark.slow
@@ -36,19 +33,8 @@ def two_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A head without CPUs and two workers of two."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    # Another file's, in the same process.
-    ray.shutdown()
-    head = {"num_cpus": 0, "object_store_memory": 80_000_000, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(2):
-        cluster.add_node(num_cpus=2, object_store_memory=80_000_000)
-    cluster.wait_for_nodes()
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    try:
+    with small_cluster(nodes=2, cpus=2) as cluster:
         yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
 
 
 def test_two_workers_with_steps_of_seconds_leave_after_the_same_step(
@@ -90,17 +76,7 @@ def test_a_notice_is_followed_by_a_checkpoint_within_the_grace_period(tmp_path: 
 
     Its node then goes, it is finished on the other, and has the bytes of an undisturbed one.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.ray.lane_notice", str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=280 * PATIENCE,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = told_by("tests.ray.lane_notice", tmp_path, seconds=280)
     assert not found["checkpoint_before"], "the notice must come before any checkpoint"
     assert found["seconds"] < GRACE_SECONDS * PATIENCE, found
     assert found["ending"] == {"how": "released", "reason": "its machine is going away"}

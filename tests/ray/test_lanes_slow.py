@@ -16,6 +16,7 @@ from ray_jobs.run import Run
 from safetydpo.artifacts.storage import open_location
 from safetydpo.config.schema import Config
 from safetydpo.errors import UsageError
+from tests.ray.small_cluster import told_by
 from tests.ray.smoke_place import PATIENCE, ROOT
 from tests.ray.toy_lanes import toy_lane
 
@@ -114,17 +115,7 @@ def test_two_commands_on_one_folder_share_the_work(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_an_expert_killed_preempted_and_bereft_of_its_node_has_the_bytes_of_an_undisturbed_one(tmp_path: Path) -> None:
     """One SIGKILL of the worker, one preemption notice, one lost node; four raylets, the head without CPUs."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.ray.lane_faults", str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600 * PATIENCE,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = told_by("tests.ray.lane_faults", tmp_path, seconds=600)
     assert found["hash"] == found["undisturbed"]
     assert found["faults"] == ["killed", "preempted", "node lost"]
     assert found["attempts"] == 1 + len(found["faults"])

@@ -14,7 +14,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 from ray.cluster_utils import Cluster
 
 from ray_jobs.looks import LOOK_SECONDS
@@ -22,6 +21,7 @@ from ray_jobs.pools import PoolStage, fill_pool
 from safetydpo.artifacts.storage import open_location
 from safetydpo.config.schema import Config
 from tests.ray.draining import drain
+from tests.ray.small_cluster import small_cluster
 from tests.ray.smoke_place import PATIENCE, wait_for
 from tests.ray.toy_workers import OUTPUT, NotingWorker, manifest
 
@@ -34,19 +34,8 @@ BATCHES_PER_TASK = 8
 @pytest.fixture
 def three_nodes() -> Iterator[Cluster]:
     """A head without CPUs, which is where this process is, and three nodes of two."""
-    # Another file's, in the same process.
-    ray.shutdown()
-    nodes: dict[str, Any] = {"object_store_memory": 100_000_000}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **nodes})
-    for _ in range(3):
-        cluster.add_node(num_cpus=2, **nodes)
-    cluster.wait_for_nodes()
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    try:
+    with small_cluster(nodes=3, cpus=2, memory=100_000_000) as cluster:
         yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
 
 
 def calls_in(folder: Path) -> list[dict[str, Any]]:
