@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ install_import_hook(list(CHECKED_MODULES), "beartype.beartype")
 settings.register_profile("project", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("project")
 
+OUR_LOGGERS = ("safetydpo", "ray_jobs")
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST = (
     "chain",
@@ -61,6 +63,36 @@ def root() -> Path:
 def store(tmp_path: Path) -> Location:
     """An empty local store."""
     return open_location(str(tmp_path / "store"))
+
+
+@pytest.fixture(autouse=True)
+def our_handlers() -> Iterator[None]:
+    """No test leaves a handler of our loggers to the next one, whose stderr it would write to."""
+    loggers = [logging.getLogger(name) for name in OUR_LOGGERS]
+    before = [list(logger.handlers) for logger in loggers]
+    yield
+    for logger, handlers in zip(loggers, before, strict=True):
+        logger.handlers[:] = handlers
+
+
+@pytest.fixture
+def caplog(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, our_handlers: None
+) -> pytest.LogCaptureFixture:
+    """pytest's own, which sees our loggers whatever a library that an earlier test loaded has done to all loggers.
+
+    Seen: a warning of ours went to stderr, and the root logger, where pytest listens, did not get it.
+    """
+    ours = [logging.getLogger(name) for name in OUR_LOGGERS]
+    for name, logger in list(logging.root.manager.loggerDict.items()):
+        if isinstance(logger, logging.Logger) and name.split(".")[0] in OUR_LOGGERS:
+            monkeypatch.setattr(logger, "disabled", False)
+            monkeypatch.setattr(logger, "propagate", logger not in ours)
+            caplog.set_level(logging.NOTSET, logger=name)
+    for logger in ours:
+        # Here instead of by the root, so that nothing comes twice.
+        logger.addHandler(caplog.handler)
+    return caplog
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import count
@@ -49,9 +48,6 @@ def test_what_is_missing_is_made_by_the_next_batch(
     store: Location, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     """Five rows, two at a time: 2 + 2 + 1, each batch closed with what it has."""
-    # Whatever libraries that other tests load have done to the levels of all loggers.
-    caplog.set_level(logging.WARNING, logger="ray_jobs.pools")
-    monkeypatch.setattr(logging.getLogger("ray_jobs.pools"), "disabled", False)
     index = fill(store, monkeypatch, 5, lambda asked: asked[:2])
     assert index.column("row_id").to_pylist() == manifest(5).column("row_id").to_pylist()
     assert sorted(json.loads((batch / "record.json").read_bytes())["rows"] for batch in store.list()) == [1, 2, 2]
