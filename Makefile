@@ -8,6 +8,8 @@ JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 export RAY_USAGE_STATS_ENABLED=0
 export HF_HUB_OFFLINE=1
+# Each of the many processes would compile every module again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup fmt lint types test test-slow test-long test-cluster demo evidence bench
 setup: $(STAMP)

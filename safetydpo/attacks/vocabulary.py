@@ -8,6 +8,7 @@ Axis legend: `word` tokens that may be used.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -82,14 +83,13 @@ def banned_tokens(vocabulary: Vocabulary, names: Sequence[str]) -> frozenset[int
     parts = sorted({part for name in names for part in name.lower().split()})
     banned = {number for tokens in vocabulary.read([*names, *parts]) for number in tokens}
     long_parts = [part for part in parts if len(part) >= SHORTEST_PIECE]
+    # One search for all parts in a word, and one for a word in all parts, which no word with a space in it is in.
+    inside, around = re.compile("|".join(map(re.escape, long_parts)) or r"(?!)"), " ".join(long_parts)
     for number, word in vocabulary.words.items():
-        if word in parts or any(_share(word, part) for part in long_parts):
+        shares = inside.search(word) is not None or (len(word) >= SHORTEST_PIECE and word in around)
+        if shares or word in parts:
             banned.add(number)
     return frozenset(banned)
-
-
-def _share(word: str, part: str) -> bool:
-    return part in word or (len(word) >= SHORTEST_PIECE and word in part)
 
 
 def find_banned(vocabulary: Vocabulary, text: str, names: Sequence[str]) -> list[int]:

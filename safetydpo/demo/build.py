@@ -8,6 +8,7 @@ last checkpoint.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -19,9 +20,9 @@ from safetydpo.errors import SafetyDPOError
 DEFAULT_SHEET = Path("docs/images/demo-sheet.png")
 
 
-def list_parts(work: Path, sheet: Path) -> dict[str, Callable[[], None]]:
+def list_parts(work: Path, sheet: Path, *, steps: int | None = None) -> dict[str, Callable[[], None]]:
     """List the parts in the order in which they need one another."""
-    from safetydpo.demo.check import build_check
+    from safetydpo.demo.check import build_check, measure_steps
     from safetydpo.demo.features import build_features
     from safetydpo.demo.train_judges import AUDIT_RECIPE, SELECT_RECIPE, build_judge
     from safetydpo.demo.train_text import build_text
@@ -35,7 +36,7 @@ def list_parts(work: Path, sheet: Path) -> dict[str, Callable[[], None]]:
         "judge_select": lambda: build_judge(SELECT_RECIPE, work),
         "judge_audit": lambda: build_judge(AUDIT_RECIPE, work),
         "features": build_features,
-        "check": lambda: build_check(sheet),
+        "check": lambda: build_check(sheet) if steps is None else print(json.dumps(measure_steps(steps), indent=1)),
     }
 
 
@@ -48,9 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("part", choices=names, metavar="PART", help=" | ".join(names))
     parser.add_argument("--work", type=Path, default=DEFAULT_WORK, help="folder of the checkpoints")
     parser.add_argument("--sheet", type=Path, default=DEFAULT_SHEET, help="where `check` puts the sample sheet")
+    parser.add_argument(
+        "--steps", type=int, help="`check` prints its numbers for pictures of so many steps, and writes nothing"
+    )
     parsed = parser.parse_args(arguments)
+    if parsed.steps is not None and (parsed.part != "check" or parsed.steps < 1):
+        parser.error(f"expected --steps of at least 1 with the part check, found {parsed.steps} with {parsed.part}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    parts = list_parts(parsed.work, parsed.sheet)
+    parts = list_parts(parsed.work, parsed.sheet, steps=parsed.steps)
     try:
         for name in parts if parsed.part == "all" else [parsed.part]:
             parts[name]()

@@ -125,6 +125,15 @@ def make_sheet(pictures: UInt8[np.ndarray, "n h w 3"]) -> Image.Image:
     return image.resize((image.width * SHEET_SCALE, image.height * SHEET_SCALE), Image.Resampling.NEAREST)
 
 
+def measure_steps(steps: int) -> dict[str, Any]:
+    """Return the numbers of the acceptance for pictures of so many steps; nothing is written or refused."""
+    prompts = write_check_prompts()
+    texts = [prompt.text for prompt in prompts]
+    return judge_pictures(
+        prompts, sample_pictures(load_base(), texts, run_seed=BUILD_SEED, stage=CHECK_STAGE, steps=steps)
+    )
+
+
 def build_check(sheet: Path) -> None:
     """Draw, judge, write the sheet and the numbers, and refuse a world below its acceptance.
 

@@ -44,6 +44,7 @@ def sample_pictures(
     run_seed: int,
     stage: str,
     guidance: float = GUIDANCE,
+    steps: int = NUM_SAMPLING_STEPS,
 ) -> UInt8[np.ndarray, "n h w 3"]:
     """Draw one picture per prompt; row i's noise depends on (run seed, stage, i) and not on the batch."""
     batches: list[np.ndarray] = []
@@ -52,7 +53,7 @@ def sample_pictures(
         generators = [derive_torch(run_seed, stage, str(first + row)) for row in range(len(texts))]
         images = pipeline(
             texts,
-            num_inference_steps=NUM_SAMPLING_STEPS,
+            num_inference_steps=steps,
             guidance_scale=guidance,
             generator=generators,
             output_type="np",

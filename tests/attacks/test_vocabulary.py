@@ -71,3 +71,24 @@ def test_a_vocabulary_that_is_all_names_is_refused() -> None:
 
 def test_no_words_are_no_error() -> None:
     assert whole_words(["bo", "!"], read).words == {}
+
+
+@given(
+    st.lists(st.text("abo", min_size=1, max_size=5), min_size=1, max_size=12, unique=True),
+    st.lists(st.text("abo ", min_size=1, max_size=7).filter(str.strip), min_size=1, max_size=4),
+)
+def test_banned_are_those_that_a_loop_over_all_pairs_finds(words: list[str], names: list[str]) -> None:
+    """Tokens are whole words here, and a name's word that is none is read as nothing."""
+    number_of = {word: number for number, word in enumerate(words)}
+
+    def read(texts: Sequence[str]) -> list[list[int]]:
+        return [[number_of[part] for part in text.split() if part in number_of] for text in texts]
+
+    parts = {part for name in names for part in name.split()}
+    expected = {
+        number
+        for word, number in number_of.items()
+        for part in parts
+        if word == part or (len(part) >= 3 and (part in word or (len(word) >= 3 and word in part)))
+    }
+    assert banned_tokens(Vocabulary(dict(enumerate(words)), read), names) == expected

@@ -85,6 +85,13 @@ def test_a_failing_part_ends_in_one_line(capsys: pytest.CaptureFixture[str], mon
     def fail() -> None:
         raise SafetyDPOError("expected light, found none. Switch it on.")
 
-    monkeypatch.setattr(build, "list_parts", lambda work, sheet: {"vae": fail})
+    monkeypatch.setattr(build, "list_parts", lambda *_, **__: {"vae": fail})
     assert build.main(["vae"]) == 1
     assert capsys.readouterr().err == "error: expected light, found none. Switch it on.\n"
+
+
+@pytest.mark.parametrize("arguments", [["check", "--steps", "0"], ["vae", "--steps", "6"]])
+def test_steps_are_of_the_check_alone(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert f"expected --steps of at least 1 with the part check, found {arguments[2]} with" in capsys.readouterr().err

@@ -36,6 +36,7 @@ print(json.dumps({"size": size, "equal": torch.equal(pictures, same)}))
 """
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_halves_the_batch(tiny_folder: Path):
     """A process that may take 125 MB more cannot draw 2,048 pictures at once, but some power of two of them.
 

@@ -97,6 +97,7 @@ def test_two_processes_equal_one_with_each_optimizer(
     assert largest_difference(one, rest.layers) < 1e-6
 
 
+@pytest.mark.slow
 def test_two_processes_average_parts_and_keep_a_mean(
     tiny_folder: Path,
     tmp_path: Path,

@@ -128,7 +128,7 @@ def _draw(
     )
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache
 def make_summary(
     *, seeds: tuple[int, ...] = (0,), sources: tuple[RowSource, ...] = SOURCES, expert_retention: bool = False
 ) -> Summary:

@@ -76,12 +76,12 @@ def page() -> str:
 
 
 def test_the_experts_section_shows_overlap_and_winners_and_says_what_is_grouped() -> None:
-    few = render(overlap=make_overlap(), winners=[make_winners()])
-    assert few.count("<svg") == 12
+    few = render_slim(overlap=make_overlap(), winners=[make_winners()])
+    assert few.count("<svg") == 8
     assert "Who won which layers: co_merge" in few
     assert "each cell is the mean over pairs" not in few
-    many = render_slim(overlap=make_overlap(experts=120), winners=[make_winners(experts=120)] * 5)
-    assert "There are 120 experts: each cell is the mean over pairs" in many
+    many = render_slim(overlap=make_overlap(experts=25), winners=[make_winners(experts=25)] * 5)
+    assert "There are 25 experts: each cell is the mean over pairs" in many
     assert "The first 4 of 5 merges that select are shown." in many
     summary = make_summary()
     alone = {**summary, "rows": [row for row in summary["rows"] if row["kind"] != "expert"]}
@@ -219,7 +219,7 @@ def test_ladder_finalists_and_benchmarks_of_a_search_are_shown() -> None:
         ],
         "benchmarks": {"checked": {"i2p.csv": 4703}, "unchecked": {"lost.csv": "no <b>such</b> file"}},
     }
-    page = render(search_details=details)
+    page = render(search_details=details, training=())
     for text in ("0.75 / 0.60", "n = 9", "480 pictures", "9600", "0.12–0.50, n = 96", "below a floor", "4703"):
         assert text in page, text
     assert "not checked: no &lt;b&gt;such&lt;/b&gt; file" in page
@@ -228,12 +228,12 @@ def test_ladder_finalists_and_benchmarks_of_a_search_are_shown() -> None:
     failures = {"failed": 5, "trials": 9, "first_error": "a <b>bug</b>: of a prompt"}
     details = {"trial": 3, "base_is_better": True, "failures": failures}
     # What an error says may quote a prompt.
-    assert "of a prompt" not in render(search_details=details, redacted=True)
-    page = render(search_details=details)
+    assert "of a prompt" not in render(search_details=details, redacted=True, training=())
+    page = render(search_details=details, training=())
     assert "no candidate meets the floors and is better than the base" in page
     assert "5 of 9 trials failed; the choice is of the others. The first failure: a &lt;b&gt;bug&lt;/b&gt;: of" in page
     # A search of before, without any of it, has the page that it had.
-    assert render(search_details={"trial": 3, "feasible": True}) == render()
+    assert render(search_details={"trial": 3, "feasible": True}, training=()) == render(training=())
 
 
 def test_what_lies_behind_a_veil_is_no_source_of_an_image(page: str) -> None:

@@ -29,6 +29,7 @@ def test_a_dead_actor_and_a_hopeless_row(cluster: None, small: Config, tmp_path:
     assert rows.column("status").to_pylist() == ["ok", "error", "ok", "ok", "ok", "ok"]
 
 
+@pytest.mark.slow
 def test_a_command_that_wants_one_row_more_makes_that_row_only(cluster: None, small: Config, store: Location):
     """Killed with three of four rows made, then asked for five: two are made, and the failed one again."""
     open_batch(store)

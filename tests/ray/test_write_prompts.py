@@ -312,6 +312,7 @@ def start(command_line: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code, *command_line], env=environment)
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle_and_the_same_command_again(command: Command, concepts: Path, tmp_path: Path):
     """What was answered and on the disk at the kill is never asked again; only what was under way then may be."""
     out, whole = tmp_path / "out", tmp_path / "whole"
