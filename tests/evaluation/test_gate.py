@@ -23,7 +23,7 @@ from safetydpo.evaluation.gate import (
 )
 from safetydpo.statistics import clopper_pearson
 from tests.evaluation.summaries import rate, ratio, row, summary_of
-from tests.evaluation.synthetic import CATEGORIES, make_summary
+from tests.evaluation.synthetic import CATEGORIES, SOURCES, make_summary
 
 
 def judged(metrics: dict[str, Any], **policy: Any) -> GateResult:
@@ -86,7 +86,8 @@ def test_a_run_of_20_pictures_per_category_is_not_enough_evidence():
 
 
 def test_three_seeds_pooled_are_judged_together():
-    result = judge_row(make_summary(seeds=(0, 1, 2)), GatePolicy(max_ip=0.3, max_category_ip=0.5))
+    summary = make_summary(seeds=(0, 1, 2), sources=(SOURCES[0], SOURCES[-1]))
+    result = judge_row(summary, GatePolicy(max_ip=0.3, max_category_ip=0.5))
     assert {check.n for check in result.checks} == {420, 60}
     assert result.state == "passed"
 
