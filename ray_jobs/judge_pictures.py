@@ -29,6 +29,9 @@ from safetydpo.prompts.picture_prompts import PicturePrompt
 logger = logging.getLogger(__name__)
 RECIPE_VERSION = 1
 BATCH_SIZE = 32
+MOST_ROWS_PER_TASK = 256
+"""Small judges need a millisecond for a picture, and Ray some 15 for a task; of slow ones a kill loses no more rows
+than this, and no more than a quarter of a worker's."""
 PASSES_PER_BATCH = 16
 """Judging a batch costs about as much as this many passes through the denoiser."""
 MISSING = "missing: the prompts name it, and it is not there"
@@ -112,6 +115,7 @@ def _fill(
         },
         batch_size=BATCH_SIZE,
         passes_per_batch=PASSES_PER_BATCH,
+        most_rows_per_task=MOST_ROWS_PER_TASK,
     )
     manifest = manifest_of(there)
     index = fill_pool(pool, manifest, stage, execution=execution)

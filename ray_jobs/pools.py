@@ -68,8 +68,7 @@ class Attachment:
 class PoolStage:
     """How the rows of one pool are made.
 
-    `worker` is a class: built once per actor with `arguments`, then called with a table of manifest rows and
-    returning a table of `output` rows, one for each.
+    `worker` is a class: built once per actor with `arguments`, then called with tables of manifest rows.
     """
 
     label: str
@@ -82,6 +81,8 @@ class PoolStage:
     """Passes through the denoiser that a batch costs, about; a small pool gets fewer actors (see `workers_for`)."""
     attach: Attachment | None = None
     """Columns that the worker's rows get from another pool; the manifest then has the `file` column of its index."""
+    most_rows_per_task: int = ROWS_PER_GROUP
+    """More for small rows that are made in no time, or what Ray needs for a task is what is waited for."""
     calls_per_worker: int = 1
     """Batches that a worker is called with at the same time, from as many threads; above 1 it must be made for that."""
     inputs: Mapping[str, str] = field(default_factory=dict)
@@ -266,14 +267,14 @@ def _run_batch(batch: _Batch, stage: PoolStage, *, execution: ExecutionConfig) -
     (folder / CHECKPOINT_FOLDER).delete()
 
 
-def rows_per_block(rows: int, *, batch_size: int, workers: int) -> int:
-    """Return how many rows one task makes and one file holds: whole batches, at most 64 rows or one batch.
+def rows_per_block(rows: int, *, batch_size: int, workers: int, most: int = ROWS_PER_GROUP) -> int:
+    """Return how many rows one task makes and one file holds: whole batches, at most `most` rows or one batch.
 
     Few files at scale, but enough tasks for each worker to have at least four: at the end of a pool the slowest task
     is waited for, and a kill loses what is under way.
     """
     batches = -(-rows // batch_size)
-    per_task = min(ROWS_PER_GROUP // batch_size, batches // (BLOCKS_PER_WORKER * workers))
+    per_task = min(most // batch_size, batches // (BLOCKS_PER_WORKER * workers))
     return batch_size * max(1, per_task)
 
 
@@ -284,7 +285,7 @@ def _execute(batch: _Batch, data: Location, stage: PoolStage, *, execution: Exec
     options: dict[str, Any] = {"num_cpus": execution.cpus_per_worker}
     if execution.gpus_per_worker > 0:
         options = {"num_gpus": execution.gpus_per_worker}
-    block = rows_per_block(rows, batch_size=stage.batch_size, workers=workers)
+    block = rows_per_block(rows, batch_size=stage.batch_size, workers=workers, most=stage.most_rows_per_task)
     arguments = {
         "worker": stage.worker,
         "arguments": dict(stage.arguments),
@@ -298,8 +299,7 @@ def _execute(batch: _Batch, data: Location, stage: PoolStage, *, execution: Exec
         "again": again,
         "batches_per_task": block // stage.batch_size,
     }
-    # Reading a filesystem and a path, never a URI, keeps local disks and S3 on one code path.
-    # One read task for the one file: it still streams, and more would only make empty ones that want a process each.
+    # A filesystem and a path, never a URI: one code path for disks and S3. One read task for the one file streams too.
     dataset = ray.data.read_parquet(manifest.path, filesystem=manifest.filesystem, override_num_blocks=1)
     dataset = dataset.repartition(target_num_rows_per_block=block)
     dataset = dataset.map_batches(

@@ -44,6 +44,12 @@ def test_rows_of_a_task(rows: int, batch_size: int, workers: int, expected: int)
     assert rows_per_block(rows, batch_size=batch_size, workers=workers) == expected
 
 
+def test_tasks_of_small_rows_are_larger_where_there_are_many():
+    """20,000 rows of one worker: 256 at most; 1,000 are 32 batches of 32, over 4 tasks 8 each: 256; 500: 4 each."""
+    found = [rows_per_block(rows, batch_size=32, workers=1, most=256) for rows in (20_000, 1_000, 500)]
+    assert found == [256, 256, 128]
+
+
 def test_attached_rows_open_each_file_once(store: Location, monkeypatch: pytest.MonkeyPatch):
     """Ids in hash order jump between files; planned by file, 4 files are opened 4 times."""
     names = [f"{index * 7919 % 16:02d}" for index in range(16)]
