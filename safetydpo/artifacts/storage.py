@@ -10,6 +10,7 @@ one (a marker, or a prefix that the server still lists) is nothing.
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,9 @@ from safetydpo.artifacts.object_store import PatientS3, check_reachable, one_lin
 from safetydpo.errors import SafetyDPOError, UsageError
 
 CREATION_TRIES = 3
+READ_TRIES, READ_PAUSE_SECONDS = 5, 1.0
+BROKEN_OFF = "Failed to flush response stream"
+"""What pyarrow says of an answer that ended in its middle, as those of a server that is just coming back may."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,18 @@ class Location:
         Raises:
             SafetyDPOError: if nothing stands here or it cannot be read.
         """
-        with self._reading(), self.filesystem.open_input_stream(self.path) as stream:
+        with self._reading():
+            for _ in range(READ_TRIES - 1):
+                try:
+                    return self._read()
+                except OSError as error:
+                    if BROKEN_OFF not in str(error):
+                        raise
+                    time.sleep(READ_PAUSE_SECONDS)
+            return self._read()
+
+    def _read(self) -> bytes:
+        with self.filesystem.open_input_stream(self.path) as stream:
             return bytes(stream.read())
 
     def write_bytes(self, data: bytes) -> None:

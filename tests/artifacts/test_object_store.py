@@ -10,13 +10,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
 import torch
 
-from safetydpo.artifacts import object_store
+from safetydpo.artifacts import object_store, storage
 from safetydpo.artifacts.adapters import AdapterMetadata, LoraLayer, read_adapter, read_adapter_metadata, write_adapter
 from safetydpo.artifacts.object_store import PatientS3, one_line, s3_remedy, worker_variables
 from safetydpo.artifacts.records import (
@@ -228,6 +229,41 @@ def test_requests_wait_for_a_server_that_comes_back(tmp_path: Path, monkeypatch:
         assert (store / "b").size_bytes() == 12_000_000
     finally:
         server.stop()
+
+
+class BreaksOff:
+    """Stands for a store whose answers end in their middle so many times."""
+
+    type_name = "s3"
+
+    def __init__(self, times: int, said: str) -> None:
+        self.times, self.said, self.asked = times, said, 0
+
+    def open_input_stream(self, _path: str) -> pa.BufferReader:
+        self.asked += 1
+        if self.asked <= self.times:
+            raise OSError(self.said)
+        return pa.BufferReader(b"kept")
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(monkeypatch: pytest.MonkeyPatch):
+    """Four times at most; another error is told at once."""
+    monkeypatch.setattr(storage, "READ_PAUSE_SECONDS", 0.0)
+    said = "AWS Error INTERNAL_FAILURE during GetObject operation: Failed to flush response stream (eof: 0, bad: 1)"
+    for times, text, asked, is_read in (
+        (0, said, 1, True),
+        (4, said, 5, True),
+        (5, said, 5, False),
+        (1, "no", 1, False),
+    ):
+        store = BreaksOff(times, text)
+        location = Location(cast(pafs.FileSystem, store), "bucket/x")
+        if is_read:
+            assert location.read_bytes() == b"kept"
+        else:
+            with pytest.raises(SafetyDPOError, match=r"expected a readable file at s3://bucket/x, found: "):
+                location.read_bytes()
+        assert store.asked == asked
 
 
 def test_nothing_that_is_sent_to_a_worker_holds_credentials(s3_store: Location):

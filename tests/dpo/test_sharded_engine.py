@@ -49,7 +49,8 @@ def test_it_trains_as_the_plain_loop_and_gives_the_network_back(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("offload", [pytest.param("none", marks=pytest.mark.long), "cpu"])
+@pytest.mark.long
+@pytest.mark.parametrize("offload", ["none", "cpu"])
 @pytest.mark.usefixtures("process_group")
 def test_everything_together(
     offload: str, backbone: StableDiffusion, make_data: Make, config: DpoConfig, lora: LoraConfig

@@ -63,7 +63,7 @@ def test_the_accelerations_that_helped_are_measured_together(tiny_folder: Path) 
     assert ratios["pairs_per_second_vs_public_best"] == wall["public"][0] / wall["best"][0] > 0
 
 
-@pytest.mark.parametrize("left_out", [COMPILED, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("left_out", [COMPILED, pytest.param(None, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_all_accelerations_take_a_step_together(tiny_folder: Path, left_out: str | None) -> None:
     data = encode_once(load_backbone(BaseModelConfig(model=str(tiny_folder))), make_pairs(32))
     step, times = our_way(tiny_folder, data, [name for name in ACCELERATIONS if name != left_out])

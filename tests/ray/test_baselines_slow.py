@@ -36,6 +36,7 @@ def tune_here(config: dict[str, object]) -> Record:
     return tune(run, "uce", measure_here(run))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("cluster")
 def test_two_tasks_measure_what_one_process_does(tmp_path: Path) -> None:
     here, there = (

@@ -37,6 +37,7 @@ def two_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         yield cluster
 
 
+@pytest.mark.long
 def test_two_workers_with_steps_of_seconds_leave_after_the_same_step(
     two_workers: Cluster, small: Config, tmp_path: Path
 ) -> None:

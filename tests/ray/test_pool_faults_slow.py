@@ -81,6 +81,7 @@ def test_workers_order_and_position_never_change_a_byte(cluster: None, small: Co
     assert len(hashes[2]) == 17
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_prompt_that_ends_its_worker_becomes_an_error_row(cluster: None, small: Config, store: Location):
     """Ray would start the worker again without end. The other 15 pictures are those of a pool without that prompt."""

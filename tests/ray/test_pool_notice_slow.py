@@ -54,7 +54,7 @@ def handed_back(cluster: Cluster) -> int:
     return sum("its rows are handed back" in file.read_text(errors="replace") for file in logs)
 
 
-@pytest.mark.parametrize(("seconds", "is_enough"), [(3.0, False), (600.0, True)])
+@pytest.mark.parametrize(("seconds", "is_enough"), [pytest.param(3.0, False, marks=pytest.mark.long), (600.0, True)])
 def test_a_task_that_would_not_end_in_time_is_handed_back(
     three_nodes: Cluster, tmp_path: Path, seconds: float, is_enough: bool
 ) -> None:

@@ -19,7 +19,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize(
     "counts",
-    [pytest.param((16, 16), id="the same rows", marks=pytest.mark.long), pytest.param((12, 20), id="some of them")],
+    [
+        pytest.param((16, 16), id="the same rows", marks=pytest.mark.long),
+        pytest.param((12, 20), id="some of them", marks=pytest.mark.long),
+    ],
 )
 def test_two_commands_make_each_row_once(tmp_path: Path, counts: tuple[int, int]) -> None:
     """Batches of a second each; row-003 fails once and is made again by one of them."""
