@@ -104,7 +104,7 @@ def read_search(run: Run, folder: Location) -> SearchState:
     return SearchState(
         name=folder.name,
         is_closed=(folder / RECORD_FILE).is_file(),
-        counts=Counter(row["status"] for row in rows),
+        counts=dict(Counter(row["status"] for row in rows)),
         progress=progress,
         best=_best(rows, folder, search),
         pictures=sum(row["pictures"] for row in measurements.rows()),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 from ray_jobs.run import Run
 from ray_jobs.search_files import BASE_FILE
 from ray_jobs.search_summary import write_progress
-from ray_jobs.search_watch import find_search, search_table
+from ray_jobs.search_watch import find_search, read_search, search_table
 from ray_jobs.trial_log import MeasurementLog, TrialLog
 from safetydpo.artifacts.storage import Location
 from safetydpo.errors import SafetyDPOError
@@ -62,6 +63,9 @@ def test_progress_best_time_left_and_spend_by_hand(tmp_path: Path) -> None:
         "20 s of trials of 600 s, 0.006 worker hours, cost 0.20 of 2",
     ):
         assert part in text, text
+    # As `safetydpo watch --json` prints it; `asdict` makes pairs of a Counter's keys and numbers.
+    state = json.loads(json.dumps(asdict(read_search(run, find_search(run)))))
+    assert state["counts"] == {"ok": 2}
 
 
 def test_the_search_that_this_run_began_last_is_watched(tmp_path: Path) -> None:
