@@ -68,7 +68,7 @@ class Attachment:
 class PoolStage:
     """How the rows of one pool are made.
 
-    `worker` is a class: built once per actor with `arguments`, then called with tables of manifest rows.
+    `worker` is a class: built once per actor with `arguments`, then called with manifest rows for one `output` row each.
     """
 
     label: str
@@ -282,9 +282,8 @@ def _execute(batch: _Batch, data: Location, stage: PoolStage, *, execution: Exec
     manifest, rows, again = batch.folder / MANIFEST_FILE, batch.manifest.num_rows, max(batch.attempts) > 1
     batches = -(-rows // stage.batch_size)
     workers = workers_for(execution, tasks=batches, passes_per_task=stage.passes_per_batch)
-    options: dict[str, Any] = {"num_cpus": execution.cpus_per_worker}
-    if execution.gpus_per_worker > 0:
-        options = {"num_gpus": execution.gpus_per_worker}
+    gpus = execution.gpus_per_worker
+    options: dict[str, Any] = {"num_gpus": gpus} if gpus > 0 else {"num_cpus": execution.cpus_per_worker}
     block = rows_per_block(rows, batch_size=stage.batch_size, workers=workers, most=stage.most_rows_per_task)
     arguments = {
         "worker": stage.worker,
@@ -299,7 +298,8 @@ def _execute(batch: _Batch, data: Location, stage: PoolStage, *, execution: Exec
         "again": again,
         "batches_per_task": block // stage.batch_size,
     }
-    # A filesystem and a path, never a URI: one code path for disks and S3. One read task for the one file streams too.
+    # Reading a filesystem and a path, never a URI, keeps local disks and S3 on one code path.
+    # One read task for the one file: it still streams, and more would only make empty ones that want a process each.
     dataset = ray.data.read_parquet(manifest.path, filesystem=manifest.filesystem, override_num_blocks=1)
     dataset = dataset.repartition(target_num_rows_per_block=block)
     dataset = dataset.map_batches(

@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
+from ray_jobs.run_context import OUR_LOGGERS
 from safetydpo.artifacts.storage import Location, open_location
 from tests.checked_modules import CHECKED_MODULES
 from tests.s3_server import BUCKET, S3Server
@@ -28,7 +29,6 @@ install_import_hook(list(CHECKED_MODULES), "beartype.beartype")
 settings.register_profile("project", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("project")
 
-OUR_LOGGERS = ("safetydpo", "ray_jobs")
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST = (
     "chain",

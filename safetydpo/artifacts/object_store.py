@@ -27,6 +27,8 @@ RETRIES = 12
 """Of one request. The waits double from 50 ms; all together they last 102 s, so that S3 may be gone for a minute."""
 FIRST_CONTACT_RETRIES = 4
 """Of the first request of a command, when nothing is in flight yet: a wrong address is told in a moment."""
+BROKEN_OFF = "Failed to flush response stream"
+"""What pyarrow says of an answer that ended in its middle, as those of a server that is just coming back may."""
 CONNECT_SECONDS = 5.0
 REQUEST_SECONDS = 20.0
 """Without a single byte. The end of a large upload and a copy are silent for seconds on the server's side."""

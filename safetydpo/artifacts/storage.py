@@ -21,13 +21,11 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from safetydpo.artifacts.exclusive_create import NoExclusiveCreation, create_object
-from safetydpo.artifacts.object_store import PatientS3, check_reachable, one_line, open_s3, s3_remedy
+from safetydpo.artifacts.object_store import BROKEN_OFF, PatientS3, check_reachable, one_line, open_s3, s3_remedy
 from safetydpo.errors import SafetyDPOError, UsageError
 
 CREATION_TRIES = 3
 READ_TRIES, READ_PAUSE_SECONDS = 5, 1.0
-BROKEN_OFF = "Failed to flush response stream"
-"""What pyarrow says of an answer that ended in its middle, as those of a server that is just coming back may."""
 
 
 @dataclass(frozen=True)
