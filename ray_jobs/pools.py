@@ -68,7 +68,7 @@ class Attachment:
 class PoolStage:
     """How the rows of one pool are made.
 
-    `worker` is a class: built once per actor with `arguments`, then called with manifest rows for one `output` row each.
+    `worker` is a class: built once per actor with `arguments`, called with manifest rows for one `output` row each.
     """
 
     label: str
