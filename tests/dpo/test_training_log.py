@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
 
 from safetydpo.artifacts.storage import open_location
 from safetydpo.config.training import LoraConfig
