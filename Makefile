@@ -19,6 +19,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+# Tests compare merge methods with its functions; what the rest of it needs is not wanted here.
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps mergekit
 	touch $(STAMP)
 
 fmt: setup

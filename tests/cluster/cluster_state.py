@@ -28,8 +28,9 @@ class ClusterState:
     def left_behind(self) -> list[str]:
         """What is there beside Ray's own."""
         actors = [actor for actor in self.actors if actor["name"] not in RAYS_OWN]
-        # Ray's own processes of the three actors, and idle ones that wait for any job.
+        # Ray's own processes of the three actors, idle ones that wait for any job, and the agents of a node.
         own = {"ray::IDLE", "ray::_StatsActor", "ray::_AutoscalingCoordinatorActor", "ray::ActorLocationTracker"}
+        own |= {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
         processes = [line for line in self.processes if line.split(".")[0].strip() not in own]
         return [*(actor["class_name"] for actor in actors), *(group["state"] for group in self.groups), *processes]
 

@@ -13,6 +13,7 @@ from safetydpo.diffusion.render import render
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_compiled_pictures_are_nearly_the_others(tiny_folder: Path) -> None:
     """In float32 at most 1 of 256 levels apart; equal when drawn again; and the network is left as it was."""
     backbone = load_backbone(BaseModelConfig(model=str(tiny_folder)))

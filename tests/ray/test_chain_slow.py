@@ -121,7 +121,7 @@ def without_audit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("stage", ["pairs", "search"])
+@pytest.mark.parametrize("stage", ["pairs", pytest.param("search", marks=pytest.mark.long)])
 def test_neither_pairs_nor_search_needs_the_audit_judge(
     finished: Place, without_audit: Path, tmp_path: Path, stage: str
 ) -> None:

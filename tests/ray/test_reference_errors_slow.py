@@ -32,7 +32,7 @@ from safetydpo.dpo.step import METRICS, policy_loss
 from safetydpo.dpo.trainer import train_expert
 from tests.tiny import build_tiny_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.usefixtures("cluster")]
 
 
 def open_run(place: Path, **dpo: Any) -> Run:

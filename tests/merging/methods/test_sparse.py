@@ -1,7 +1,6 @@
 """The element-wise methods, in hand-worked cases, against PEFT's functions on dense deltas and against numpy.
 
-mergekit has `breadcrumbs` and `della` too, but is no dependency of the tests: those two are written out here from
-their papers.
+Against mergekit: test_mergekit.py.
 """
 
 from __future__ import annotations
