@@ -17,6 +17,7 @@ CHANGES = (
     "identity.prompts.pairs_per_concept=2",
     "identity.prompts.retention_prompts=2",
     "identity.experts.group_by=concept",
+    "identity.experts.small_groups=leave_out",
     "identity.dpo.steps=25",
     "identity.dpo.pairs_per_step=8",
     "execution.num_workers=1",
