@@ -31,30 +31,31 @@ def reach(process: subprocess.Popen[str], store: Location, pattern: str, *, seco
 
 def kill_one(hosts: list[Host], *words: str) -> str:
     """SIGKILL the busiest process whose command line holds one of the words; return its line."""
-    found = [process for host in hosts for process in host.find(*words)]
-    assert found, words
-    victim = max(found, key=lambda process: process.cpu_times().user)
+    assert wait_for(lambda: any(host.find(*words) for host in hosts), seconds=60), f"no process of {words}"
+    victim = max((process for host in hosts for process in host.find(*words)), key=_worked)
     line = " ".join(victim.cmdline())
     victim.kill()
     return line
 
 
 def cut_for(host: Host, cluster: Rehearsal) -> None:
-    """Cut a host off the network, give it back, and see it alive again."""
+    """Cut a host off the network until the cluster has given it up, and see it alive again afterwards."""
     host.cut()
-    time.sleep(GONE_SECONDS)
+    began = time.time()
+    assert wait_for(lambda: cluster.alive() == 2, seconds=60), f"{cluster.alive()} nodes though one was cut off"
+    time.sleep(max(0.0, GONE_SECONDS - (time.time() - began)))
     host.join()
     assert wait_for(lambda: cluster.alive() == 3, seconds=120), f"{cluster.alive()} nodes"
 
 
 def busiest(hosts: list[Host], *words: str) -> Host:
-    """Return the host on which such a process has worked most."""
+    """Return the host on which such processes have worked most; there must be one."""
+    assert wait_for(lambda: any(host.find(*words) for host in hosts), seconds=60), f"no process of {words}"
+    return max(hosts, key=lambda host: sum(_worked(process) for process in host.find(*words)))
 
-    def work(host: Host) -> float:
-        total = 0.0
-        for process in host.find(*words):
-            with contextlib.suppress(psutil.Error):
-                total += process.cpu_times().user
-        return total
 
-    return max(hosts, key=work)
+def _worked(process: psutil.Process) -> float:
+    """CPU seconds of a process; one that has just ended did nothing."""
+    with contextlib.suppress(psutil.Error):
+        return float(process.cpu_times().user)
+    return 0.0

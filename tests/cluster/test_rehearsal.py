@@ -25,14 +25,15 @@ pytestmark = [
     pytest.mark.rehearsal,
     pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
 ]
-# A dozen batches, so that some are under way whenever a host goes; two of everything that may run at once.
+# Enough of everything that each fault comes in the middle of it; two of everything that may run at once.
 CHANGES = (
     "identity.sampler.batch_size=2",
-    "identity.search.trials=6",
+    "identity.search.trials=12",
     "identity.search.generation_size=2",
-    "identity.dpo.steps=12",
-    "identity.dpo.checkpoint_every=1",
+    "identity.dpo.steps=200",
+    "identity.dpo.checkpoint_every=5",
     "execution.num_workers=2",
+    "execution.expert_attempts=9",
 )
 S3_GONE_SECONDS = 60
 
@@ -69,16 +70,22 @@ def cluster(bystander: Head, undisturbed: Location) -> Iterator[Rehearsal]:
     assert not list(Path("/run/netns").glob("sdpo-*"))
 
 
+def repeats(store: Location) -> int:
+    """Return how many attempts at experts were begun beyond their first."""
+    numbers = [file.path.rsplit("-", 1)[1] for file in (store / "experts").walk() if "/lease/attempt-" in file.path]
+    return sum(number.isdigit() and number != "1" for number in numbers)
+
+
 def test_one_job_survives_every_fault(cluster: Rehearsal, undisturbed: Location) -> None:
-    """Hosts cut off in generation, training and search; a worker, a lane and a raylet killed; S3 gone for a minute."""
+    """Hosts cut off in generation, training and search; a worker, a lane's worker and driver and a raylet killed; S3
+    gone for a minute. Each in the middle of the work that it is meant to hit.
+    """
     workers = cluster.hosts.hosts[1:]
     store = open_location(f"s3://{BUCKET}/faults/store")
     job = cluster.submit(*store_of("faults"), *CHANGES)
-    said = []
 
     def note(text: str) -> None:
-        said.append(f"{time.time() - started:6.1f} s  {text}")
-        print(said[-1], flush=True)
+        print(f"{time.time() - started:6.1f} s  {text}", flush=True)
 
     started = time.time()
     try:
@@ -86,14 +93,16 @@ def test_one_job_survives_every_fault(cluster: Rehearsal, undisturbed: Location)
         note("generation: a host is cut off")
         cut_for(busiest(workers, "MapWorker"), cluster)
         note(f"generation: killed {kill_one(workers, 'MapWorker')}")
-        reach(job, store, "experts checkpoint.safetensors")
+        reach(job, store, "experts attempt-1/ checkpoint.safetensors")
+        for number, what in enumerate(("RayTrainWorker", "TrainController")):
+            note(f"training: killed {kill_one(workers, what)}")
+            assert wait_for(lambda number=number: repeats(store) > number, seconds=120), "nobody began again"
         note("training: a host is cut off")
+        before = repeats(store)
         cut_for(busiest(workers, "RayTrainWorker"), cluster)
-        if wait_for(lambda: any(host.find("RayTrainWorker") for host in workers), seconds=60):
-            note(f"training: killed {kill_one(workers, 'RayTrainWorker')}")
+        assert wait_for(lambda: repeats(store) > before, seconds=120), "nobody began again"
         reach(job, store, "merged record.json")
-        raylet = workers[1].find("raylet/raylet")
-        raylet[0].kill()
+        workers[1].find("raylet/raylet")[0].kill()
         note("merging: killed a raylet")
         reach(job, store, "search trials")
         note("search: S3 is gone for a minute")
@@ -102,7 +111,7 @@ def test_one_job_survives_every_fault(cluster: Rehearsal, undisturbed: Location)
         cluster.server.start()
         assert wait_for(lambda: cluster.alive() == 3, seconds=120), f"{cluster.alive()} nodes"
         note("search: a host is cut off")
-        cut_for(workers[0], cluster)
+        cut_for(busiest(workers, "MergeTrial"), cluster)
         output, _ = job.communicate(timeout=900 * PATIENCE)
         note(f"the job ended with {job.returncode}")
     finally:
