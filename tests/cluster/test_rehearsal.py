@@ -78,7 +78,7 @@ def repeats(store: Location) -> int:
 
 def test_one_job_survives_every_fault(cluster: Rehearsal, undisturbed: Location) -> None:
     """Hosts cut off in generation, training and search; a worker, a lane's worker and driver and a raylet killed; S3
-    gone for a minute. Each in the middle of the work that it is meant to hit.
+    gone for a minute. A host is cut off with a process of that stage on it.
     """
     workers = cluster.hosts.hosts[1:]
     store = open_location(f"s3://{BUCKET}/faults/store")

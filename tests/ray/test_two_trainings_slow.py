@@ -12,7 +12,7 @@ import pytest
 from tests.ray.smoke_place import PATIENCE, Place
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
-# Twelve experts of some seconds each: time enough for the second command to come.
+# Ten experts and more, of some seconds each: time enough for the second command to come.
 CHANGES = (
     "identity.prompts.pairs_per_concept=2",
     "identity.prompts.retention_prompts=2",
