@@ -23,6 +23,7 @@ from ray_jobs.merge_tested import count_tested
 from ray_jobs.pipeline import Chain, run_stages
 from safetydpo.artifacts.tables import fingerprint_rows
 from safetydpo.config.schema import Config
+from safetydpo.errors import SafetyDPOError, UsageError
 from safetydpo.evaluation.counts import RowCounts
 from safetydpo.evaluation.merge_curve import Tally, Tuning, choose, shortlist
 from safetydpo.evaluation.merge_units import MeasuredTuning, MergeUnit, dump_merge_unit, parse_tally
@@ -44,7 +45,11 @@ def measure_merges(
 ) -> None:
     """Measure every unit that is not done, one after another, and write each record at once.
 
-    After `minutes` no new unit is started. The same command goes on where this one ended or was killed.
+    After `minutes` no new unit is started. The same command goes on where this one ended or was killed. Units whose
+    experts could not be made are left out, and the others are measured.
+
+    Raises:
+        SafetyDPOError: at the end, if units were left out.
     """
     started, version = time.monotonic(), code_version()
     planned = plan_merges(config, part=part, seed=seed, method=method, count=count)
@@ -53,6 +58,7 @@ def measure_merges(
     pending = [unit for unit in planned if unit.read() is None]
     say(f"{len(planned) - len(pending)} of {len(planned)} units are done, {len(pending)} to do")
     done = len(planned) - len(pending)
+    failed: dict[str, SafetyDPOError] = {}
     for _, group in groupby(pending, key=_shared):
         units = list(group)
         opened: Opened | None = None
@@ -62,7 +68,15 @@ def measure_merges(
                 return
             if opened is None:
                 say(f"making the experts of: {unit.name}")
-                opened = open_bench(units)
+                try:
+                    opened = open_bench(units)
+                except UsageError:
+                    raise
+                except SafetyDPOError as error:
+                    # Other sets of experts do not need these.
+                    say(f"left out, {len(units)} units: {error}")
+                    failed |= {one.name: error for one in units}
+                    break
             begun, busy = time.monotonic(), time.process_time()
             measured = measure_unit(unit, opened, version=version)
             unit.file.write_bytes(dump_merge_unit(measured).encode())
@@ -74,6 +88,11 @@ def measure_merges(
         # Experts and scores of one group at a time.
         opened = None
         gc.collect()
+    if failed:
+        name, reason = next(iter(failed.items()))
+        raise SafetyDPOError(
+            f"expected the experts of every unit, found none for {len(failed)} units; first {name}: {reason}"
+        )
 
 
 def _shared(unit: PlannedMerge) -> tuple[object, ...]:

@@ -169,6 +169,10 @@ def unit_config(unit: PlannedMerge) -> Config:
         merge["output_rank"] = None
         groups = {unit.experts[0]: {"concept": list(unit.concepts)}}
         dpo["steps"] *= unit.count
+        if factor == "rank_sum":
+            # With alpha = rank a step moves the weights by as much more as there are components: at the rate of one
+            # expert it diverges (docs/training.md has the ablation, and 35 concepts at rank 140 did too).
+            dpo["learning_rate"] /= unit.count
         folder += f"-{ALL_SINGLE}"
     changes = {
         "seed": unit.seed,

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -139,6 +140,31 @@ def test_neither_pairs_nor_search_needs_the_audit_judge(
     assert place.is_left_alone()
 
 
+def test_a_chain_that_is_killed_in_every_stage_in_turn_ends_as_undisturbed(finished: Place, tmp_path: Path) -> None:
+    """One run, the same command seven times: what an earlier stage has closed is never written again."""
+    place = Place(tmp_path / "store", tmp_path / "run")
+    closed: dict[Path, int] = {}
+    for stage, trigger in TRIGGERS.items():
+        place.kill_when(partial(_is_there, place, trigger), "run", at_once=stage == "train")
+        earlier = list(STAGE_FOLDERS)[: list(STAGE_FOLDERS).index(stage)]
+        folders = [place.store / name for one in earlier for name in STAGE_FOLDERS[one]]
+        closed |= {path: time for path, time in place.files().items() if any(map(path.is_relative_to, folders))}
+    place.run("run")
+    assert place.is_left_alone()
+    for stage in STAGE_FOLDERS:
+        assert place.artifacts(stage) == finished.artifacts(stage), stage
+        assert place.pool_rows(stage) == finished.pool_rows(stage), stage
+    assert {path: time for path, time in place.files().items() if path in closed} == closed
+    assert max(record["counts"]["resumed_at"] for record in place.records("train")) > 0
+    adapters = [one.run_dir / "merged" / "pytorch_lora_weights.safetensors" for one in (place, finished)]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def _is_there(place: Place, pattern: str) -> bool:
+    return any(place.store.glob(pattern))
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("stage", list(STAGE_FOLDERS))
 def test_killed_and_run_again_gives_equal_bytes(finished: Place, tmp_path: Path, stage: str) -> None:
     place = finished.before(stage, tmp_path)

@@ -103,6 +103,12 @@ def test_what_each_factor_changes(shipped: Config) -> None:
     assert settings(factor="rank_16") == (16, "shared", 16, 16)
     assert settings(method="all_single") == (4, "shared", None, 4)
     assert settings(method="all_single", factor="rank_sum")[:3] == (40, "shared", None)
+    # A step of as many times the components moves as much at a rate as many times smaller.
+    rates = [
+        unit_config(planned(shipped, method="all_single", factor=factor)).identity.dpo.learning_rate
+        for factor in ("main", "rank_sum")
+    ]
+    assert rates == [shipped.identity.dpo.learning_rate, shipped.identity.dpo.learning_rate / 10]
 
 
 def test_one_adapter_for_all_has_their_pairs_and_as_many_times_the_steps(shipped: Config) -> None:
@@ -173,6 +179,34 @@ def test_what_is_done_is_not_done_again(tiny: Config, monkeypatch: pytest.Monkey
     assert said[-1] == "1 units are still to do: the same command goes on"
     with pytest.raises(AssertionError, match="nothing is to be run"):
         measure_merges(tiny, say=said.append)
+
+
+def test_experts_that_cannot_be_made_leave_their_units_out_and_the_others_go_on(
+    configs: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each set of experts is tried; the end names the first unit and why. A wrong request ends it at once."""
+    said: list[str] = []
+    tried: list[str] = []
+
+    def fail(units: list[PlannedMerge]) -> None:
+        tried.extend(unit.name for unit in units)
+        raise SafetyDPOError("expected finite losses, found nan")
+
+    results = f"merge_evidence.results={tiny.merge_evidence.results}"
+    config = load_config(configs / "merge_evidence.yaml", [*GRID, results])
+    monkeypatch.setattr(merge_evidence, "open_bench", fail)
+    monkeypatch.setattr(merge_evidence, "marked_pages", lambda _: [])
+    with pytest.raises(SafetyDPOError, match="for 33 units; first .*: expected finite losses, found nan"):
+        measure_merges(config, say=said.append)
+    assert len(tried) == 33
+    assert said[-1].startswith("left out, 2 units: expected finite losses")
+
+    def refuse(_units: list[PlannedMerge]) -> None:
+        raise UsageError("expected a GPU, found none")
+
+    monkeypatch.setattr(merge_evidence, "open_bench", refuse)
+    with pytest.raises(UsageError, match="expected a GPU"):
+        measure_merges(config, say=said.append)
 
 
 def test_pages_and_plots_are_written_from_records_alone(tiny: Config, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from safetydpo.artifacts.storage import open_location
 from safetydpo.artifacts.tables import read_table
 from tests.ray.node_loss_pictures import make_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 
 

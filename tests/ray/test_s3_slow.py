@@ -20,7 +20,7 @@ from safetydpo.artifacts.storage import Location, open_location
 from tests.ray.smoke_place import PATIENCE, ROOT, Place, wait_for
 from tests.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = pytest.mark.slow
 # 24 pictures in batches of two: a dozen write tasks of which some are under way whenever the server goes.
 TINY = (
     "identity.prompts.categories=[violence]",
@@ -134,6 +134,7 @@ def assert_as_undisturbed(place: S3Place, undisturbed: Place) -> None:
         assert SECRET_KEY.encode() not in content
 
 
+@pytest.mark.long
 def test_pairs_on_s3_are_those_of_a_disk(place: S3Place, undisturbed: Place):
     place.run("pairs")
     assert_as_undisturbed(place, undisturbed)
@@ -144,6 +145,7 @@ def test_pairs_on_s3_are_those_of_a_disk(place: S3Place, undisturbed: Place):
     assert_as_undisturbed(place, undisturbed)
 
 
+@pytest.mark.long
 def test_server_and_command_killed_in_mid_write_then_the_same_command(place: S3Place, undisturbed: Place):
     process = place.start()
     assert place.server is not None
