@@ -219,6 +219,9 @@ def expert_moment(
         SafetyDPOError: if the expert names no category or one without a moment.
     """
     _check_categories(groups, expert=expert, categories=categories)
+    if len(categories) == 1:
+        # A search asks for it at each of its merges: not one copy more.
+        return groups[categories[0]]
     return torch.stack([groups[category] for category in categories]).sum(dim=0)
 
 

@@ -56,6 +56,26 @@ def test_votes_of_every_subset_equal_brute_force():
                 assert subset[found[unit]] == max(subset, key=lambda e: (ballots.count(e), -e))
 
 
+def test_weights_multiply_the_scores_before_the_vote():
+    """Unit 0: 3 and 2 against 2 x 1 and 2 x 2: the first input stays, the second turns; the tie goes to the first.
+
+    Unit 1: 1 and 1 against 2 x 1 and 2 x 1: both turn.
+    """
+    scores = [torch.tensor([[3.0, 2.0], [1.0, 1.0]]), torch.tensor([[1.0, 2.0], [1.0, 1.0]])]
+    assert vote(scores, torch.tensor([1.0, 2.0])).tolist() == [0, 1]
+
+
+def test_weighted_votes_equal_those_of_an_argmax_for_any_number_of_experts():
+    """300 experts are more than a byte counts."""
+    generator = torch.Generator().manual_seed(5)
+    for num in (1, 7, 256, 300):
+        scores = torch.rand(num, 6, 11, generator=generator).mul(50).round()
+        weights = torch.rand(num, generator=generator)
+        ballots = (scores * weights[:, None, None]).numpy().argmax(axis=0)
+        expected = [np.bincount(row, minlength=num).argmax() for row in ballots]
+        assert vote(list(scores), weights).tolist() == expected
+
+
 def test_errors_name_the_shapes():
     layer = LoraLayer(torch.ones(1, 3), torch.ones(2, 1))
     with pytest.raises(SafetyDPOError, match=r"layer inputs \[input, token, 3\], found \[1, 2, 4\]"):

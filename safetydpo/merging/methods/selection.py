@@ -39,9 +39,8 @@ def co_merge(experts: LayerExperts) -> LayerMerge:
     _expect_scores(experts)
     present = present_experts(experts)
     weights = torch.tensor([abs(experts.weights[index]) for index in present])
-    down_winner = vote(torch.stack([experts.scores[index].down for index in present]))
-    up_scores = torch.stack([experts.scores[index].up for index in present])
-    up_winner = vote(up_scores * weights[:, None, None])
+    down_winner = vote([experts.scores[index].down for index in present])
+    up_winner = vote([experts.scores[index].up for index in present], weights)
     return take_rows(experts, torch.tensor(present)[down_winner], torch.tensor(present)[up_winner])
 
 
@@ -58,8 +57,7 @@ def delta_neuron(experts: LayerExperts) -> LayerMerge:
     _expect_scores(experts)
     present = present_experts(experts)
     weights = torch.tensor([abs(experts.weights[index]) for index in present])
-    scores = torch.stack([experts.scores[index].up for index in present])
-    winner = torch.tensor(present)[vote(scores * weights[:, None, None])]
+    winner = torch.tensor(present)[vote([experts.scores[index].up for index in present], weights)]
     masked = [
         LoraLayer(layer.down, layer.up * (winner == index)[:, None]) for index, layer in enumerate(experts.layers)
     ]

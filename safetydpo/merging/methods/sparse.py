@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -138,7 +139,7 @@ def trim(dense: Float[Tensor, "d_out d_in"], density: float) -> Float[Tensor, "d
         return dense.clone()
     magnitude = dense.abs()
     kept = max(1, int(density * dense.numel()))
-    threshold = magnitude.flatten().kthvalue(dense.numel() - kept + 1).values
+    threshold = _kth_smallest(magnitude.flatten(), dense.numel() - kept + 1)
     return torch.where(magnitude >= threshold, dense, 0.0)
 
 
@@ -154,8 +155,8 @@ def trim_both(dense: Float[Tensor, "d_out d_in"], density: float, *, outliers: f
     dropped = min(int(outliers * size), size - kept)
     magnitudes = dense.abs()
     flat = magnitudes.flatten()
-    highest = flat.kthvalue(size - dropped).values
-    lowest = flat.kthvalue(size - dropped - kept + 1).values
+    highest = _kth_smallest(flat, size - dropped)
+    lowest = _kth_smallest(flat, size - dropped - kept + 1)
     return torch.where((magnitudes >= lowest) & (magnitudes <= highest), dense, 0.0)
 
 
@@ -189,12 +190,20 @@ def elect_and_average(changes: Iterable[Float[Tensor, "d_out d_in"]]) -> Float[T
     for index, change in enumerate(changes):
         if index == 0:
             positive, negative, num_positive, num_negative = (torch.zeros_like(change) for _ in range(4))
-        positive += change.clamp(min=0)
-        negative += change.clamp(max=0)
+            part = torch.empty_like(change)
+        positive += torch.clamp(change, min=0, out=part)
+        negative += torch.clamp(change, max=0, out=part)
         num_positive += change > 0
         num_negative += change < 0
     elected = positive + negative >= 0
     return torch.where(elected, positive / num_positive.clamp(min=1), negative / num_negative.clamp(min=1))
+
+
+def _kth_smallest(values: Float[Tensor, " entry"], k: int) -> Tensor | float:
+    """Return the k-th smallest value, counted from 1; numpy's selection is twice as fast as torch's."""
+    if values.dtype not in (torch.float32, torch.float64):
+        return values.kthvalue(k).values
+    return float(np.partition(values.numpy(), k - 1)[k - 1])
 
 
 def _scaled(experts: LayerExperts, changes: Iterable[Tensor]) -> Iterator[Tensor]:

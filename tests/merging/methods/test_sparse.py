@@ -65,6 +65,18 @@ def test_trim_keeps_at_least_one_entry_and_all_equal_ones():
     assert sparse.trim(torch.tensor([[1.0, -1.0, 0.5]]), 0.34).tolist() == [[1.0, -1.0, 0.0]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_trims_are_those_of_a_sort_in_every_type(dtype):
+    dense = torch.randn(9, 13, generator=torch.Generator().manual_seed(4)).to(dtype)
+    falling = dense.abs().flatten().sort(descending=True).values
+    for density in (0.02, 0.3, 0.99):
+        kept = max(1, int(density * dense.numel()))
+        assert torch.equal(sparse.trim(dense, density), dense * (dense.abs() >= falling[kept - 1]))
+        dropped = min(int(0.1 * dense.numel()), dense.numel() - kept)
+        middle = (dense.abs() <= falling[dropped]) & (dense.abs() >= falling[dropped + kept - 1])
+        assert torch.equal(sparse.trim_both(dense, density, outliers=0.1), dense * middle)
+
+
 def test_magnitude_by_hand():
     """Density 0.5 keeps 2 of 4 entries of each: [5 -4 0 0] + 2 [0 -2 6 0] = [5 -8 12 0]."""
     experts = dense_experts([[5.0, -4.0, 1.0, 0.0]], [[-1.0, -2.0, 6.0, 0.0]], weights=[1.0, 2.0], density=0.5)
