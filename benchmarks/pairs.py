@@ -1,13 +1,13 @@
 """Stage 1 in numbers: pictures per second against a plain diffusers loop, what Ray costs, memory, a million rows.
 
-Usage: python -m benchmarks.pairs [--images 2000] [--steps 4] [--rounds 3] [--parts speed memory manifest]
+Usage: python -m benchmarks.pairs [--images 2000] [--steps 4] [--rounds 3] [--parts speed memory manifest actors]
 
 - `images_per_second_vs_diffusers_loop`: our job (two actors, one thread each) against `StableDiffusionPipeline` called
   with one prompt after another (two threads), same model, steps, guidance and bfloat16. Beside it stands the bound: the
   pictures per second if the U-Net's and decoder's operations ran at the speed of a large matrix product on both cores.
 - `ray_vs_hand_batched`: one actor against a loop over full batches in a script of its own, one thread each. Both start
   a process, import, load the model, draw, and end with PNG files in Parquet; `warm_seconds` has the loop alone.
-- `two_actors_vs_one`: the same job with two actors.
+- `two_actors_vs_one`: the same job with two actors; `--parts actors --images 20000` measures nothing else.
 - `memory_10k_vs_1k_rows`: the most memory that the driver and its workers hold together (proportional set size).
 - the manifest of a million pictures: planned, written, read back, and anti-joined with a pool that holds half of them.
 
@@ -36,6 +36,7 @@ import torch
 from benchmarks.harness import count_operations, print_result
 from benchmarks.process_watch import watched
 from ray_jobs.cluster import connect, disconnect
+from ray_jobs.cost_meter import CostMeter
 from ray_jobs.failures import run_guarded
 from ray_jobs.generate_pairs import render_stage
 from ray_jobs.pools import fill_pool, plan_missing
@@ -160,6 +161,24 @@ def run_by_hand(run: Run, manifest: pa.Table) -> tuple[float, float]:
     return seconds, warm.get()
 
 
+def warm_seconds(run: Run, manifest: pa.Table, *, processes: int) -> float:
+    """Draw the manifest by hand in each of so many processes at the same time; return the mean seconds of a loop."""
+    spawn = multiprocessing.get_context("spawn")
+    warm: SimpleQueue[float] = spawn.SimpleQueue()
+    config = run.config.model_dump(mode="json")
+    with tempfile.TemporaryDirectory(prefix="safetydpo-bench-") as folder:
+        started = [
+            spawn.Process(target=hand_batched, args=(config, manifest, f"{folder}/{index}.parquet", warm))
+            for index in range(processes)
+        ]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join()
+    assert all(process.exitcode == 0 for process in started)
+    return statistics.fmean(warm.get() for _ in started)
+
+
 def bound_images_per_second(run: Run) -> dict[str, float]:
     """Return operations of one picture, the machine's speed in a large bfloat16 product, and their quotient."""
     backbone = load_backbone(run.config.identity.base)
@@ -208,6 +227,37 @@ def measure_speed(*, images: int, steps: int, rounds: int, batch_size: int) -> t
         "two_actors_vs_one": middle["two actors"] / middle["one actor"],
     }
     return ratios, {"images": images, "steps": steps, "images_per_second": rates, "warm_seconds": warm_seconds, **bound}
+
+
+def measure_actors(*, images: int, steps: int, rounds: int, batch_size: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """Run the job with one actor and with two in turn; return the ratio of the median rates, and the machine's bound.
+
+    The bound: how much more two plain processes draw at the same time than one of them alone, starts left out.
+    """
+    runs = {
+        workers: Run(config_of(steps=steps, dtype="bfloat16", workers=workers, batch_size=batch_size))
+        for workers in (1, 2)
+    }
+    manifest = manifest_of(runs[1], images)
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    cpu_seconds: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(rounds):
+        for workers, run in runs.items():
+            with CostMeter(run.config.execution) as meter:
+                rates[workers].append(images / run_job(run, manifest))
+            cpu_seconds[workers].append(meter.cost()["cpu_seconds"] or 0.0)
+            print(
+                f"{workers} actors: {rates[workers][-1]:.2f} pictures/s, CPU {cpu_seconds[workers][-1]:.0f} s",
+                flush=True,
+            )
+    few = manifest.slice(0, max(100, images // 20))
+    loops: dict[int, list[float]] = {1: [], 2: []}
+    for workers in [*loops] * 3:
+        loops[workers].append(warm_seconds(runs[1], few, processes=workers))
+    one, two = (statistics.median(rates[workers]) for workers in rates)
+    alone, beside = (statistics.median(loops[workers]) for workers in loops)
+    raw = {"images": images, "steps": steps, "images_per_second": rates, "cpu_seconds": cpu_seconds, "loops": loops}
+    return {"two_actors_vs_one": two / one, "two_processes_vs_one": 2 * alone / beside}, raw
 
 
 def _seconds(way: Callable[[], None]) -> float:
@@ -309,11 +359,19 @@ def main() -> None:
     if "manifest" in arguments.parts:
         found, raw["manifest"] = measure_manifest()
         ratios |= found
-    if {"speed", "memory"} & set(arguments.parts):
+    if {"speed", "actors", "memory"} & set(arguments.parts):
         connect(config_of(steps=1, dtype="bfloat16", workers=2, batch_size=16))
         try:
             if "speed" in arguments.parts:
                 found, raw["speed"] = measure_speed(
+                    images=arguments.images,
+                    steps=arguments.steps,
+                    rounds=arguments.rounds,
+                    batch_size=arguments.batch_size,
+                )
+                ratios |= found
+            if "actors" in arguments.parts:
+                found, raw["actors"] = measure_actors(
                     images=arguments.images,
                     steps=arguments.steps,
                     rounds=arguments.rounds,
