@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from safetydpo.config.experts import ALL_SINGLE
 from safetydpo.evaluation.counts import pool_counts, pooled_metrics
 from safetydpo.evaluation.merge_curve import IP, MUSH, NEIGHBOUR, NEUTRAL, UNCOVERED, harm_at, retention_of
 from safetydpo.evaluation.merge_units import MergeUnit
@@ -78,7 +79,7 @@ def merge_page(measured: Measured, *, images: Sequence[tuple[str, str]] = ()) ->
 
 
 def merge_short_page(measured: Measured, *, link: str | None = None) -> str:
-    """Return what leads and what ends the screen, and the table of the grid."""
+    """Return what leads and ends the screen, the table of the grid, and what one training on everything reaches."""
     more = f"All of it: [{link}]({link})." if link else ""
     parts = []
     screen = measured.screen
@@ -104,7 +105,24 @@ def merge_short_page(measured: Measured, *, link: str | None = None) -> str:
             f"IP / the same share on test prompts at retention {measured.retention:g}, over numbers of experts, "
             f"{told}:\n\n{table}"
         )
-    return "\n\n".join(part for part in (*parts, more) if part) + "\n"
+    return "\n\n".join(part for part in (*parts, _one_training(measured), more) if part) + "\n"
+
+
+def _one_training(measured: Measured) -> str:
+    """Return what one adapter trained on everything reaches with as many steps as all experts together."""
+    shown = []
+    for count in measured.factor_counts:
+        cells = {factor: measured.cell(ALL_SINGLE, count, factor) for factor in ("main", "rank_sum")}
+        found = {factor: _at(units, measured.retention) for factor, units in cells.items() if units}
+        if found:
+            ranks = {"main": "at the rank of an expert", "rank_sum": "at the sum of their ranks"}
+            shown.append(f"{count} concepts " + ", ".join(f"{text} {ranks[factor]}" for factor, text in found.items()))
+    if not shown:
+        return ""
+    return (
+        f"Without any merge, one adapter trained on all pairs with as many steps as the experts together "
+        f"(`{ALL_SINGLE}`, seed {measured.first_seed}): {'; '.join(shown)}."
+    )
 
 
 def _provenance(measured: Measured) -> str:
@@ -227,7 +245,7 @@ def _factors(measured: Measured) -> str:
 
 
 def _factor_name(method: str, factor: str, shown: str) -> str:
-    if method != "all_single":
+    if method != ALL_SINGLE:
         return shown
     return "rank: the sum" if factor == "rank_sum" else "rank r"
 
