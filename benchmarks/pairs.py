@@ -362,22 +362,15 @@ def main() -> None:
     if {"speed", "actors", "memory"} & set(arguments.parts):
         connect(config_of(steps=1, dtype="bfloat16", workers=2, batch_size=16))
         try:
-            if "speed" in arguments.parts:
-                found, raw["speed"] = measure_speed(
-                    images=arguments.images,
-                    steps=arguments.steps,
-                    rounds=arguments.rounds,
-                    batch_size=arguments.batch_size,
-                )
-                ratios |= found
-            if "actors" in arguments.parts:
-                found, raw["actors"] = measure_actors(
-                    images=arguments.images,
-                    steps=arguments.steps,
-                    rounds=arguments.rounds,
-                    batch_size=arguments.batch_size,
-                )
-                ratios |= found
+            for name, measure in (("speed", measure_speed), ("actors", measure_actors)):
+                if name in arguments.parts:
+                    found, raw[name] = measure(
+                        images=arguments.images,
+                        steps=arguments.steps,
+                        rounds=arguments.rounds,
+                        batch_size=arguments.batch_size,
+                    )
+                    ratios |= found
             if "memory" in arguments.parts:
                 found, raw["memory"] = measure_memory(batch_size=arguments.batch_size, rounds=2)
                 ratios |= found
