@@ -14,6 +14,7 @@ from types import TracebackType
 import psutil
 import ray
 
+from ray_jobs.busy_time import worker_seconds
 from safetydpo.config.schema import ExecutionConfig
 
 LOOK_EVERY_SECONDS = 2.0
@@ -31,6 +32,8 @@ class CostMeter:
             execution: Whether its workers are processes of this machine; those of a cluster cannot be seen from here.
         """
         self._is_local, self._max_gpus = runs_on_local_ray(execution), execution.max_gpus
+        self._gpus_per_worker = execution.gpus_per_worker
+        self._workers_before = self._workers_after = 0.0
         self._before: dict[ProcessKey, float] = {}
         self._latest: dict[ProcessKey, float] = {}
         self._started = self._stopped = 0.0
@@ -41,6 +44,7 @@ class CostMeter:
     def __enter__(self) -> CostMeter:
         """Begin."""
         self._started = time.time()
+        self._workers_before = worker_seconds()
         self._before = cpu_times() if self._is_local else {}
         self._latest = dict(self._before)
         if self._is_local:
@@ -55,15 +59,21 @@ class CostMeter:
         if self._is_local:
             self._watch.join()
             self._latest.update(cpu_times())
-        self._stopped = time.time()
+        self._stopped, self._workers_after = time.time(), worker_seconds()
         if ray.is_initialized():
             self._gpus = gpus_held(float(ray.cluster_resources().get("GPU", 0.0)), self._max_gpus)
 
     def cost(self) -> dict[str, float | None]:
-        """Return `cpu_seconds` and `gpu_seconds`; None = not measured."""
+        """Return `cpu_seconds` and `gpu_seconds`, None = not measured; of workers with GPUs also `pool_gpu_seconds`.
+
+        The last are those in which workers of pools were at work, x GPUs of each.
+        """
         cpu = sum(seconds - self._before.get(key, 0.0) for key, seconds in self._latest.items())
         gpu = None if self._gpus is None else self._gpus * (self._stopped - self._started)
-        return {"cpu_seconds": cpu if self._is_local else None, "gpu_seconds": gpu}
+        cost = {"cpu_seconds": cpu if self._is_local else None, "gpu_seconds": gpu}
+        if self._gpus_per_worker > 0:
+            cost["pool_gpu_seconds"] = (self._workers_after - self._workers_before) * self._gpus_per_worker
+        return cost
 
     def _look_on(self) -> None:
         while not self._leave.wait(LOOK_EVERY_SECONDS):

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 
+from ray_jobs.busy_time import BusyTime, note_board
 from ray_jobs.deadly_rows import DeadlyRows
 from ray_jobs.hand_back import HandBack
 from ray_jobs.metrics import GpuGauge, count
@@ -241,6 +242,7 @@ def _run_batch(batch: _Batch, stage: PoolStage, *, execution: ExecutionConfig) -
     resuming = checkpointing(folder, stage.id_column, execution=execution)
     with progress_bar(stage.label, total=manifest.num_rows) as board, resuming:
         _execute(batch, data, stage, execution=execution, board=board)
+        note_board(board, stage.label)
     found = close_index(folder, stage.output, id_column=stage.id_column)
     made = found.column(stage.id_column)
     verification = verify_rows(manifest.column(stage.id_column), made)
@@ -357,19 +359,17 @@ class CountingWorker:
         self._worker = DeadlyRows(
             worker(**arguments), board=board, label=label, id_column=id_column, output=output, again=again
         )
-        self._board = board
-        self._label = label
-        self._attach = attach
-        self._gpu = GpuGauge()
-        self._hand_back = HandBack(batches_per_task)
+        self._board, self._label, self._attach = board, label, attach
+        self._gpu, self._busy, self._hand_back = GpuGauge(), BusyTime(), HandBack(batches_per_task)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return one output row per input row."""
         self._hand_back.before_batch()
         if self._attach is not None:
             table = attach_columns(table, self._attach)
-        result = self._worker(table)
-        self._board.add.remote(self._label, table.num_rows)
+        with self._busy:
+            result = self._worker(table)
+        self._board.add.remote(self._label, table.num_rows, self._busy.take())
         count("safetydpo_rows", table.num_rows, work=self._label)
         self._gpu.look()
         self._hand_back.after_batch()

@@ -27,17 +27,20 @@ class ProgressBoard:
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
+        self._busy: defaultdict[str, float] = defaultdict(float)
         self._parts: defaultdict[str, dict[str, int]] = defaultdict(dict)
         self._begun: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
     def reset(self, label: str) -> None:
         """Start counting a label anew."""
         self._counts[label] = 0
+        self._busy[label] = 0.0
         self._parts[label] = {}
 
-    def add(self, label: str, count: int) -> None:
-        """Add finished units."""
+    def add(self, label: str, count: int, busy_seconds: float = 0.0) -> None:
+        """Add finished units, and the seconds that their worker was busy with them."""
         self._counts[label] += count
+        self._busy[label] += busy_seconds
 
     def put(self, label: str, part: str, count: int) -> None:
         """Set the finished units of one part, which may have been begun again."""
@@ -51,6 +54,10 @@ class ProgressBoard:
     def end(self, label: str, what: str) -> None:
         """Forget something that has ended."""
         del self._begun[label][what]
+
+    def busy(self, label: str) -> float:
+        """Return the seconds that workers were busy so far."""
+        return self._busy[label]
 
     def count(self, label: str) -> int:
         """Return the finished units so far."""

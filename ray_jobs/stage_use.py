@@ -29,8 +29,8 @@ def num_devices(run: Run) -> float:
 def stage_utilisation(run: Run, stage: str, records: Iterable[Record]) -> float | None:
     """Return busy over held; None where no record says it.
 
-    Of CPU cores: CPU time over wall time x cores asked for. Of GPUs, of the two stages whose records hold times:
-    seconds of experts and of measurements x GPUs of each, over GPUs held. Experts that another run had made are taken
+    Of CPU cores: CPU time over wall time x cores asked for. Of GPUs: seconds of experts, of a search's measurements, or
+    in which workers of pools were at work, x GPUs of each, over GPUs held. Experts that another run had made are taken
     for this run's, so that the number is too high where some were found.
     """
     used = run.costs().get(stage, {})
@@ -47,7 +47,8 @@ def _busy_gpu_seconds(run: Run, stage: str, records: Iterable[Record]) -> float 
     if stage == "search":
         logs = [MeasurementLog(record_folder(run, record) / "measurements") for record in records]
         return sum(span.seconds for log in logs for span in log.spans()) * execution.gpus_per_worker
-    return None
+    # None too where a stage has no pools, as merging, or found them full.
+    return run.costs().get(stage, {}).get("pool_gpu_seconds") or None
 
 
 def stage_cost(run: Run, stage: str, *, per_hour: float | None) -> float | None:
