@@ -7,7 +7,8 @@ Usage: python -m benchmarks.pairs [--images 2000] [--steps 4] [--rounds 3] [--pa
   pictures per second if the U-Net's and decoder's operations ran at the speed of a large matrix product on both cores.
 - `ray_vs_hand_batched`: one actor against a loop over full batches in a script of its own, one thread each. Both start
   a process, import, load the model, draw, and end with PNG files in Parquet; `warm_seconds` has the loop alone.
-- `two_actors_vs_one`: the same job with two actors; `--parts actors --images 20000` measures nothing else.
+- `two_actors_vs_one`: the same job with two actors; `--parts actors --images 20000` measures that by itself.
+  Beside it `two_processes_vs_one`: what two plain processes draw at the same time, over one alone, starts left out.
 - `memory_10k_vs_1k_rows`: the most memory that the driver and its workers hold together (proportional set size).
 - the manifest of a million pictures: planned, written, read back, and anti-joined with a pool that holds half of them.
 
@@ -209,13 +210,13 @@ def measure_speed(*, images: int, steps: int, rounds: int, batch_size: int) -> t
     loop = diffusers_loop(two, few)
     bound = bound_images_per_second(two)
     rates: dict[str, list[float]] = {"diffusers loop": [], "by hand": [], "one actor": [], "two actors": []}
-    warm_seconds = []
+    loop_seconds = []
     torch.set_num_threads(2)
     for _ in range(rounds):
         rates["diffusers loop"].append(few.num_rows / _seconds(loop))
         seconds, warm = run_by_hand(one, manifest)
         rates["by hand"].append(images / seconds)
-        warm_seconds.append(warm)
+        loop_seconds.append(warm)
         rates["one actor"].append(images / run_job(one, manifest))
         rates["two actors"].append(images / run_job(two, manifest))
         print({name: round(values[-1], 2) for name, values in rates.items()}, flush=True)
@@ -226,7 +227,7 @@ def measure_speed(*, images: int, steps: int, rounds: int, batch_size: int) -> t
         "ray_vs_hand_batched": middle["one actor"] / middle["by hand"],
         "two_actors_vs_one": middle["two actors"] / middle["one actor"],
     }
-    return ratios, {"images": images, "steps": steps, "images_per_second": rates, "warm_seconds": warm_seconds, **bound}
+    return ratios, {"images": images, "steps": steps, "images_per_second": rates, "warm_seconds": loop_seconds, **bound}
 
 
 def measure_actors(*, images: int, steps: int, rounds: int, batch_size: int) -> tuple[dict[str, float], dict[str, Any]]:

@@ -62,7 +62,10 @@ def worker_seconds() -> float:
 
 
 def note_board(board: Any, label: str) -> None:
-    """Add what the workers under a label have told a progress board; nothing if the board was lost with its node."""
+    """Add what the workers under a label have told a progress board.
+
+    One that was lost with its node, and begun again, knows only what came after: the sum is then too low.
+    """
     try:
         note_worker_seconds(ray.get(board.busy.remote(label)))
     except ray.exceptions.RayActorError:

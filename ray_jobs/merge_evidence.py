@@ -15,6 +15,7 @@ from typing import Any
 
 from ray_jobs.evidence import code_version, describe_machine
 from ray_jobs.expert_files import expert_folders
+from ray_jobs.failures import explain
 from ray_jobs.merge_bench import Measurement, MergeBench, Merged, draw_list
 from ray_jobs.merge_evidence_plan import PlannedMerge, plan_merges
 from ray_jobs.merge_evidence_tables import marked_pages
@@ -46,7 +47,7 @@ def measure_merges(
     """Measure every unit that is not done, one after another, and write each record at once.
 
     After `minutes` no new unit is started. The same command goes on where this one ended or was killed. Units whose
-    experts could not be made are left out, and the others are measured.
+    experts or distillation fail (a training that diverges) are left out, and the others are measured.
 
     Raises:
         SafetyDPOError: at the end, if units were left out.
@@ -56,16 +57,18 @@ def measure_merges(
     # Looked at before hours of work, not after.
     marked_pages(config)
     pending = [unit for unit in planned if unit.read() is None]
-    say(f"{len(planned) - len(pending)} of {len(planned)} units are done, {len(pending)} to do")
-    done = len(planned) - len(pending)
-    failed: dict[str, SafetyDPOError] = {}
+    done, failed = len(planned) - len(pending), dict[str, str]()
+    say(f"{done} of {len(planned)} units are done, {len(pending)} to do")
+
+    def is_over() -> bool:
+        return minutes is not None and time.monotonic() - started > 60 * minutes
+
     for _, group in groupby(pending, key=_shared):
         units = list(group)
         opened: Opened | None = None
         for unit in units:
-            if minutes is not None and time.monotonic() - started > 60 * minutes:
-                say(f"{len(planned) - done} units are still to do: the same command goes on")
-                return
+            if is_over():
+                break
             if opened is None:
                 say(f"making the experts of: {unit.name}")
                 try:
@@ -74,8 +77,9 @@ def measure_merges(
                     raise
                 except SafetyDPOError as error:
                     # Other sets of experts do not need these.
-                    say(f"left out, {len(units)} units: {error}")
-                    failed |= {one.name: error for one in units}
+                    reason = str(explain(error))
+                    say(f"left out, {len(units)} units: {reason}")
+                    failed |= {one.name: reason for one in units}
                     break
             begun, busy = time.monotonic(), time.process_time()
             measured = measure_unit(unit, opened, version=version)
@@ -88,10 +92,13 @@ def measure_merges(
         # Experts and scores of one group at a time.
         opened = None
         gc.collect()
+    if is_over() and done + len(failed) < len(planned):
+        say(f"{len(planned) - done - len(failed)} units are still to do: the same command goes on")
     if failed:
         name, reason = next(iter(failed.items()))
         raise SafetyDPOError(
-            f"expected the experts of every unit, found none for {len(failed)} units; first {name}: {reason}"
+            f"expected the experts of every unit, found none for {len(failed)} units; first {name}: {reason} "
+            "(the other units are measured; the same command tries these again)"
         )
 
 

@@ -12,6 +12,9 @@ from safetydpo.artifacts.records import Record
 from safetydpo.planning.costs import Device
 from safetydpo.planning.estimate import price_of, utilisation
 
+POOLED_STAGES = ("pairs", "evaluate")
+"""Those that do all of their work on devices in pools."""
+
 
 def device_of(run: Run) -> Device:
     """Return what the work of a run is counted in."""
@@ -47,7 +50,10 @@ def _busy_gpu_seconds(run: Run, stage: str, records: Iterable[Record]) -> float 
     if stage == "search":
         logs = [MeasurementLog(record_folder(run, record) / "measurements") for record in records]
         return sum(span.seconds for log in logs for span in log.spans()) * execution.gpus_per_worker
-    # None too where a stage has no pools, as merging, or found them full.
+    if stage not in POOLED_STAGES:
+        # The layer inputs of a merge come from a pool; its distillation does not, and nothing tells its seconds here.
+        return None
+    # None too where a stage found its pools full.
     return run.costs().get(stage, {}).get("pool_gpu_seconds") or None
 
 

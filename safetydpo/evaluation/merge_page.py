@@ -115,7 +115,10 @@ def _one_training(measured: Measured) -> str:
         cells = {factor: measured.cell(ALL_SINGLE, count, factor) for factor in ("main", "rank_sum")}
         found = {factor: _at(units, measured.retention) for factor, units in cells.items() if units}
         if found:
-            ranks = {"main": "at the rank of an expert", "rank_sum": "at the sum of their ranks"}
+            ranks = {
+                "main": "at the rank of an expert",
+                "rank_sum": "at the sum of their ranks and a rate as many times smaller",
+            }
             shown.append(f"{count} concepts " + ", ".join(f"{text} {ranks[factor]}" for factor, text in found.items()))
     if not shown:
         return ""

@@ -213,7 +213,7 @@ class ExpertMoments(Mapping[str, tuple[Tensor, ...]]):
 def expert_moment(
     groups: Mapping[str, Float[Tensor, "d_in d_in"]], *, expert: str, categories: Sequence[str]
 ) -> Float[Tensor, "d_in d_in"]:
-    """Return the moment of an expert's own inputs: the sum over its categories.
+    """Return the moment of an expert's own inputs: the sum over its categories; of one category its own tensor.
 
     Raises:
         SafetyDPOError: if the expert names no category or one without a moment.

@@ -95,8 +95,8 @@ def test_the_short_page_tells_what_one_training_on_everything_reaches() -> None:
     """`all_single` of 7 with IP 0 and 9 of 10 unrecognisable keeps 0.4: mixed with the base (1, 1) a sixth of the way
     to 0.9, IP 1 - 1/6 = 0.83 and failed 1 - 0.1/6 = 0.98; the good one keeps 0.95."""
     text = merge_short_page(measured([*UNITS, make_merge("all_single", 7)]))
-    told = "7 concepts 0.10 / 0.20 at the rank of an expert, 0.83 / 0.98 at the sum of their ranks."
-    assert f"as the experts together (`all_single`, seed 0): {told}" in text
+    told = "7 concepts 0.10 / 0.20 at the rank of an expert, 0.83 / 0.98 at the sum of their ranks and a rate"
+    assert f"as the experts together (`all_single`, seed 0): {told} as many times smaller." in text
     assert "Without any merge" not in merge_short_page(measured(UNITS[:4]))
 
 

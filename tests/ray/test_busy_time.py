@@ -82,14 +82,17 @@ def test_a_stage_has_what_was_noted_within_it() -> None:
 
 
 def test_the_share_of_the_gpus_that_a_stage_held(tmp_path: Path) -> None:
-    """4 of 16 GPU-seconds; a stage without pools, and one that an older version measured, say nothing."""
+    """4 of 16 GPU-seconds; merging, of which pools are a part, full pools and older versions say nothing."""
     execution = ExecutionConfig(store=str(tmp_path / "store"), run_dir=str(tmp_path / "run"), gpus_per_worker=1)
     run = Run(Config(name="used", execution=execution))
     run.add_cost("pairs", {"cpu_seconds": None, "gpu_seconds": 16.0, "pool_gpu_seconds": 4.0})
-    run.add_cost("merge", {"cpu_seconds": None, "gpu_seconds": 16.0, "pool_gpu_seconds": 0.0})
+    run.add_cost("merge", {"cpu_seconds": None, "gpu_seconds": 16.0, "pool_gpu_seconds": 4.0})
     run.add_cost("evaluate", {"cpu_seconds": None, "gpu_seconds": 16.0})
     assert stage_utilisation(run, "pairs", []) == pytest.approx(0.25)
     assert stage_utilisation(run, "merge", []) is None
+    found = Run(Config(name="full", execution=execution.model_copy(update={"run_dir": str(tmp_path / "other")})))
+    found.add_cost("pairs", {"cpu_seconds": None, "gpu_seconds": 1.0, "pool_gpu_seconds": 0.0})
+    assert stage_utilisation(found, "pairs", []) is None
     assert stage_utilisation(run, "evaluate", []) is None
     run.add_cost("evaluate", {"cpu_seconds": None, "gpu_seconds": 16.0, "pool_gpu_seconds": 8.0})
     assert stage_utilisation(run, "evaluate", []) is None, "half of it was not measured"
@@ -97,7 +100,10 @@ def test_the_share_of_the_gpus_that_a_stage_held(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_pool_on_a_gpu_that_ray_believes_in(tmp_path: Path) -> None:
-    """Two workers of half a GPU, twelve batches of 0.3 s: 3.6 worker-seconds, 1.8 GPU-seconds of those held."""
+    """Two workers of half a GPU, twelve batches of 0.3 s: 3.6 worker-seconds, 1.8 GPU-seconds of those held.
+
+    What a worker has just told may be under way when the pool is closed: one batch may be missing.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "tests.ray.gpu_pool", str(tmp_path)],
         cwd=ROOT,
@@ -108,5 +114,5 @@ def test_a_pool_on_a_gpu_that_ray_believes_in(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     cost = json.loads(done.stdout.splitlines()[-1])
-    assert 1.8 <= cost["pool_gpu_seconds"] < 3.6
+    assert 1.8 - 0.15 <= cost["pool_gpu_seconds"] < 3.6
     assert cost["pool_gpu_seconds"] < cost["gpu_seconds"]

@@ -148,7 +148,8 @@ def test_a_chain_that_is_killed_in_every_stage_in_turn_ends_as_undisturbed(finis
         place.kill_when(partial(_is_there, place, trigger), "run", at_once=stage == "train")
         earlier = list(STAGE_FOLDERS)[: list(STAGE_FOLDERS).index(stage)]
         folders = [place.store / name for one in earlier for name in STAGE_FOLDERS[one]]
-        closed |= {path: time for path, time in place.files().items() if any(map(path.is_relative_to, folders))}
+        # The first time at which a file was seen stays.
+        closed = {p: time for p, time in place.files().items() if any(map(p.is_relative_to, folders))} | closed
     place.run("run")
     assert place.is_left_alone()
     for stage in STAGE_FOLDERS:

@@ -196,10 +196,28 @@ def test_experts_that_cannot_be_made_leave_their_units_out_and_the_others_go_on(
     config = load_config(configs / "merge_evidence.yaml", [*GRID, results])
     monkeypatch.setattr(merge_evidence, "open_bench", fail)
     monkeypatch.setattr(merge_evidence, "marked_pages", lambda _: [])
+    monkeypatch.setattr(merge_evidence, "measure_unit", lambda unit, _, version: make_merge(unit.method, unit.count))
     with pytest.raises(SafetyDPOError, match="for 33 units; first .*: expected finite losses, found nan"):
         measure_merges(config, say=said.append)
     assert len(tried) == 33
     assert said[-1].startswith("left out, 2 units: expected finite losses")
+
+    def fail_first(units: list[PlannedMerge]) -> str:
+        if units[0].factor == "independent":
+            raise SafetyDPOError("expected finite losses, found nan")
+        return "opened"
+
+    monkeypatch.setattr(merge_evidence, "open_bench", fail_first)
+    with pytest.raises(SafetyDPOError, match="for 2 units; first sum, 5 experts, seed 0, independent: expected finite"):
+        measure_merges(config, say=said.append)
+    measured = {unit.name for unit in plan_merges(config) if unit.file.is_file()}
+    assert len(measured) == 31
+    assert not any("independent" in name for name in measured)
+    # What was left out is told at a limit of time too.
+    monkeypatch.setattr(merge_evidence, "open_bench", fail)
+    monkeypatch.setattr(merge_evidence.time, "monotonic", iter([0.0, *[1.0] * 3, *[100.0] * 200]).__next__)
+    with pytest.raises(SafetyDPOError, match="expected finite losses"):
+        measure_merges(config, minutes=1, say=said.append)
 
     def refuse(_units: list[PlannedMerge]) -> None:
         raise UsageError("expected a GPU, found none")
