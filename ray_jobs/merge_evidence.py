@@ -71,16 +71,9 @@ def measure_merges(
                 break
             if opened is None:
                 say(f"making the experts of: {unit.name}")
-                try:
-                    opened = open_bench(units)
-                except UsageError:
-                    raise
-                except SafetyDPOError as error:
-                    # Other sets of experts do not need these.
-                    reason = str(explain(error))
-                    say(f"left out, {len(units)} units: {reason}")
-                    failed |= {one.name: reason for one in units}
-                    break
+                opened = _open_or_leave(units, failed, say)
+            if opened is None:
+                break
             begun, busy = time.monotonic(), time.process_time()
             measured = measure_unit(unit, opened, version=version)
             unit.file.write_bytes(dump_merge_unit(measured).encode())
@@ -100,6 +93,20 @@ def measure_merges(
             f"expected the experts of every unit, found none for {len(failed)} units; first {name}: {reason} "
             "(the other units are measured; the same command tries these again)"
         )
+
+
+def _open_or_leave(units: Sequence[PlannedMerge], failed: dict[str, str], say: Callable[[str], None]) -> Opened | None:
+    """Return the experts of some units in memory; None, and the reason in `failed`, if they cannot be made."""
+    try:
+        return open_bench(units)
+    except UsageError:
+        raise
+    except SafetyDPOError as error:
+        # Other sets of experts do not need these.
+        reason = str(explain(error))
+        say(f"left out, {len(units)} units: {reason}")
+        failed |= {one.name: reason for one in units}
+        return None
 
 
 def _shared(unit: PlannedMerge) -> tuple[object, ...]:

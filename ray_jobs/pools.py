@@ -242,7 +242,6 @@ def _run_batch(batch: _Batch, stage: PoolStage, *, execution: ExecutionConfig) -
     resuming = checkpointing(folder, stage.id_column, execution=execution)
     with progress_bar(stage.label, total=manifest.num_rows) as board, resuming:
         _execute(batch, data, stage, execution=execution, board=board)
-        note_board(board, stage.label)
     found = close_index(folder, stage.output, id_column=stage.id_column)
     made = found.column(stage.id_column)
     verification = verify_rows(manifest.column(stage.id_column), made)
@@ -321,6 +320,7 @@ def _execute(batch: _Batch, data: Location, stage: PoolStage, *, execution: Exec
         # One writer per worker keeps up with it, and Ray keeps a process of 0.1 GB for each.
         concurrency=workers,
     )
+    note_board(board, stage.label)
 
 
 def _pool_of(workers: int, stage: PoolStage) -> ray.data.ActorPoolStrategy:
