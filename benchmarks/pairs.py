@@ -145,29 +145,16 @@ def hand_batched(config: dict[str, Any], manifest: pa.Table, file: str, warm: Si
     warm.put(time.perf_counter() - started)
 
 
-def run_by_hand(run: Run, manifest: pa.Table) -> tuple[float, float]:
-    """Run `hand_batched` in a fresh process; return seconds with its start, and of its loop alone."""
-    spawn = multiprocessing.get_context("spawn")
-    warm: SimpleQueue[float] = spawn.SimpleQueue()
-    with tempfile.TemporaryDirectory(prefix="safetydpo-bench-") as folder:
-        started = time.perf_counter()
-        process = spawn.Process(
-            target=hand_batched,
-            args=(run.config.model_dump(mode="json"), manifest, f"{folder}/pictures.parquet", warm),
-        )
-        process.start()
-        process.join()
-        seconds = time.perf_counter() - started
-    assert process.exitcode == 0
-    return seconds, warm.get()
+def run_by_hand(run: Run, manifest: pa.Table, *, processes: int = 1) -> tuple[float, float]:
+    """Run `hand_batched` in so many fresh processes at once, each with the whole manifest.
 
-
-def warm_seconds(run: Run, manifest: pa.Table, *, processes: int) -> float:
-    """Draw the manifest by hand in each of so many processes at the same time; return the mean seconds of a loop."""
+    Returns the seconds of all with their starts, and the mean seconds of their loops alone.
+    """
     spawn = multiprocessing.get_context("spawn")
     warm: SimpleQueue[float] = spawn.SimpleQueue()
     config = run.config.model_dump(mode="json")
     with tempfile.TemporaryDirectory(prefix="safetydpo-bench-") as folder:
+        began = time.perf_counter()
         started = [
             spawn.Process(target=hand_batched, args=(config, manifest, f"{folder}/{index}.parquet", warm))
             for index in range(processes)
@@ -176,8 +163,9 @@ def warm_seconds(run: Run, manifest: pa.Table, *, processes: int) -> float:
             process.start()
         for process in started:
             process.join()
+        seconds = time.perf_counter() - began
     assert all(process.exitcode == 0 for process in started)
-    return statistics.fmean(warm.get() for _ in started)
+    return seconds, statistics.fmean(warm.get() for _ in started)
 
 
 def bound_images_per_second(run: Run) -> dict[str, float]:
@@ -210,13 +198,13 @@ def measure_speed(*, images: int, steps: int, rounds: int, batch_size: int) -> t
     loop = diffusers_loop(two, few)
     bound = bound_images_per_second(two)
     rates: dict[str, list[float]] = {"diffusers loop": [], "by hand": [], "one actor": [], "two actors": []}
-    loop_seconds = []
+    warm_seconds = []
     torch.set_num_threads(2)
     for _ in range(rounds):
         rates["diffusers loop"].append(few.num_rows / _seconds(loop))
         seconds, warm = run_by_hand(one, manifest)
         rates["by hand"].append(images / seconds)
-        loop_seconds.append(warm)
+        warm_seconds.append(warm)
         rates["one actor"].append(images / run_job(one, manifest))
         rates["two actors"].append(images / run_job(two, manifest))
         print({name: round(values[-1], 2) for name, values in rates.items()}, flush=True)
@@ -227,7 +215,7 @@ def measure_speed(*, images: int, steps: int, rounds: int, batch_size: int) -> t
         "ray_vs_hand_batched": middle["one actor"] / middle["by hand"],
         "two_actors_vs_one": middle["two actors"] / middle["one actor"],
     }
-    return ratios, {"images": images, "steps": steps, "images_per_second": rates, "warm_seconds": loop_seconds, **bound}
+    return ratios, {"images": images, "steps": steps, "images_per_second": rates, "warm_seconds": warm_seconds, **bound}
 
 
 def measure_actors(*, images: int, steps: int, rounds: int, batch_size: int) -> tuple[dict[str, float], dict[str, Any]]:
@@ -254,7 +242,7 @@ def measure_actors(*, images: int, steps: int, rounds: int, batch_size: int) -> 
     few = manifest.slice(0, max(100, images // 20))
     loops: dict[int, list[float]] = {1: [], 2: []}
     for workers in [*loops] * 3:
-        loops[workers].append(warm_seconds(runs[1], few, processes=workers))
+        loops[workers].append(run_by_hand(runs[1], few, processes=workers)[1])
     one, two = (statistics.median(rates[workers]) for workers in rates)
     alone, beside = (statistics.median(loops[workers]) for workers in loops)
     raw = {"images": images, "steps": steps, "images_per_second": rates, "cpu_seconds": cpu_seconds, "loops": loops}

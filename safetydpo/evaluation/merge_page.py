@@ -234,7 +234,12 @@ def _factors(measured: Measured) -> str:
             ]
             if any(found):
                 cells = [
-                    _or_none(units, lambda one: f"{_at(one, measured.retention)}; {_rate(one, IP)}, {_retention(one)}")
+                    _or_none(
+                        units,
+                        lambda one: (
+                            f"{_at(one, measured.retention)}; {_rate(one, IP, interval=True)}, {_retention(one)}"
+                        ),
+                    )
                     for units in found
                 ]
                 rows.append([f"`{name}`", _factor_name(name, factor, shown), *cells])
@@ -242,7 +247,7 @@ def _factors(measured: Measured) -> str:
         return ""
     return (
         f"### One factor at a time, seed {measured.first_seed}\n\nIP / failed at retention {measured.retention:g}; IP "
-        "and retention of the tested candidate:\n\n"
+        "with its exact 95 % interval and retention of the tested candidate:\n\n"
         + _table(["method", "factor", *map(_experts, measured.factor_counts)], rows)
     )
 

@@ -56,7 +56,7 @@ def test_the_grid_pools_seeds() -> None:
 
 def test_factors_name_what_was_changed() -> None:
     page = merge_page(measured(UNITS), images=[("images/x.png", "a plot")])
-    assert "| `ties` | output rank 2r | 0.10 / 0.20; 0.10, 0.95 |" in page
+    assert "| `ties` | output rank 2r | 0.10 / 0.20; 0.10 [0.00, 0.45], 0.95 |" in page
     assert "| `all_single` | rank: the sum |" in page
     assert "![a plot](images/x.png)" in page
 

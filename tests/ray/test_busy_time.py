@@ -15,28 +15,19 @@ from ray_jobs.cost_meter import CostMeter
 from ray_jobs.run import Run
 from ray_jobs.stage_use import stage_utilisation
 from safetydpo.config.schema import Config, ExecutionConfig
+from tests.ray.turned_clock import TurnedClock
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Clock:
-    """Says what it is set to."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
+def clock(monkeypatch: pytest.MonkeyPatch) -> TurnedClock:
+    clock = TurnedClock()
     monkeypatch.setattr(busy_time, "time", clock)
     return clock
 
 
-def test_calls_at_the_same_time_count_once(clock: Clock) -> None:
+def test_calls_at_the_same_time_count_once(clock: TurnedClock) -> None:
     """One from 1 to 4, one from 2 to 6, one from 8 to 9: 5 s and 1 s. Asked at 3: 2 s, the rest later."""
     busy = BusyTime()
     clock.now = 1.0
@@ -56,7 +47,7 @@ def test_calls_at_the_same_time_count_once(clock: Clock) -> None:
     assert busy.take() == 0.0
 
 
-def test_a_call_that_fails_counts_too(clock: Clock) -> None:
+def test_a_call_that_fails_counts_too(clock: TurnedClock) -> None:
     busy = BusyTime()
 
     def fail() -> None:
